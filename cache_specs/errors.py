@@ -1,0 +1,49 @@
+"""Errors that a user can act on, and the one place that turns them into one line and an exit code.
+
+Each has two parents, ours and the builtin that a library user would catch. A message says where, what was found,
+what was expected and the next step.
+"""
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Iterable, Iterator
+
+
+class RepaError(Exception):
+    """Anything that a user can mend; the command line prints it as one line."""
+
+    exit_code = 1
+
+
+class UsageError(RepaError, ValueError):
+    """The request makes no sense as written (exit code 2)."""
+
+    exit_code = 2
+
+
+class CacheError(RepaError, RuntimeError):
+    """What is on disk is damaged, incomplete, or belongs to other data."""
+
+
+class JobError(RepaError, RuntimeError):
+    """The job ran and could not finish everything."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which known name was probably meant: `did you mean 'x'? Known: a, b, x`."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(names) if names else '(none)'}"
+
+
+@contextlib.contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Print a `RepaError` as one line on stderr and exit with its code; leave every other error its traceback."""
+    try:
+        yield
+    except RepaError as error:
+        text = " ".join(str(error).split("\n"))
+        print(f"{command}: {text}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,111 @@
+"""What one component is: which model, which tensor of it, from which weights, stored how.
+
+A component's group carries this whole record as attributes, and its fingerprint is the digest of what can change a
+stored value. The compressor is kept beside it, outside the fingerprint: it changes bytes on disk, no value.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from .errors import CacheError, UsageError
+from .fingerprint import digest
+from .layout import ArrayLayout, CacheLayout, feature_arrays, latent_arrays
+
+LATENTS = "latents"
+FEATURES = "features"
+STORAGE_DTYPES = ("float16", "int8")
+PRECISIONS = ("fp32", "bf16")
+COMPRESSORS = ("none", "zstd", "blosc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentSpec:
+    """One component of a cache.
+
+    `spec` is the resolved table entry (`tables.EncoderEntry.resolve`, `tables.AutoencoderEntry.resolve`); `weights`
+    is `sha256:<digest>` of the loaded weights, or `none` for a model without any.
+    """
+
+    kind: Literal["features", "latents"]
+    name: str
+    spec: Mapping[str, Any]
+    weights: str
+    dtype: Literal["float16", "int8"] = "float16"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compressor: Literal["none", "zstd", "blosc"] = "none"
+
+    def __post_init__(self) -> None:
+        for field, known in (
+            ("dtype", STORAGE_DTYPES),
+            ("precision", PRECISIONS),
+            ("compressor", COMPRESSORS),
+        ):
+            if getattr(self, field) not in known:
+                raise UsageError(f"--{field} {getattr(self, field)}: expected one of {', '.join(known)}")
+        if self.kind == LATENTS and self.dtype != "float16":
+            raise UsageError(f"latents are stored as float16, not {self.dtype}")
+
+    @property
+    def path(self) -> str:
+        """The group's path inside the cache: `features/dinov2-vit-b-int8`."""
+        return f"{self.kind}/{self.name}" + ("-int8" if self.dtype == "int8" else "")
+
+    def arrays(self, cache: CacheLayout) -> tuple[ArrayLayout, ...]:
+        """Return the component's arrays in the order in which a range is committed, `valid` last."""
+        return component_arrays(self.kind, self.spec, self.dtype, cache)
+
+    def fingerprint(self, cache: CacheLayout) -> str:
+        """Return the digest of everything that can change a stored value."""
+        return digest(
+            {
+                "transform": cache.dataset_fingerprint,
+                "kind": self.kind,
+                "spec": dict(self.spec),
+                "weights": self.weights,
+                "precision": self.precision,
+                "dtype": self.dtype,
+            }
+        )
+
+    def attributes(self, cache: CacheLayout) -> dict[str, Any]:
+        """Return the group's attributes before completion, in the order in which they are written."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "spec": dict(self.spec),
+            "weights": self.weights,
+            "precision": self.precision,
+            "dtype": self.dtype,
+            "compressor": self.compressor,
+            "dataset_fingerprint": cache.dataset_fingerprint,
+            "fingerprint": self.fingerprint(cache),
+        }
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any], where: Path | str) -> Self:
+        """Read a component group's attributes; raise `CacheError` where they are damaged."""
+        try:
+            return cls(**{name: attributes[name] for name in cls.__dataclass_fields__})
+        except (KeyError, TypeError, UsageError) as error:
+            raise CacheError(f"{where}: damaged attributes of the component ({error!r})") from error
+
+    def difference(self, other: Self) -> str | None:
+        """Return `field: found X, asked Y` for the first field in which `other` (asked) departs from self (on disk)."""
+        for field in ("kind", "name", "dtype", "precision", "compressor", "weights"):
+            if getattr(self, field) != getattr(other, field):
+                return f"{field}: found {getattr(self, field)}, asked {getattr(other, field)}"
+        for key in sorted({*self.spec, *other.spec}):
+            if self.spec.get(key) != other.spec.get(key):
+                return f"spec.{key}: found {self.spec.get(key)}, asked {other.spec.get(key)}"
+        return None
+
+
+def component_arrays(kind: str, spec: Mapping[str, Any], dtype: str, cache: CacheLayout) -> tuple[ArrayLayout, ...]:
+    """Return the arrays of a component of `kind` with the resolved `spec`, `valid` last."""
+    if kind == LATENTS:
+        size = spec["latent_size"]
+        return latent_arrays(cache, channels=spec["moment_channels"], size=(size[0], size[1]))
+    grid = spec["grid"]
+    return feature_arrays(cache, grid=(grid[0], grid[1]), width=spec["width"], cls_token=spec["cls_token"], dtype=dtype)
