@@ -1,0 +1,157 @@
+"""Caches for the trainer's tests, written by zarr-python from the contract alone.
+
+Nothing of repa.pipeline and nothing of the direct reader is used: two ways to the bytes that must agree.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from repa.cache_specs.fingerprint import manifest_fingerprint, transform_fingerprint
+from repa.cache_specs.layout import CROP, VIEWS, ArrayLayout, CacheLayout
+from repa.cache_specs.schema import ComponentSpec
+
+
+@dataclass
+class WrittenCache:
+    """A cache on disk beside the numpy arrays that were written into it, by `group/array`."""
+
+    path: Path
+    layout: CacheLayout
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def shard(self, array: str, index: int) -> Path:
+        """Return the file of one shard, found on disk by its first chunk coordinate."""
+        (file,) = [file for file in (self.path / array).glob(f"c.{index}*") if file.name.split(".")[1] == str(index)]
+        return file
+
+
+def int8_tokens(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Quantise [N,V,T,E] float32 as DESIGN says, in float64: q, token_scale, channel_mean, channel_std."""
+    mean = tokens.astype(np.float64).mean(2, keepdims=True)
+    std = tokens.astype(np.float64).std(2, ddof=1, keepdims=True)
+    x = np.divide(tokens - mean, std, out=np.zeros_like(mean + tokens), where=std > 0)
+    scale = (np.abs(x).max(-1, keepdims=True) / 127).astype(np.float16).astype(np.float64)
+    q = np.divide(x, scale, out=np.zeros_like(x), where=scale > 0).round().clip(-127, 127)
+    return q.astype(np.int8), scale[..., 0].astype(np.float16), mean[:, :, 0], std[:, :, 0]
+
+
+def write_cache(
+    path: Path,
+    *,
+    num_samples: int = 23,
+    shard_samples: int = 5,
+    num_views: int = 2,
+    num_classes: int = 3,
+    size: int = 8,
+    latents: str = "sample",
+    encoders: dict[str, str] | None = None,
+    grid: int = 4,
+    width: int = 16,
+    invalid: dict[str, list[int]] | None = None,
+    zero_rows: tuple[int, ...] = (),
+    complete: bool = True,
+    compressed: bool = False,
+    write_empty_chunks: bool = True,
+    seed: int = 0,
+) -> WrittenCache:
+    """Write random rows: latents "toy-ae" of 3 channels and one group an entry of `encoders` (name: dtype)."""
+    rng = np.random.default_rng(seed)
+    encoders = {"toy": "float16"} if encoders is None else encoders
+    ids = [f"{i % num_classes}/{seed}-{i:05d}.png" for i in range(num_samples)]
+    labels = rng.integers(0, num_classes, num_samples).astype(np.int32)
+    manifest = manifest_fingerprint(ids, labels.tolist())
+    views = VIEWS[:num_views]
+    layout = CacheLayout(
+        num_samples=num_samples,
+        resolution=size,
+        views=views,
+        class_names=tuple(f"class {c}" for c in range(num_classes)),
+        shard_samples=shard_samples,
+        manifest_fingerprint=manifest,
+        dataset_fingerprint=transform_fingerprint(manifest, resolution=size, crop=CROP, views=views),
+    )
+    root = zarr.open_group(path, mode="w", attributes=layout.attributes())
+    root.create_array("label", data=labels, chunks=(7,))
+    written = WrittenCache(path, layout, {"label": labels})
+
+    moment_channels = 6 if latents == "mean_std" else 3
+    moments = rng.standard_normal((num_samples, num_views, moment_channels, size, size)).astype(np.float32)
+    if latents == "mean_std":
+        moments[:, :, 3:] = 0.1 * np.abs(moments[:, :, 3:])
+    latent_spec = {
+        "entry": "pixels",
+        "kind": latents,
+        "latent_channels": 3,
+        "moment_channels": moment_channels,
+        "latent_size": [size, size],
+        "random_weights": False,
+    }
+    component = ComponentSpec(kind="latents", name="toy-ae", spec=latent_spec, weights="none")
+    results = {"latent_mean": [0.1, -0.2, 0.3], "latent_std": [1.0, 2.0, 0.5]}
+    rows = {"moments": moments}
+    parts = [(component, rows, results)]
+
+    for name, dtype in encoders.items():
+        tokens = rng.standard_normal((num_samples, num_views, grid * grid, width)).astype(np.float32)
+        tokens = 3 * tokens + rng.standard_normal(width).astype(np.float32)
+        q, scale, mean, std = int8_tokens(tokens)
+        spec = {"entry": "hog", "width": width, "grid": [grid, grid], "cls_token": True, "random_weights": False}
+        component = ComponentSpec(kind="features", name=name, spec=spec, weights="none", dtype=dtype)  # type: ignore[arg-type]  # a test's literal
+        rows = {
+            "patch_tokens": q if dtype == "int8" else tokens,
+            "token_scale": scale,
+            "channel_mean": mean,
+            "channel_std": std,
+            "cls_token": rng.standard_normal((num_samples, num_views, width)),
+        }
+        parts.append((component, rows, {}))
+
+    for component, rows, results in parts:
+        group = root.create_group(component.path, attributes={**component.attributes(layout), **results})
+        valid = np.ones(num_samples, dtype=bool)
+        valid[(invalid or {}).get(component.path, [])] = False
+        rows = {**rows, "valid": valid, "source_bytes": np.arange(num_samples)}
+        for array in component.arrays(layout):
+            data = rows[array.name].astype(array.dtype)
+            data[list(zero_rows)] = 1 if array.name == "valid" else 0
+            _write_array(group, array, data, compressed=compressed, write_empty_chunks=write_empty_chunks)
+            written.arrays[f"{component.path}/{array.name}"] = data
+        if complete:
+            group.attrs["complete"] = True
+    return written
+
+
+def _write_array(
+    group: zarr.Group, layout: ArrayLayout, data: np.ndarray, *, compressed: bool, write_empty_chunks: bool
+) -> None:
+    codecs: list[Any] = [ZstdCodec(level=1), Crc32cCodec()] if compressed else [Crc32cCodec()]
+    array = group.create_array(
+        layout.name,
+        shape=layout.shape,
+        dtype=layout.dtype,
+        chunks=layout.inner,
+        shards=layout.shard,
+        filters=None,
+        compressors=codecs,
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": write_empty_chunks},
+    )
+    array[...] = data
+
+
+@pytest.fixture(scope="session")
+def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., WrittenCache]:
+    """Return a function that writes a cache in a folder of its own; see `write_cache` for what it takes."""
+
+    def make(**options: Any) -> WrittenCache:
+        return write_cache(tmp_path_factory.mktemp("cache") / "cache", **options)
+
+    return make

@@ -1,0 +1,317 @@
+"""The cache as training sees it: any rows, by global index, as one batch of torch tensors.
+
+In: a cache directory and the components to use. Out: `rows(indices, views)` -> `Batch`. Nothing a sample is held in
+Python objects; labels and the valid rows are two integer arrays. Bytes go from the file into the batch's tensors with
+no copy between (shards.py).
+"""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache_specs.errors import CacheError, UsageError, nearest
+from ..cache_specs.layout import COMPLETE, ArrayLayout, CacheLayout
+from ..cache_specs.schema import FEATURES, LATENTS, ComponentSpec
+from ..cache_specs.tables import encoder_aliases
+from .shards import NDArray, OpenFiles, RowArray, open_array
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """What the cache's moments are: kind mean_std (M = 2C) or sample (M = C), of h, w = `size`."""
+
+    name: str
+    entry: str  # row of cache_specs/autoencoders.yaml
+    kind: Literal["mean_std", "sample"]
+    channels: int
+    size: tuple[int, int]
+    mean: tuple[float, ...] | None  # of sampled latents, one a channel
+    std: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """What one encoder's tokens are: T = h * w = `grid` tokens of E = `width` channels."""
+
+    name: str
+    grid: tuple[int, int]
+    width: int
+    dtype: Literal["float16", "int8"]
+
+
+@dataclass(kw_only=True)
+class FeatureBatch:
+    """One encoder's rows as stored. E channels, T tokens.
+
+    tokens [B,T,E] float16 | int8; token_scale [B,T] float16 with int8 only; channel_mean, channel_std [B,E] float32;
+    cls_token [B,E] float16 where the encoder has one.
+    """
+
+    tokens: Tensor
+    channel_mean: Tensor
+    channel_std: Tensor
+    token_scale: Tensor | None = None
+    cls_token: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """Rows of a cache: rows [B] int64 and labels [B] int64, moments [B,M,h,w] float16, one FeatureBatch an encoder."""
+
+    rows: Tensor
+    labels: Tensor
+    moments: Tensor
+    features: list[FeatureBatch] = field(default_factory=list)
+
+
+# Names in a component's group and in a FeatureBatch
+_FEATURE_FIELDS = {
+    "patch_tokens": "tokens",
+    "token_scale": "token_scale",
+    "channel_mean": "channel_mean",
+    "channel_std": "channel_std",
+    "cls_token": "cls_token",
+}
+
+
+class CacheReader:
+    """Reads the finished components of a cache.
+
+    autoencoder  name of a group in latents/; None where there is only one
+    encoder      names of groups in features/, or one; None for the only one. () reads no tokens
+    check_reads  also verify each row's crc32c, which `repa-cache verify` otherwise does
+
+    Raises CacheError for what is missing, incomplete, damaged or of another format, and UsageError for a name that
+    the cache does not hold. One call of `rows` runs at a time.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        autoencoder: str | None = None,
+        encoder: str | Sequence[str] | None = None,
+        check_reads: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        attributes = _group_attributes(self.path)
+        if attributes is None:
+            raise CacheError(
+                f"{self.path}: no cache here. Make one with "
+                f"repa-cache build --cache {self.path} --data PATH --encoder NAME --autoencoder NAME"
+            )
+        self.layout = CacheLayout.from_attributes(attributes, self.path)
+        self._files = OpenFiles()
+        self._check_reads = check_reads
+        self._lock = threading.Lock()
+
+        self.fingerprints: dict[str, str] = {"dataset": self.layout.dataset_fingerprint}
+        self._valid = np.ones(self.num_samples, dtype=bool)
+        self.latents, self._moments = self._open_latents(self._choose(LATENTS, autoencoder))
+        names = [encoder] if encoder is None or isinstance(encoder, str) else list(encoder)
+        if len(set(names)) != len(names):
+            raise UsageError(f"--encoder names one encoder twice: {', '.join(map(str, names))}")
+        opened = [self._open_features(self._choose(FEATURES, name)) for name in names]
+        self.features = tuple(spec for spec, _ in opened)
+        self._feature_arrays = [arrays for _, arrays in opened]
+
+        self.valid_rows: NDArray = np.flatnonzero(self._valid)
+        if len(self.valid_rows) == 0:
+            raise CacheError(f"{self.path}: no sample is valid in every component that was asked for")
+        self.labels = self._read_labels()
+
+    @property
+    def num_samples(self) -> int:
+        """N, the rows of the cache, the invalid ones included."""
+        return self.layout.num_samples
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.layout.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.layout.class_names
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """identity, or identity and flip; the second argument of `rows` chooses among them."""
+        return self.layout.views
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side of the images behind the cache."""
+        return self.layout.resolution
+
+    def rows(self, indices: Any, views: Any = None, *, out: Batch | None = None) -> Batch:
+        """Read samples `indices` (any integers in [0, N), any order, repeats allowed) in views [B] (default: 0).
+
+        Returns CPU tensors; with `out`, an earlier batch of the same size, its tensors are filled and returned.
+        Raises UsageError for an index or view that the cache does not have, CacheError for rows that cannot be read.
+        """
+        rows = _integers(indices, "indices")
+        chosen = np.zeros_like(rows) if views is None else _integers(views, "views")
+        if chosen.shape != rows.shape:
+            raise UsageError(f"views is {list(chosen.shape)}, indices {list(rows.shape)}; expected one view a row")
+        for name, values, limit in (("index", rows, self.num_samples), ("view", chosen, len(self.views))):
+            if len(values) and not (values.min() >= 0 and values.max() < limit):
+                raise UsageError(f"{self.path}: {name} {_outside(values, limit)}; the cache has 0 to {limit - 1}")
+        batch = self.empty_batch(len(rows)) if out is None else out
+        with self._lock:
+            batch.rows.numpy()[:] = rows
+            np.take(self.labels, rows, out=batch.labels.numpy(), mode="clip")
+            self._moments.read(rows, chosen, batch.moments.numpy())
+            for arrays, features in zip(self._feature_arrays, batch.features, strict=True):
+                for name, array in arrays.items():
+                    array.read(rows, chosen, getattr(features, _FEATURE_FIELDS[name]).numpy())
+        return batch
+
+    def empty_batch(self, num: int, *, pin_memory: bool = False) -> Batch:
+        """Return a batch of `num` rows whose tensors are allocated and not filled."""
+
+        def allocate(layout: ArrayLayout) -> Tensor:
+            dtype = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}[layout.dtype]
+            return torch.empty((num, *layout.shape[2:]), dtype=dtype, pin_memory=pin_memory)
+
+        return Batch(
+            rows=torch.empty(num, dtype=torch.int64, pin_memory=pin_memory),
+            labels=torch.empty(num, dtype=torch.int64, pin_memory=pin_memory),
+            moments=allocate(self._moments.layout),
+            features=[
+                FeatureBatch(**{_FEATURE_FIELDS[name]: allocate(array.layout) for name, array in arrays.items()})
+                for arrays in self._feature_arrays
+            ],
+        )
+
+    def close(self) -> None:
+        """Close the open shard files; a later `rows` opens them again."""
+        with self._lock:
+            self._files.close()
+
+    def _choose(self, kind: str, name: str | None) -> str:
+        """Return the name of the group to use in latents/ or features/."""
+        option, what = ("--autoencoder", "autoencoder") if kind == LATENTS else ("--encoder", "encoder")
+        folder = self.path / kind
+        present = (
+            sorted(entry.name for entry in folder.iterdir() if (entry / "zarr.json").exists())
+            if folder.is_dir()
+            else []
+        )
+        if not present:
+            raise CacheError(
+                f"{self.path} holds no {what}. Add one with repa-cache build --cache {self.path} --data PATH "
+                f"{option} NAME" + ("" if kind == LATENTS else ", or train without alignment (--recipe sit)")
+            )
+        if name is None:
+            if len(present) > 1:
+                raise UsageError(f"{self.path} holds several: {', '.join(present)}. Choose with {option}")
+            return present[0]
+        for candidate in (name, encoder_aliases().get(name, name) if kind == FEATURES else name):
+            if candidate in present:
+                return candidate
+        raise UsageError(
+            f"{self.path} holds no {what} {name!r}; {nearest(name, present)}. Add it with repa-cache build "
+            f"--cache {self.path} --data PATH {option} {name}"
+        )
+
+    def _open(self, kind: str, name: str) -> tuple[ComponentSpec, Mapping[str, Any], dict[str, RowArray]]:
+        """Open a finished component, AND its `valid` into ours and note its fingerprint."""
+        group = self.path / kind / name
+        attributes = _group_attributes(group) or {}
+        component = ComponentSpec.from_attributes(attributes, group)
+        if attributes.get(COMPLETE) is not True:
+            option = "--autoencoder" if kind == LATENTS else "--encoder"
+            dtype = f" --dtype {component.dtype}" if component.dtype != "float16" else ""
+            random = " --random-weights" if component.spec.get("random_weights") else ""
+            raise CacheError(
+                f"{group} is not complete: its build has not finished. Finish it with repa-cache build "
+                f"--cache {self.path} --data PATH {option} {component.name}{dtype}{random}"
+            )
+        if attributes.get("dataset_fingerprint") != self.layout.dataset_fingerprint:
+            raise CacheError(f"{group} was made from other data than {self.path} says; build it again")
+        arrays = {
+            layout.name: open_array(group, layout, files=self._files, check_reads=self._check_reads)
+            for layout in component.arrays(self.layout)
+            if layout.name != "source_bytes"
+        }
+        self._valid &= _read_column(arrays.pop("valid"))
+        self.fingerprints[f"{kind}/{name}"] = str(attributes["fingerprint"])
+        return component, attributes, arrays
+
+    def _open_latents(self, name: str) -> tuple[LatentSpec, RowArray]:
+        component, attributes, arrays = self._open(LATENTS, name)
+        mean, std = attributes.get("latent_mean"), attributes.get("latent_std")
+        spec = LatentSpec(
+            name=name,
+            entry=component.spec["entry"],
+            kind=component.spec["kind"],
+            channels=component.spec["latent_channels"],
+            size=tuple(component.spec["latent_size"]),
+            mean=None if mean is None else tuple(mean),
+            std=None if std is None else tuple(std),
+        )
+        return spec, arrays["moments"]
+
+    def _open_features(self, name: str) -> tuple[FeatureSpec, dict[str, RowArray]]:
+        component, _, arrays = self._open(FEATURES, name)
+        spec = FeatureSpec(
+            name=name, grid=tuple(component.spec["grid"]), width=component.spec["width"], dtype=component.dtype
+        )
+        return spec, arrays
+
+    def _read_labels(self) -> NDArray:
+        import zarr
+
+        try:
+            labels = np.asarray(zarr.open_array(self.path / "label", mode="r")[:]).astype(np.int64)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CacheError(f"{self.path / 'label'} cannot be read ({error}); the cache is damaged") from error
+        if labels.shape != (self.num_samples,) or labels.min() < 0 or labels.max() >= self.num_classes:
+            raise CacheError(
+                f"{self.path / 'label'} is {list(labels.shape)} with labels up to {labels.max()}; expected "
+                f"[{self.num_samples}] below {self.num_classes}: the cache is damaged"
+            )
+        return labels
+
+
+def _group_attributes(path: Path) -> dict[str, Any] | None:
+    """Return the attributes of a Zarr v3 group, None where there is none."""
+    try:
+        metadata = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
+        if metadata["zarr_format"] != 3 or metadata["node_type"] != "group":
+            raise ValueError("not a Zarr v3 group")
+        return dict(metadata["attributes"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{path / 'zarr.json'} cannot be read ({error}); it is damaged or not a cache's") from error
+
+
+def _read_column(array: RowArray) -> NDArray:
+    """Return a whole array [N], whose inner chunk is a whole shard."""
+    (num,), (shard,) = array.layout.shape, array.layout.shard
+    starts = np.arange(0, num, shard)
+    out = np.zeros((len(starts), shard), dtype=array.layout.dtype)
+    array.read(starts, np.zeros_like(starts), out)
+    return out.reshape(-1)[:num]
+
+
+def _integers(values: Any, name: str) -> NDArray:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise UsageError(f"{name} is {array.dtype} {list(array.shape)}; expected integers [B]")
+    return array.astype(np.int64)
+
+
+def _outside(values: NDArray, limit: int) -> int:
+    return int(values[(values < 0) | (values >= limit)][0])
