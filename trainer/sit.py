@@ -8,8 +8,9 @@ Shapes: B batch, C channels, T = (input_size / patch_size)^2 tokens in row-major
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..cache_specs.errors import UsageError, nearest
-from .projector import ProjectorConfig, make_projector
+from .projector import Projector, ProjectorConfig, make_projector
 
 # depth, width, heads. SiT publishes S to XL; Ti is DeiT-Ti's shape (arXiv 2012.12877), for small machines.
 SIZES = {
@@ -32,7 +33,7 @@ NUM_FREQUENCIES = 256  # of the timestep embedding, half of them cosines
 
 @dataclass(frozen=True, kw_only=True)
 class SiTConfig:
-    """The shape of a SiT. `input_size` is the latent's side in latent pixels; `num_classes` leaves out the null class."""
+    """The shape of a SiT. `input_size` is the latent's side; `num_classes` does not count the null class."""
 
     name: str
     input_size: int
@@ -280,7 +281,7 @@ class SiT(nn.Module):
                     nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
         self.pos_embed.copy_(torch.from_numpy(sincos_pos_embed(self.config.hidden_size, self.grid)))
-        for index, projector in enumerate(self.projectors):
+        for index, projector in enumerate(cast(Iterable[Projector], self.projectors)):
             projector.initialize(torch.Generator().manual_seed(_derived_seed(seed, index)))
 
     def forward(
