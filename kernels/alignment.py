@@ -54,10 +54,11 @@ def _loss_and_dz(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # dz's own gradient does not exist: do not fill [B,T,E] zeros for it
     ctx.num_inputs = len(inputs)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "cosine_alignment: backward(create_graph=True) asks for a second derivative, which the fused op does not "
@@ -76,7 +77,7 @@ def _times_upstream(dz: Tensor, grad: Tensor) -> Tensor:
     the product has memory of its own, so that a second backward gives the same gradient.
     """
     if not _is_eager(dz) or torch._C._autograd._get_current_graph_task_keep_graph():
-        return dz * grad.to(dz.dtype) if dz.dtype == torch.float32 else (dz.float() * grad).to(dz.dtype)
+        return (dz.float() * grad).to(dz.dtype)
     if dz.is_cuda:
         from .alignment_triton import scale_unless_one
 

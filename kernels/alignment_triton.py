@@ -21,7 +21,6 @@ from .reference import NORM_EPS, STD_EPS
 
 ROWS = 16  # tokens a program: its statistics cost 8 bytes an element once for 16 rows of 5 to 6, from L2
 ELEMENTS_PER_THREAD = 8
-WARP = 32
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS = 2048  # each loops, so that a gradient of 1 costs one small launch whatever the size
 
@@ -171,9 +170,9 @@ def scale_unless_one_kernel(
             tl.store(dz_ptr + at, (dz * grad).to(dz_ptr.dtype.element_ty), mask=at < n)
 
 
-def num_warps(width: int) -> int:
+def num_warps(width: int, warp_size: int = 32) -> int:
     """Return the warps for rows of `width`: 8 elements a thread, at most 16 warps."""
-    return max(1, min(16, triton.next_power_of_2(width) // (ELEMENTS_PER_THREAD * WARP)))
+    return max(1, min(16, triton.next_power_of_2(width) // (ELEMENTS_PER_THREAD * warp_size)))
 
 
 def launchable(kernel: Any, tensor: Tensor) -> Any:
@@ -211,6 +210,8 @@ def fused(
     blocks = triton.cdiv(K, ROWS)
     partial = torch.empty((B, blocks), dtype=torch.float32, device=z.device)
 
+    warp_size = torch.cuda.get_device_properties(z.device).warp_size if z.is_cuda else 32  # 64 on gfx942
+
     def given(t: Tensor | None) -> Tensor:
         return z if t is None else t  # an address that the kernel does not touch
 
@@ -239,7 +240,7 @@ def fused(
         NEEDS_DZ=dz is not None,
         STD_EPS=STD_EPS,
         NORM_EPS=NORM_EPS,
-        num_warps=num_warps(E),
+        num_warps=num_warps(E, warp_size),
     )
     return partial.sum()
 
