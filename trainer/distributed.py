@@ -1,0 +1,142 @@
+"""One process or many: who I am, how gradients and logged numbers are averaged, how all stop at the same step.
+
+torchrun sets the environment that `join` reads; without it there is one process and no process group. Gradients are
+averaged over ranks by DistributedDataParallel; everything else that crosses ranks is here.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..cache_specs.errors import JobError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The processes of a run and this one's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of `values` over ranks."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values = values / self.size
+        return values
+
+    def wait(self) -> None:
+        """Return when every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def join(device: str) -> Iterator[World]:
+    """Enter the run's process group, if torchrun made one, and leave it at the end.
+
+    `device` is "cuda" or "cpu"; ranks on CUDA take the device of their local rank. Raises UsageError for a CUDA
+    device that is not there.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"local rank {local_rank} wants cuda:{local_rank}, and this machine has {torch.cuda.device_count()} "
+                f"CUDA devices. Start fewer processes, or train with --device cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    place = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    if size == 1:
+        yield World(rank=0, size=1, device=place)
+        return
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield World(rank=rank, size=size, device=place)
+    except RuntimeError as error:
+        # What gloo and NCCL raise where a peer has gone; the peer has printed its own reason.
+        if any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
+            raise JobError(f"rank {rank} stops: another rank has stopped; its message says why") from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, world: World) -> nn.Module:
+    """Return `model` with its gradients averaged over ranks; alone, the model itself."""
+    if world.size == 1:
+        return model
+    device_ids = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def settle_buckets(wrapped: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Run one step whose gradients are thrown away.
+
+    DistributedDataParallel regroups its buckets after the first backward pass it sees. With three ranks or more the
+    order of a ring's additions depends on them, and the first step after a resume would differ in the last bit from
+    the same step of an uninterrupted run. After this, every step of either uses the same buckets.
+    """
+    velocity, projections = wrapped(*inputs, return_projections=True)
+    sum((tokens.float().mean() for tokens in projections), start=velocity.float().mean()).backward()
+    wrapped.zero_grad(set_to_none=True)
+
+
+def averaging(wrapped: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return the context of one micro-batch: ranks average their gradients in the backward pass of the last only."""
+    if last or not isinstance(wrapped, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return wrapped.no_sync()
+
+
+class StopRequest:
+    """SIGTERM as a question asked once a step: `due()` is true on every rank at the same step.
+
+    With several ranks the answer is that of the step before: its reduction ran while this step did, so nobody waits.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._asked = False
+        self._previous: Any = None
+        self._pending: tuple[Any, Tensor] | None = None
+        # The device's group must not wait for this one, nor the host for the device.
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+
+    def __enter__(self) -> Self:
+        self._previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def due(self) -> bool:
+        """Say whether to save and stop at this step."""
+        if self._world.size == 1:
+            return self._asked
+        finished, asked = self._pending, torch.tensor([float(self._asked)])
+        work = dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (work, asked)
+        if finished is None:
+            return False
+        finished[0].wait()
+        return bool(finished[1].item())
+
+    def _ask(self, _signal: int, _frame: FrameType | None) -> None:
+        self._asked = True
