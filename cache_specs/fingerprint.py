@@ -1,7 +1,7 @@
 """Fingerprints: sha256 of canonical JSON, chained from the manifest to each component.
 
     manifest  = sha256 over sample ids and labels, in row order
-    transform = sha256({manifest, resolution, crop, views})
+    transform = sha256({manifest, resolution, crop, views, class names})
     component = sha256({transform, spec, precision, dtype, weights})
 
 `weights` is a digest of names, dtypes, shapes and bytes in name order, so that the same weights give the same digest
@@ -37,9 +37,12 @@ def manifest_fingerprint(sample_ids: Sequence[str], labels: Sequence[int]) -> st
     return sha.hexdigest()
 
 
-def transform_fingerprint(manifest: str, *, resolution: int, crop: str, views: Sequence[str]) -> str:
-    """Return the fingerprint of the decoded pictures: the manifest, the crop and the views."""
-    return digest({"manifest": manifest, "resolution": resolution, "crop": crop, "views": list(views)})
+def transform_fingerprint(
+    manifest: str, *, resolution: int, crop: str, views: Sequence[str], class_names: Sequence[str]
+) -> str:
+    """Return the fingerprint of the decoded, labelled pictures: the manifest, the crop, the views, the class names."""
+    fields = {"manifest": manifest, "resolution": resolution, "crop": crop}
+    return digest({**fields, "views": list(views), "class_names": list(class_names)})
 
 
 def weights_digest(tensors: Iterable[tuple[str, str, Sequence[int], bytes | memoryview]]) -> str:

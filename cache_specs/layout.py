@@ -55,6 +55,10 @@ class ArrayLayout:
     def num_shards(self) -> int:
         return -(-self.shape[0] // self.shard[0])
 
+    def num_chunks(self, samples: int) -> int:
+        """Return how many inner chunks of a shard hold its first `samples` samples; they come first in C order."""
+        return math.prod(self.chunks_per_shard) * samples // self.shard[0] if self.inner[0] == 1 else 1
+
     def shard_file(self, shard: int) -> str:
         """Return the file name, relative to the array's folder, of the shard of sample range `shard`."""
         return ".".join(["c", str(shard)] + ["0"] * (len(self.shape) - 1))

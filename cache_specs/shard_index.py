@@ -41,7 +41,7 @@ def unpack_index(tail: bytes, layout: ArrayLayout, *, file_bytes: int, where: Pa
     """
     size = index_bytes(layout)
     if len(tail) != size:
-        raise CacheError(f"{where}: {file_bytes} bytes, too short for a shard, whose index alone has {size}; it was cut")
+        raise CacheError(f"{where}: {file_bytes} bytes, but the index of a shard alone has {size}; it was cut")
     if checksum(tail[:-CHECKSUM_BYTES]) != tail[-CHECKSUM_BYTES:]:
         raise CacheError(f"{where}: the checksum of the shard's index does not hold; the file is damaged or was cut")
     entries = np.frombuffer(tail, dtype="<u8", count=size // 16 * 2).reshape(-1, 2)

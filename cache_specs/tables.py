@@ -56,8 +56,8 @@ class EncoderEntry:
         side = resolution // 16 if grid is None else grid
         if side < 2:
             raise UsageError(
-                f"--encoder {self.name} at resolution {resolution}: a grid of {side} x {side}; spatial statistics need at "
-                f"least 2 x 2, so name one: --encoder {self.name}:grid=8"
+                f"--encoder {self.name} at resolution {resolution}: a grid of {side} x {side}; spatial statistics "
+                f"need at least 2 x 2, so name one: --encoder {self.name}:grid=8"
             )
         input_size = side * self.patch if self.has_weights else resolution
         return {

@@ -1,0 +1,297 @@
+"""The build: which ranges of which components are missing, and everything from the manifest to `complete`.
+
+manifest -> layout -> locks -> missing ranges -> workers -> shards -> statistics -> complete
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..cache_specs.errors import UsageError, nearest
+from ..cache_specs.fingerprint import transform_fingerprint
+from ..cache_specs.layout import BAD_FILES, CROP, DEFAULT_SHARD_SAMPLES, VIEWS, CacheLayout
+from ..cache_specs.schema import FEATURES, LATENTS, ComponentSpec
+from ..cache_specs.tables import ResolvedModel, resolve_autoencoder, resolve_encoder
+from .decode import decode_batch
+from .encode import ModelRequest, load_model
+from .job import JobOptions, RangeWork, open_pool
+from .manifest import Manifest
+from .statistics import component_statistics
+from .store import CacheStore, read_attributes
+
+DEFAULT_RESOLUTION = 256
+DEFAULT_AUTOENCODER = "sd-vae-ft-mse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What `repa-cache build` is asked. None leaves a choice to the cache on disk, or to the default for a new one."""
+
+    manifest: Manifest
+    cache: Path
+    encoders: tuple[str, ...]
+    autoencoder: str | None = None
+    resolution: int | None = None
+    flip: bool | None = None
+    shard_samples: int | None = None
+    dtype: str = "float16"
+    precision: str = "fp32"
+    compressor: str = "none"
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    random_weights: bool = False
+    batch_size: int = 32
+    device: str = "cpu"
+    threads: int | None = None
+    workers: int | None = None
+    address: str | None = None
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size {self.batch_size}: expected at least 1")
+        if self.workers is not None and self.workers < 0:
+            raise UsageError(f"--workers {self.workers}: expected 0 (this process) or more")
+        if self.resolution is not None and self.resolution < 8:
+            raise UsageError(f"--resolution {self.resolution}: expected at least 8 pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildPlan:
+    """What a build would do: `missing` ranges by component path, of `layout.num_ranges`."""
+
+    layout: CacheLayout
+    requests: tuple[ModelRequest, ...]
+    missing: Mapping[str, list[int]]
+    exists: bool
+
+    def work(self) -> dict[int, tuple[str, ...]]:
+        """Return, for each range with something missing, the component paths it is missing in."""
+        by_range: dict[int, list[str]] = {}
+        for path, ranges in self.missing.items():
+            for index in ranges:
+                by_range.setdefault(index, []).append(path)
+        return {index: tuple(by_range[index]) for index in sorted(by_range)}
+
+
+@dataclass(kw_only=True)
+class BuildReport:
+    """What a build did. `bad` gives the reason by sample row; `statistics` what completion wrote, by component path."""
+
+    num_images: int = 0
+    seconds: float = 0.0
+    bad: dict[int, str] = field(default_factory=dict)
+    completed: list[str] = field(default_factory=list)
+    statistics: dict[str, dict[str, object]] = field(default_factory=dict)
+
+
+def plan_build(options: BuildOptions) -> BuildPlan:
+    """Resolve every name and find what is missing, without loading a model or writing a byte."""
+    attributes = read_attributes(options.cache) if options.cache.is_dir() else None
+    found = None if attributes is None else CacheLayout.from_attributes(attributes, options.cache)
+    layout = _layout(options, found)
+    requests = tuple(_requests(options, layout))
+    store = CacheStore(options.cache, layout)
+    missing: dict[str, list[int]] = {}
+    for request in requests:
+        asked = request.component("")
+        on_disk = store.component(asked.path)
+        missing[asked.path] = list(range(layout.num_ranges)) if on_disk is None else store.missing_ranges(on_disk)
+    return BuildPlan(layout=layout, requests=requests, missing=missing, exists=found is not None)
+
+
+def run_build(
+    options: BuildOptions, *, on_start: Callable[[int, int], None], on_progress: Callable[[int], None]
+) -> BuildReport:
+    """Build what is missing and complete every component that has all its ranges.
+
+    `on_start(done, total)` and `on_progress(samples)` count samples of ranges. Raises `RepaError` for what cannot be
+    built; bad images are no error here but entries of the report.
+    """
+    plan = plan_build(options)
+    store = CacheStore.create_or_open(options.cache, plan.layout, options.manifest)
+    report = BuildReport()
+    with contextlib.ExitStack() as locks:
+        for path in sorted(plan.missing):
+            locks.enter_context(store.lock(path))
+        plan = plan_build(options)  # again, now that no other build can change what is missing
+        _check_on_disk(store, plan, options)
+        work = plan.work()
+        sizes = [stop - start for start, stop in map(store.layout.sample_range, range(store.layout.num_ranges))]
+        on_start(sum(sizes) - sum(sizes[k] for k in work), sum(sizes))
+        if work:
+            _encode(store, plan, options, report, on_progress)
+        _complete(store, plan, options, report)
+    return report
+
+
+def _encode(
+    store: CacheStore, plan: BuildPlan, options: BuildOptions, report: BuildReport, on_progress: Callable[[int], None]
+) -> None:
+    pending = tuple(request for request in plan.requests if plan.missing[request.component("").path])
+    job = JobOptions(
+        cache=options.cache.absolute(),
+        layout=store.layout,
+        requests=pending,
+        source=options.manifest.source,
+        batch_size=options.batch_size,
+        device=options.device,
+        threads=options.threads or max(1, (os.cpu_count() or 1) // max(1, options.workers or 1)),
+        skip_bad=options.skip_bad,
+    )
+    with open_pool(job, workers=options.workers, address=options.address) as pool:
+        for component in pool.components:
+            store.create_component(component)
+        started = time.monotonic()
+        for result in pool.run(_range_works(store, plan.work(), options.manifest)):
+            report.num_images += result.num_samples
+            report.bad.update(result.bad)
+            on_progress(result.num_samples)
+        report.seconds = time.monotonic() - started
+
+
+def _range_works(store: CacheStore, work: Mapping[int, tuple[str, ...]], manifest: Manifest) -> Iterator[RangeWork]:
+    done = {}
+    for path in store.components():
+        component = store.component(path)
+        if component is not None:
+            done[path] = set(range(store.layout.num_ranges)) - set(store.missing_ranges(component))
+    for index, paths in work.items():
+        start, stop = store.layout.sample_range(index)
+        yield RangeWork(
+            index=index,
+            paths=paths,
+            sample_ids=tuple(manifest.sample_ids[start:stop].tolist()),
+            expected_bytes=_known_bytes(store, [path for path in done if index in done[path]], start, stop),
+        )
+
+
+def _known_bytes(store: CacheStore, paths: Sequence[str], start: int, stop: int) -> np.ndarray:
+    """Return the file sizes [b] int64 that built components of this range recorded, 0 where none did.
+
+    One component is enough where it has every sample; the others only fill the gaps that its bad images left.
+    """
+    known = np.zeros(stop - start, dtype=np.int64)
+    for path in paths:
+        if known.all():
+            break
+        known = np.where(known == 0, store.read(f"{path}/source_bytes", start, stop), known)
+    return known
+
+
+def _complete(store: CacheStore, plan: BuildPlan, options: BuildOptions, report: BuildReport) -> None:
+    for path in plan.missing:
+        component = store.component(path)
+        if component is None or store.is_complete(path) or store.missing_ranges(component):
+            continue
+        results = component_statistics(store, component)
+        bad = _bad_files(store, path, options.manifest)
+        if bad:
+            results[BAD_FILES] = bad
+        store.complete_component(component, results)
+        report.completed.append(path)
+        report.statistics[path] = results
+
+
+def _bad_files(store: CacheStore, path: str, manifest: Manifest) -> dict[str, str]:
+    """Return the reason by sample id of every row that is not valid.
+
+    The files are looked at once more: the reason survives a build that was killed between its range and completion.
+    """
+    reasons = {}
+    for row in np.flatnonzero(~store.read(f"{path}/valid", 0, store.layout.num_samples)).tolist():
+        sample_id = str(manifest.sample_ids[row])
+        others = [other for other in store.components() if other != path and store.is_complete(other)]
+        expected = _known_bytes(store, others, row, row + 1)
+        bad = decode_batch(manifest.source, [sample_id], store.layout.resolution, expected).bad
+        reasons[sample_id] = bad.get(0, "it could not be used when it was encoded; it can be now")
+    return reasons
+
+
+def _check_on_disk(store: CacheStore, plan: BuildPlan, options: BuildOptions) -> None:
+    """Refuse a component that is on disk with other settings.
+
+    Weights are compared when a worker loads them for what is missing; where nothing is missing they are loaded for the
+    comparison only if a file was named.
+    """
+    for request in plan.requests:
+        found = store.component(request.component("").path)
+        if found is not None:
+            weights = found.weights
+            if request.weights_file is not None and not plan.missing[found.path]:
+                _, weights = load_model(request, options.device)
+            store.create_component(request.component(weights))
+
+
+def _layout(options: BuildOptions, found: CacheLayout | None) -> CacheLayout:
+    def choose(asked: int | None, on_disk: int | None, default: int) -> int:
+        return asked if asked is not None else on_disk if on_disk is not None else default
+
+    manifest = options.manifest
+    resolution = choose(options.resolution, found.resolution if found else None, DEFAULT_RESOLUTION)
+    shard_samples = choose(options.shard_samples, found.shard_samples if found else None, DEFAULT_SHARD_SAMPLES)
+    flip = options.flip if options.flip is not None else found is not None and len(found.views) > 1
+    views = VIEWS if flip else VIEWS[:1]
+    fingerprint = manifest.fingerprint()
+    return CacheLayout(
+        num_samples=len(manifest),
+        resolution=resolution,
+        views=views,
+        class_names=manifest.class_names,
+        shard_samples=shard_samples,
+        manifest_fingerprint=fingerprint,
+        dataset_fingerprint=transform_fingerprint(
+            fingerprint, resolution=resolution, crop=CROP, views=views, class_names=manifest.class_names
+        ),
+    )
+
+
+def _requests(options: BuildOptions, layout: CacheLayout) -> Iterator[ModelRequest]:
+    resolved: list[tuple[str, str, ResolvedModel]] = []
+
+    def resolve(resolver: Callable[..., ResolvedModel], name: str) -> ResolvedModel:
+        return resolver(name, resolution=layout.resolution, random_weights=options.random_weights)
+
+    autoencoder = options.autoencoder
+    if autoencoder is None:
+        has_latents = any(path.startswith(LATENTS) for path in CacheStore(options.cache, layout).components())
+        autoencoder = "none" if has_latents else DEFAULT_AUTOENCODER
+    if autoencoder != "none":
+        resolved.append((LATENTS, "float16", resolve(resolve_autoencoder, autoencoder)))
+    resolved += [(FEATURES, options.dtype, resolve(resolve_encoder, request)) for request in options.encoders]
+    if not resolved:
+        raise UsageError("nothing to build: name at least one --encoder or an --autoencoder")
+    entries = {model.entry.name for _, _, model in resolved}
+    for name in options.weights:
+        if name not in entries:
+            raise UsageError(f"--weights {name}=...: {name} is not asked for; {nearest(name, entries)}")
+    seen = set()
+    for kind, dtype, model in resolved:
+        if (kind, model.name) in seen:
+            continue
+        seen.add((kind, model.name))
+        yield ModelRequest(
+            kind=kind,
+            name=model.name,
+            spec=model.spec,
+            dtype=dtype,
+            precision=options.precision,
+            compressor=options.compressor,
+            weights_file=None if model.spec["random_weights"] else options.weights.get(model.entry.name),
+        )
+
+
+def describe(component: ComponentSpec, layout: CacheLayout) -> list[tuple[str, str, int]]:
+    """Return a line an array, `(name, dtype and shape, bytes)`, uncompressed and without checksums."""
+    return [
+        (
+            array.name,
+            f"{array.dtype} {list(array.shape)}",
+            int(np.prod(array.shape, dtype=np.int64)) * np.dtype(array.dtype).itemsize,
+        )
+        for array in component.arrays(layout)
+    ]

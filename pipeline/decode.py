@@ -1,0 +1,106 @@
+"""One image file becomes one uint8 square: decoded, turned upright, centre-cropped as ADM does.
+
+Every mode of Pillow's is brought to 8-bit RGB: 16-bit grey is scaled by 1/257, CMYK, palette and grey are converted,
+alpha is dropped, as the field's own tools do. EXIF rotation is applied. What cannot be decoded is a `BadImage` with its
+reason; it never stops the others.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .manifest import ImageSource
+
+
+class BadImage(Exception):
+    """One picture that cannot be used, with the reason; always caught and listed by sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedBatch:
+    """A sub-batch of consecutive rows.
+
+    `images` [b, H, W, 3] uint8, zeros where bad; `source_bytes` [b] int64, the size of each file, 0 where bad;
+    `bad` gives the reason by offset in the batch.
+    """
+
+    images: np.ndarray
+    source_bytes: np.ndarray
+    bad: dict[int, str]
+
+
+def decode_batch(
+    source: ImageSource, sample_ids: Sequence[str], resolution: int, expected_bytes: np.ndarray
+) -> DecodedBatch:
+    """Decode consecutive samples.
+
+    `expected_bytes` [b] int64: the size each file had when an earlier component of this cache was built, 0 where no
+    component has it; another size is a bad image, since all components of a sample come from the same picture.
+    """
+    images = np.zeros((len(sample_ids), resolution, resolution, 3), dtype=np.uint8)
+    source_bytes = np.zeros(len(sample_ids), dtype=np.int64)
+    bad: dict[int, str] = {}
+    for i, sample_id in enumerate(sample_ids):
+        try:
+            data = source.read(sample_id)
+            if expected_bytes[i] not in (0, len(data)):
+                raise BadImage(
+                    f"the file has {len(data)} bytes now, and had {expected_bytes[i]} when an earlier component of "
+                    "this cache was built; put the old file back, or build a new cache"
+                )
+            images[i] = decode(data, resolution)
+            source_bytes[i] = len(data)
+        except OSError as error:
+            bad[i] = f"cannot be read ({error.strerror or error})"
+        except BadImage as error:
+            bad[i] = str(error)
+    return DecodedBatch(images=images, source_bytes=source_bytes, bad=bad)
+
+
+def decode(data: bytes, resolution: int) -> np.ndarray:
+    """Return the centre crop [resolution, resolution, 3] uint8 of an image file; raise `BadImage` with the reason."""
+    if not data:
+        raise BadImage("an empty file")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return center_crop(_to_rgb(upright), resolution)
+    except Image.UnidentifiedImageError as error:
+        raise BadImage("not an image") from error
+    except BadImage:
+        raise
+    # Decoders of damaged files raise whatever they like (SyntaxError, struct.error, IndexError, ...), and an image can
+    # ask for more memory than there is: each is this file's fault, and its name and reason are all that helps.
+    except Exception as error:
+        raise BadImage(f"cannot be decoded ({error or type(error).__name__})") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey; Pillow's own conversion would clip at 255.
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65_535:
+            raise BadImage(f"grey values {values.min()} to {values.max()}, expected 0 to 65535")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImage("floating-point pixels have no fixed white; convert it to 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
+    """Return ADM's centre crop (Dhariwal and Nichol, arXiv 2105.05233) of an RGB image.
+
+    Halve with a box filter while the short side is at least twice the resolution, scale the short side to it
+    (bicubic), cut out the centre: [resolution, resolution, 3] uint8.
+    """
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    pixels = np.asarray(image.resize(size, resample=Image.Resampling.BICUBIC))
+    top, left = (size[1] - resolution) // 2, (size[0] - resolution) // 2
+    return pixels[top : top + resolution, left : left + resolution]

@@ -1,0 +1,196 @@
+"""One worker: the models of a build on one device, and the encoding of one sample range into shards.
+
+A range is the unit of work. Exactly one worker encodes it, whole, in the same sub-batches from its first row, and
+appends rows to partial files, so that memory is one sub-batch; one decode feeds every component.
+"""
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cache_specs.errors import CacheError
+from ..cache_specs.layout import ArrayLayout, CacheLayout
+from ..cache_specs.schema import FEATURES, ComponentSpec
+from .autoencoders import load_autoencoder
+from .decode import DecodedBatch
+from .encoders import load_encoder
+from .quantize import stored_tokens
+from .shards import ShardWriter, disk_error
+from .store import CacheStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRequest:
+    """A component asked for: a `ComponentSpec` whose weights are not loaded yet, and where to find them."""
+
+    kind: str
+    name: str
+    spec: Mapping[str, Any]
+    dtype: str
+    precision: str
+    compressor: str
+    weights_file: Path | None = None
+
+    def component(self, weights: str) -> ComponentSpec:
+        """Return the component's spec, given what identifies its weights."""
+        return ComponentSpec(
+            kind=self.kind,  # type: ignore[arg-type]  # checked in ComponentSpec.__post_init__, as the next two
+            name=self.name,
+            spec=self.spec,
+            dtype=self.dtype,  # type: ignore[arg-type]
+            precision=self.precision,  # type: ignore[arg-type]
+            compressor=self.compressor,  # type: ignore[arg-type]
+            weights=weights,
+        )
+
+
+@dataclass(kw_only=True)
+class RangeResult:
+    """What became of one range: `written` component paths, `bad` reasons by sample row."""
+
+    index: int
+    num_samples: int
+    written: list[str] = field(default_factory=list)
+    bad: dict[int, str] = field(default_factory=dict)
+
+
+class Worker:
+    """The models of a build on one device.
+
+    `threads` sets torch's intra-op threads explicitly: the same number gives the same bits in-process and under Ray,
+    which would otherwise set it to 1.
+    """
+
+    def __init__(
+        self, cache: Path, layout: CacheLayout, requests: Sequence[ModelRequest], *, device: str, threads: int
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._store = CacheStore(cache, layout)
+        self._encoders: dict[str, Callable[[torch.Tensor], dict[str, torch.Tensor]]] = {}
+        self.components: list[ComponentSpec] = []
+        for request in requests:
+            encode, weights = load_model(request, device)
+            component = request.component(weights)
+            self._encoders[component.path] = encode
+            self.components.append(component)
+
+    def encode_range(
+        self, index: int, paths: Sequence[str], batches: Iterable[DecodedBatch], *, skip_bad: bool
+    ) -> RangeResult:
+        """Encode one range into the components at `paths` and commit it.
+
+        A range with a bad image is not written, unless `skip_bad`: then its row is zero and `valid` false. Every
+        sub-batch is looked at in either case, so that every bad file is listed. Raises `CacheError` where the disk
+        refuses, or naming component and sample where a stored value is not finite.
+        """
+        start, stop = self._store.layout.sample_range(index)
+        result = RangeResult(index=index, num_samples=stop - start)
+        writers = [
+            _ComponentWriter(self._store, component, index) for component in self.components if component.path in paths
+        ]
+        try:
+            row = start
+            for batch in batches:
+                result.bad.update({row + offset: reason for offset, reason in batch.bad.items()})
+                if skip_bad or not result.bad:
+                    for writer in writers:
+                        writer.append(row, batch, self._encoders[writer.component.path])
+                row += len(batch.images)
+            assert row == stop, (row, stop)
+            if skip_bad or not result.bad:
+                for writer in writers:
+                    writer.commit()
+                    result.written.append(writer.component.path)
+        finally:
+            for writer in writers:
+                writer.abandon()
+        return result
+
+
+def load_model(request: ModelRequest, device: str) -> tuple[Callable[[torch.Tensor], dict[str, torch.Tensor]], str]:
+    """Load a model; return its function from images [b, 3, H, W] uint8 to one view's stored arrays, and its weights."""
+    options: dict[str, Any] = {"weights": request.weights_file, "precision": request.precision, "device": device}
+    if request.kind == FEATURES:
+        encoder = load_encoder(request.spec, **options)
+
+        def encode_features(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            tokens, cls_token = encoder(images)
+            arrays = stored_tokens(tokens, request.dtype)
+            return arrays if cls_token is None else {**arrays, "cls_token": cls_token.half()}
+
+        return encode_features, encoder.weights
+    autoencoder = load_autoencoder(request.spec, **options)
+    return lambda images: {"moments": autoencoder.encode(images).half()}, autoencoder.weights
+
+
+class _ComponentWriter:
+    """The partial shards of one range of one component."""
+
+    def __init__(self, store: CacheStore, component: ComponentSpec, index: int) -> None:
+        self.component = component
+        self._store = store
+        self._index = index
+        self._views = store.layout.num_views
+        self._arrays = {layout.name: layout for layout in component.arrays(store.layout)}
+        self._writers: dict[str, ShardWriter] = {}
+        self._records: dict[str, list[np.ndarray]] = {"valid": [], "source_bytes": []}
+        # A name of its own: a worker of a killed build that still runs never shares a file with this one.
+        self._folder = store.partial_folder(component.path) / f"{index}-{uuid.uuid4().hex}"
+        try:
+            self._folder.mkdir(parents=True)
+        except OSError as error:
+            raise disk_error(self._folder, error) from error
+
+    def append(self, row: int, batch: DecodedBatch, encode: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> None:
+        images = torch.tensor(batch.images).permute(0, 3, 1, 2)
+        views = [encode(images)] + [encode(images.flip(-1)) for _ in range(self._views - 1)]
+        for name in views[0]:
+            # [b, V, ...]: chunks lie in C order over (sample, view)
+            values = torch.stack([view[name] for view in views], dim=1).cpu().numpy()
+            values[list(batch.bad)] = 0
+            self._check_finite(name, row, values)
+            self._writer(name).append(values.reshape(-1, *values.shape[2:]))
+        valid = np.ones(len(batch.images), dtype=bool)
+        valid[list(batch.bad)] = False
+        self._records["valid"].append(valid)
+        self._records["source_bytes"].append(batch.source_bytes)
+
+    def commit(self) -> None:
+        for name, pieces in self._records.items():
+            layout = self._arrays[name]
+            record = np.zeros((1, *layout.inner), dtype=layout.dtype)
+            values = np.concatenate(pieces)
+            record[0, : len(values)] = values
+            self._writer(name).append(record)
+        for writer in self._writers.values():
+            writer.close()
+        self._store.commit_range(self.component, self._index, {n: w.path for n, w in self._writers.items()})
+
+    def abandon(self) -> None:
+        """Remove what was not committed."""
+        for writer in self._writers.values():
+            writer.abandon()
+        with contextlib.suppress(FileNotFoundError):  # a newer build of this component has cleared it
+            self._folder.rmdir()
+
+    def _writer(self, name: str) -> ShardWriter:
+        if name not in self._writers:
+            layout: ArrayLayout = self._arrays[name]
+            self._writers[name] = ShardWriter(self._folder / name, layout, self.component.compressor)
+        return self._writers[name]
+
+    def _check_finite(self, name: str, row: int, values: np.ndarray) -> None:
+        if values.dtype.kind != "f" or np.isfinite(values).all():
+            return
+        offset = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(axis=1)))
+        sample_id = self._store.read("sample_id", row + offset, row + offset + 1)[0]
+        raise CacheError(
+            f"{self._store.path}: {self.component.path}: {name} of sample {row + offset} ({sample_id}) is not finite "
+            f"after rounding to {values.dtype}; store this encoder with --dtype int8, or leave the image out"
+        )

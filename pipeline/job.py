@@ -1,0 +1,258 @@
+"""Where ranges are encoded: in this process, or by Ray on a machine or a cluster. The only importer of ray.
+
+Both pools offer the same two things: `components`, the specs with the digests of the weights that were loaded, and
+`run`, which takes ranges and yields results as they finish. Decoding is apart from encoding: threads here, CPU tasks
+under Ray, an actor for each device.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from ..cache_specs.errors import CacheError, JobError
+from ..cache_specs.layout import CacheLayout
+from ..cache_specs.schema import ComponentSpec
+from .decode import DecodedBatch, decode_batch
+from .encode import ModelRequest, RangeResult, Worker
+from .manifest import ImageSource
+
+RANGES_IN_FLIGHT = 2  # a worker: one being encoded, one being decoded
+ATTEMPTS = 2  # a range that kills its worker this often is reported, not tried for ever
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeWork:
+    """One range still to be encoded: into which components, from which samples, of which known file sizes."""
+
+    index: int
+    paths: tuple[str, ...]
+    sample_ids: tuple[str, ...]
+    expected_bytes: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What every worker of a build is told."""
+
+    cache: Path
+    layout: CacheLayout
+    requests: tuple[ModelRequest, ...]
+    source: ImageSource
+    batch_size: int
+    device: str
+    threads: int
+    skip_bad: bool
+
+    def batches(self, work: RangeWork) -> Iterator[tuple[ImageSource, tuple[str, ...], int, np.ndarray]]:
+        """Yield the arguments of `decode_batch` for each sub-batch: always the same ones, from the first row."""
+        for start in range(0, len(work.sample_ids), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self.source, work.sample_ids[part], self.layout.resolution, work.expected_bytes[part]
+
+
+class Pool(Protocol):
+    """Workers that encode ranges; a context manager."""
+
+    components: list[ComponentSpec]
+
+    def run(self, work: Iterable[RangeWork]) -> Iterator[RangeResult]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+
+class InProcessPool:
+    """One worker in this process, with threads that decode a little ahead."""
+
+    def __init__(self, options: JobOptions) -> None:
+        self._options = options
+        self._worker = Worker(
+            options.cache, options.layout, options.requests, device=options.device, threads=options.threads
+        )
+        self.components = self._worker.components
+        self._decoders = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="decode")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._decoders.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, work: Iterable[RangeWork]) -> Iterator[RangeResult]:
+        for item in work:
+            yield self._worker.encode_range(
+                item.index, item.paths, self._decoded(item), skip_bad=self._options.skip_bad
+            )
+
+    def _decoded(self, work: RangeWork) -> Iterator[DecodedBatch]:
+        ahead: deque[Future[DecodedBatch]] = deque()
+        for arguments in self._options.batches(work):
+            ahead.append(self._decoders.submit(decode_batch, *arguments))
+            if len(ahead) > (os.cpu_count() or 1):
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+class _RayWorker:
+    """A `Worker` as a Ray actor. Models are loaded in a call, so that their error reaches the driver as itself."""
+
+    def load(self, options: JobOptions) -> list[ComponentSpec]:
+        self._worker = Worker(
+            options.cache, options.layout, options.requests, device=options.device, threads=options.threads
+        )
+        return self._worker.components
+
+    def encode_range(self, index: int, paths: Sequence[str], refs: list[Any], skip_bad: bool) -> RangeResult:
+        import ray
+
+        def fetched() -> Iterator[DecodedBatch]:
+            while refs:
+                yield ray.get(refs.pop(0))  # popped: the object store may drop it as soon as it is encoded
+
+        return self._worker.encode_range(index, paths, fetched(), skip_bad=skip_bad)
+
+
+class RayPool:
+    """`num_workers` actors and CPU decode tasks, on this machine or on the cluster at `address`."""
+
+    def __init__(self, options: JobOptions, *, num_workers: int | None, address: str | None) -> None:
+        self._options = options
+        self._address = address
+        self._num_workers = num_workers
+        self._stack = contextlib.ExitStack()
+        self.components: list[ComponentSpec] = []
+
+    def __enter__(self) -> Self:
+        with self._stack as stack:
+            self._start(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def _start(self, stack: contextlib.ExitStack) -> None:
+        import ray
+
+        # Ray puts the driver's folder first on its workers' path, where a checkout's `kernels` would shadow the
+        # published package of that name: start it from an empty one.
+        empty = stack.enter_context(tempfile.TemporaryDirectory(prefix="repa-cache-"))
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        if self._address is None:
+            range_bytes = self._options.layout.shard_samples * self._options.layout.resolution**2 * 3
+            workers = self._num_workers or 1
+            settings |= {
+                "include_dashboard": False,
+                "object_store_memory": max(2**28, 2 * workers * RANGES_IN_FLIGHT * range_bytes),
+            }
+        else:
+            settings["address"] = self._address
+        with contextlib.chdir(empty):
+            try:
+                ray.init(**settings)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                raise JobError(f"--address {self._address}: Ray could not be reached ({error})") from error
+            stack.callback(ray.shutdown)
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if self._num_workers is None:
+            self._num_workers = max(1, gpus)
+        share = min(1.0, gpus / self._num_workers) if self._options.device != "cpu" else 0
+        # num_cpus 0: a worker waits for its decode tasks, and must not hold the CPUs that they need.
+        self._actor = ray.remote(_RayWorker).options(num_cpus=0, num_gpus=share, max_restarts=0)
+        self._decode = ray.remote(decode_batch).options(num_cpus=1, max_retries=ATTEMPTS - 1)
+        self._idle = [self._new_worker() for _ in range(self._num_workers)]
+
+    def _new_worker(self) -> Any:
+        import ray
+
+        actor: Any = self._actor.remote()
+        try:
+            components = ray.get(actor.load.remote(self._options))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except ray.exceptions.RayActorError as error:
+            raise JobError(f"a worker died while it loaded its models ({_first_line(error)})") from error
+        if self.components and components != self.components:
+            raise JobError(
+                "two workers loaded different weights for one component; give every node the same files and versions"
+            )
+        self.components = components
+        return actor
+
+    def run(self, work: Iterable[RangeWork]) -> Iterator[RangeResult]:
+        """Yield results as ranges finish. Raises `JobError` at the end where a range killed its worker twice."""
+        import ray
+
+        queue = iter(work)
+        retry: deque[RangeWork] = deque()
+        attempts: Counter[int] = Counter()
+        lost: dict[int, str] = {}
+        workers: list[Any] = list(self._idle)
+        load = dict.fromkeys(workers, 0)
+        running: dict[Any, tuple[RangeWork, Any, int]] = {}
+        while True:
+            for worker in workers:
+                while load[worker] < RANGES_IN_FLIGHT:
+                    # A retried range runs alone: if its worker dies again, no other range is to blame or to suffer.
+                    cost = RANGES_IN_FLIGHT if retry else 1
+                    if load[worker] and cost > 1:
+                        break
+                    item = retry.popleft() if retry else next(queue, None)
+                    if item is None:
+                        break
+                    refs = [self._decode.remote(*arguments) for arguments in self._options.batches(item)]
+                    future = worker.encode_range.remote(item.index, item.paths, refs, self._options.skip_bad)
+                    running[future] = (item, worker, cost)
+                    load[worker] += cost
+            if not running:
+                break
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            item, worker, cost = running.pop(done)
+            load[worker] -= cost
+            try:
+                yield ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, ray.exceptions.WorkerCrashedError):
+                    raise error.cause from error
+                lost[item.index] = f"its images killed a decoder ({_first_line(error.cause)})"
+            except ray.exceptions.RayActorError as error:
+                attempts[item.index] += 1
+                if attempts[item.index] < ATTEMPTS:
+                    retry.append(item)
+                else:
+                    lost[item.index] = f"it killed its worker {ATTEMPTS} times ({_first_line(error)})"
+                if worker in workers:
+                    workers[workers.index(worker)] = replacement = self._new_worker()
+                    load[replacement] = 0
+        if lost:
+            index, reason = next(iter(sorted(lost.items())))
+            start, stop = self._options.layout.sample_range(index)
+            raise JobError(
+                f"{self._options.cache}: {len(lost)} ranges were not encoded, first samples {start} to {stop - 1}: "
+                f"{reason}. Run the same command again; if it stays, look at these images and at the memory left"
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def open_pool(options: JobOptions, *, workers: int | None, address: str | None) -> Pool:
+    """Return the pool that `--workers` asks for: 0 is this process, any other number (or None, one a device) is Ray."""
+    if workers == 0:
+        if address is not None:
+            raise CacheError("--workers 0 encodes in this process; leave out --address, or ask for workers")
+        return InProcessPool(options)
+    return RayPool(options, num_workers=workers, address=address)

@@ -1,0 +1,185 @@
+"""Shard files, written by hand: rows are appended as they are encoded, the index comes last, a rename commits.
+
+Writing a shard through a general library holds it whole in memory and takes more than twice as long (facts measured
+for this project: 7.3 s against 3.1 s for 1.6 GiB); the bytes follow Zarr v3's sharding codec, so that any reader opens
+them. Every inner chunk is written, all-zero ones too: a black image must not look unfinished.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cache_specs.errors import CacheError
+from ..cache_specs.layout import ArrayLayout
+from ..cache_specs.shard_index import ABSENT, CHECKSUM_BYTES, checksum, index_bytes, pack_index, unpack_index
+
+# zstd-1 saves about 8 % of Gaussian float16, more costs much time for little; blosc is for readers that want LZ4.
+COMPRESSOR_CONFIGS: dict[str, dict[str, Any]] = {
+    "zstd": {"level": 1, "checksum": False},
+    "blosc": {"cname": "lz4", "clevel": 5, "shuffle": "shuffle", "blocksize": 0},
+}
+
+
+def chunk_encoder(compressor: str, dtype: str) -> Callable[[np.ndarray], bytes | np.ndarray]:
+    """Return the function from one contiguous inner chunk to its bytes, as the array's Zarr codecs would encode it."""
+    if compressor == "none":
+        return lambda chunk: chunk
+    import numcodecs.blosc
+    import numcodecs.zstd
+
+    config = COMPRESSOR_CONFIGS[compressor]
+    if compressor == "zstd":
+        return numcodecs.zstd.Zstd(level=config["level"], checksum=config["checksum"]).encode
+    # With threads, blosc writes its blocks in the order in which they finish: the same rows, other bytes.
+    numcodecs.blosc.use_threads = False
+    shuffle = numcodecs.blosc.SHUFFLE if np.dtype(dtype).itemsize > 1 else numcodecs.blosc.NOSHUFFLE
+    return numcodecs.blosc.Blosc(cname=config["cname"], clevel=config["clevel"], shuffle=shuffle).encode
+
+
+def chunk_decoder(compressor: str) -> Callable[[bytes], bytes]:
+    """Return the inverse of `chunk_encoder` on bytes."""
+    if compressor == "none":
+        return lambda data: data
+    import numcodecs.blosc
+    import numcodecs.zstd
+
+    return (numcodecs.zstd.Zstd() if compressor == "zstd" else numcodecs.blosc.Blosc()).decode
+
+
+def write_bytes(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all of `data`; the one place through which a build's bytes reach the disk."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def disk_error(path: Path, error: OSError) -> CacheError:
+    """Return the one line for a write that the disk refused."""
+    return CacheError(
+        f"{path}: cannot be written ({error.strerror or error}); make room or mend permissions and run the same "
+        "command again: finished ranges are kept"
+    )
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file whole and durably: a temporary name, fsync, rename."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            write_bytes(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ShardWriter:
+    """One shard of one array, appended chunk by chunk in C order of its chunk grid.
+
+    Memory is what the caller appends, never the shard. `close` writes the index and makes the file durable; the caller
+    renames it. A writer that is dropped leaves a partial file, which the next build clears.
+    """
+
+    def __init__(self, path: Path, layout: ArrayLayout, compressor: str) -> None:
+        self.path = path
+        self._layout = layout
+        self._encode = chunk_encoder(compressor, layout.dtype)
+        self._entries = np.full((int(np.prod(layout.chunks_per_shard)), 2), ABSENT, dtype=np.uint64)
+        self._next = 0
+        self._offset = 0
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        except OSError as error:
+            raise disk_error(path, error) from error
+
+    def append(self, chunks: np.ndarray) -> None:
+        """Append `chunks` [n, *inner chunk without its leading ones], in the array's dtype."""
+        assert chunks.dtype == np.dtype(self._layout.dtype), (chunks.dtype, self._layout)
+        chunks = np.ascontiguousarray(chunks)
+        pieces: list[bytes | memoryview] = []
+        for chunk in chunks:
+            data = self._encode(chunk)
+            raw = data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+            pieces += [raw.data if isinstance(raw, np.ndarray) else raw, checksum(raw)]
+            length = len(raw) + CHECKSUM_BYTES
+            self._entries[self._next] = (self._offset, length)
+            self._offset += length
+            self._next += 1
+        self._write(b"".join(pieces))
+
+    def close(self) -> None:
+        """Write the index and fsync; the file is then a whole shard under its partial name."""
+        self._write(pack_index(self._entries))
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+        finally:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def abandon(self) -> None:
+        """Close and remove the partial file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        self.path.unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            write_bytes(self._descriptor, data)
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+
+
+def read_shard(
+    path: Path, layout: ArrayLayout, compressor: str, *, num_chunks: int
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Read a whole shard, every checksum checked.
+
+    `num_chunks` must be there: those of the samples that exist; the last shard has room for more. Returns its inner
+    chunks [chunks, *inner chunk without its leading ones], zeros where absent or damaged, and what is wrong by chunk
+    number. Raises `CacheError` where the file or its index cannot be used at all.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read ({error.strerror or error})") from error
+    entries = unpack_index(data[-index_bytes(layout) :], layout, file_bytes=len(data), where=path)
+    decode = chunk_decoder(compressor)
+    row_shape = layout.inner if len(layout.inner) == 1 else layout.inner[2:]
+    chunks = np.zeros((len(entries), *row_shape), dtype=layout.dtype)
+    problems: dict[int, str] = {}
+    for i, (offset, length) in enumerate(entries.tolist()):
+        if offset == int(ABSENT):
+            if i < num_chunks:
+                problems[i] = "it is missing from its shard"
+            continue
+        stored = data[offset : offset + length]
+        if len(stored) < CHECKSUM_BYTES or checksum(stored[:-CHECKSUM_BYTES]) != stored[-CHECKSUM_BYTES:]:
+            problems[i] = "its checksum does not hold"
+            continue
+        raw = decode(stored[:-CHECKSUM_BYTES])
+        if len(raw) != layout.inner_bytes:
+            problems[i] = f"{len(raw)} bytes, expected {layout.inner_bytes}"
+            continue
+        chunks[i] = np.frombuffer(raw, dtype=layout.dtype).reshape(chunks.shape[1:])
+    return chunks, problems
