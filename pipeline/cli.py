@@ -76,8 +76,11 @@ def build(data: str, weights: tuple[str, ...], labels: str | None, dry_run: bool
         bar.reset(total=total)
         bar.update(done)
 
+    def advance(samples: int) -> None:
+        bar.update(samples)
+
     try:
-        report = run_build(options, on_start=start, on_progress=bar.update)
+        report = run_build(options, on_start=start, on_progress=advance)
     finally:
         bar.close()
     _print_report(options, report)
@@ -152,7 +155,7 @@ def _print_report(options: "BuildOptions", report: "BuildReport") -> None:
         click.echo(f"... and {len(bad) - MAX_LISTED} more", err=True)
     if bad and not options.skip_bad:
         raise JobError(
-            f"{len(bad)} of {len(options.manifest)} images could not be used (listed above), so the ranges that hold them "
+            f"{len(bad)} of {len(options.manifest)} images could not be used (listed above), so the ranges with them "
             "were not written and the cache is incomplete; mend the files and run the same command again, "
             "or add --skip-bad to leave them out"
         )
