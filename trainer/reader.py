@@ -28,7 +28,7 @@ class LatentSpec:
     """What the cache's moments are: kind mean_std (M = 2C) or sample (M = C), of h, w = `size`."""
 
     name: str
-    entry: str  # row of cache_specs/autoencoders.yaml
+    spec: Mapping[str, Any]  # the autoencoder's whole record, from which repa.pipeline loads its decoder
     kind: Literal["mean_std", "sample"]
     channels: int
     size: tuple[int, int]
@@ -230,12 +230,9 @@ class CacheReader:
         attributes = _group_attributes(group) or {}
         component = ComponentSpec.from_attributes(attributes, group)
         if attributes.get(COMPLETE) is not True:
-            option = "--autoencoder" if kind == LATENTS else "--encoder"
-            dtype = f" --dtype {component.dtype}" if component.dtype != "float16" else ""
-            random = " --random-weights" if component.spec.get("random_weights") else ""
             raise CacheError(
-                f"{group} is not complete: its build has not finished. Finish it with repa-cache build "
-                f"--cache {self.path} --data PATH {option} {component.name}{dtype}{random}"
+                f"{group} is not complete: its build has not finished. Finish it with "
+                f"{_finish_command(self.path, component)}"
             )
         if attributes.get("dataset_fingerprint") != self.layout.dataset_fingerprint:
             raise CacheError(f"{group} was made from other data than {self.path} says; build it again")
@@ -253,7 +250,7 @@ class CacheReader:
         mean, std = attributes.get("latent_mean"), attributes.get("latent_std")
         spec = LatentSpec(
             name=name,
-            entry=component.spec["entry"],
+            spec=component.spec,
             kind=component.spec["kind"],
             channels=component.spec["latent_channels"],
             size=tuple(component.spec["latent_size"]),
@@ -282,6 +279,27 @@ class CacheReader:
                 f"[{self.num_samples}] below {self.num_classes}: the cache is damaged"
             )
         return labels
+
+
+def _finish_command(cache: Path, component: ComponentSpec) -> str:
+    """Return the command that finishes a component; only the place of the data is not known to a cache."""
+    request = component.spec["entry"]
+    if component.kind == LATENTS:
+        options = [f"--autoencoder {request}"]
+    else:
+        side = component.spec["grid"][0]
+        request += f":grid={side}" if f"-grid{side}" in component.name else ""
+        options = [f"--encoder {request}", "--autoencoder none"]
+    for option, value, default in (
+        ("dtype", component.dtype, "float16"),
+        ("precision", component.precision, "fp32"),
+        ("compressor", component.compressor, "none"),
+    ):
+        if value != default:
+            options.append(f"--{option} {value}")
+    if component.spec["random_weights"]:
+        options.append("--random-weights")
+    return f"repa-cache build --data PATH --cache {cache} {' '.join(options)}"
 
 
 def _group_attributes(path: Path) -> dict[str, Any] | None:

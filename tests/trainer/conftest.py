@@ -67,15 +67,15 @@ def write_cache(
     ids = [f"{i % num_classes}/{seed}-{i:05d}.png" for i in range(num_samples)]
     labels = rng.integers(0, num_classes, num_samples).astype(np.int32)
     manifest = manifest_fingerprint(ids, labels.tolist())
-    views = VIEWS[:num_views]
+    views, names = VIEWS[:num_views], tuple(f"class {c}" for c in range(num_classes))
     layout = CacheLayout(
         num_samples=num_samples,
         resolution=size,
         views=views,
-        class_names=tuple(f"class {c}" for c in range(num_classes)),
+        class_names=names,
         shard_samples=shard_samples,
         manifest_fingerprint=manifest,
-        dataset_fingerprint=transform_fingerprint(manifest, resolution=size, crop=CROP, views=views),
+        dataset_fingerprint=transform_fingerprint(manifest, resolution=size, crop=CROP, views=views, class_names=names),
     )
     root = zarr.open_group(path, mode="w", attributes=layout.attributes())
     root.create_array("label", data=labels, chunks=(7,))

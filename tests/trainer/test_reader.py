@@ -126,12 +126,12 @@ def test_components_are_chosen_by_name(make_cache, tmp_path):
 
 def test_incomplete_is_refused_with_the_command_that_finishes(make_cache):
     written = make_cache(complete=False, encoders={"toy": "int8"})
-    with pytest.raises(CacheError, match=r"toy-ae is not complete.*repa-cache build .*--autoencoder toy-ae"):
+    with pytest.raises(CacheError, match=r"toy-ae is not complete.*repa-cache build .*--autoencoder pixels"):
         CacheReader(written.path)
     import zarr
 
     zarr.open_group(written.path / "latents/toy-ae").attrs["complete"] = True
-    with pytest.raises(CacheError, match=r"toy-int8 is not complete.*--encoder toy --dtype int8"):
+    with pytest.raises(CacheError, match=r"toy-int8 is not complete.*--encoder hog --autoencoder none --dtype int8"):
         CacheReader(written.path)
 
 
@@ -151,7 +151,7 @@ def empty(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(os.unlink, "cannot be opened"), (cut, "checksum"), (flip_index, "checksum"), (empty, "too short")],
+    [(os.unlink, "cannot be opened"), (cut, "checksum"), (flip_index, "checksum"), (empty, "0 bytes")],
 )
 def test_a_damaged_shard_is_named_with_its_samples(make_cache, damage, message):
     written = make_cache()
