@@ -69,6 +69,22 @@ class ComponentSpec:
             }
         )
 
+    def build_command(self, cache: Path | str) -> str:
+        """Return the command that builds or finishes this component; only the data's place is not known to a cache."""
+        request = str(self.spec["entry"])
+        if self.kind == LATENTS:
+            options = [f"--autoencoder {request}"]
+        else:
+            side = self.spec["grid"][0]
+            request += f":grid={side}" if f"-grid{side}" in self.name else ""
+            options = [f"--encoder {request}", "--autoencoder none"]
+        for option, default in (("dtype", "float16"), ("precision", "fp32"), ("compressor", "none")):
+            if getattr(self, option) != default:
+                options.append(f"--{option} {getattr(self, option)}")
+        if self.spec["random_weights"]:
+            options.append("--random-weights")
+        return f"repa-cache build --data PATH --cache {cache} {' '.join(options)}"
+
     def attributes(self, cache: CacheLayout) -> dict[str, Any]:
         """Return the group's attributes before completion, in the order in which they are written."""
         return {

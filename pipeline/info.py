@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..cache_specs.layout import BAD_FILES, CacheLayout
-from ..cache_specs.schema import FEATURES, ComponentSpec
+from ..cache_specs.schema import ComponentSpec
 from .build import describe
 from .store import CacheStore, read_attributes
 
@@ -47,27 +47,7 @@ def _component_lines(store: CacheStore, component: ComponentSpec) -> Iterator[st
         if missing:
             samples = _ranges(store.layout, missing)
             yield f"  {len(missing)} of {store.layout.num_ranges} ranges missing: samples {samples}"
-        yield f"  finish it: {finish_command(store, component)}"
-
-
-def finish_command(store: CacheStore, component: ComponentSpec) -> str:
-    """Return the command that finishes a component; only the data's place is not known to a cache."""
-    spec, kind = component.spec, "encoder" if component.kind == FEATURES else "autoencoder"
-    request = spec["entry"]
-    if kind == "encoder" and f"-grid{spec['grid'][0]}" in component.name:
-        request += f":grid={spec['grid'][0]}"
-    options = [f"--{kind} {request}"]
-    if kind == "encoder":
-        options.append("--autoencoder none")
-        if component.dtype != "float16":
-            options.append(f"--dtype {component.dtype}")
-    if component.precision != "fp32":
-        options.append(f"--precision {component.precision}")
-    if component.compressor != "none":
-        options.append(f"--compressor {component.compressor}")
-    if spec["random_weights"]:
-        options.append("--random-weights")
-    return f"repa-cache build --data DATA --cache {store.path} {' '.join(options)}"
+        yield f"  finish it: {component.build_command(store.path)}"
 
 
 def human_bytes(size: float) -> str:

@@ -232,7 +232,7 @@ class CacheReader:
         if attributes.get(COMPLETE) is not True:
             raise CacheError(
                 f"{group} is not complete: its build has not finished. Finish it with "
-                f"{_finish_command(self.path, component)}"
+                f"{component.build_command(self.path)}"
             )
         if attributes.get("dataset_fingerprint") != self.layout.dataset_fingerprint:
             raise CacheError(f"{group} was made from other data than {self.path} says; build it again")
@@ -279,27 +279,6 @@ class CacheReader:
                 f"[{self.num_samples}] below {self.num_classes}: the cache is damaged"
             )
         return labels
-
-
-def _finish_command(cache: Path, component: ComponentSpec) -> str:
-    """Return the command that finishes a component; only the place of the data is not known to a cache."""
-    request = component.spec["entry"]
-    if component.kind == LATENTS:
-        options = [f"--autoencoder {request}"]
-    else:
-        side = component.spec["grid"][0]
-        request += f":grid={side}" if f"-grid{side}" in component.name else ""
-        options = [f"--encoder {request}", "--autoencoder none"]
-    for option, value, default in (
-        ("dtype", component.dtype, "float16"),
-        ("precision", component.precision, "fp32"),
-        ("compressor", component.compressor, "none"),
-    ):
-        if value != default:
-            options.append(f"--{option} {value}")
-    if component.spec["random_weights"]:
-        options.append("--random-weights")
-    return f"repa-cache build --data PATH --cache {cache} {' '.join(options)}"
 
 
 def _group_attributes(path: Path) -> dict[str, Any] | None:
