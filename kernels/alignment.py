@@ -87,7 +87,7 @@ def _times_upstream(dz: Tensor, grad: Tensor) -> Tensor:
 
 
 _op = torch.library.triton_op("repa::cosine_alignment", _loss_and_dz, mutates_args={})
-_op.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("repa::cosine_alignment", _backward, setup_context=_save)
 
 
 def cosine_alignment(

@@ -94,11 +94,11 @@ def check(
             why = "int8 tokens are stored relative to it" if int8 else "mean and std come together"
             _refuse(name, "None", f"float32 [{B}, {E}]: {why}")
     if gamma is not None:
-        if not math.isfinite(gamma):
+        if not -math.inf < gamma < math.inf:  # torch.compile traces a comparison, not math.isfinite
             _refuse("gamma", str(gamma), "a finite number, or None for no spatial normalisation")
         if channel_mean is None and T < 2:
             _refuse("tokens", _found(tokens), "at least 2 tokens: gamma needs a standard deviation over T")
-    if not math.isfinite(weight):
+    if not -math.inf < weight < math.inf:
         _refuse("weight", str(weight), "a finite number")
 
     if row_weight is not None:

@@ -52,15 +52,16 @@ def _target(
 ) -> Tensor:
     """Return f' in float32, in memory of its own; tokens and token_scale may be a subset of the image's rows."""
     f = tokens.to(torch.float32, copy=True)
-    if channel_mean is None or channel_std is None or (gamma is None and token_scale is None):
+    if channel_mean is None or channel_std is None:
         return f
     mean, std = channel_mean.unsqueeze(1), channel_std.unsqueeze(1)
     inverse = 1.0 if gamma is None else 1.0 / (std + STD_EPS)
-    if token_scale is None:
-        assert gamma is not None
-        return f.sub_(gamma * mean).mul_(inverse)
-    kept_mean = mean if gamma is None else (1.0 - gamma) * mean
-    return f.mul_(token_scale.to(torch.float32).unsqueeze(-1)).mul_(std * inverse).add_(kept_mean * inverse)
+    if token_scale is not None:
+        kept = 1.0 if gamma is None else 1.0 - gamma
+        f.mul_(token_scale.to(torch.float32).unsqueeze(-1)).mul_(std * inverse).add_(kept * mean * inverse)
+    elif gamma is not None:
+        f.sub_(gamma * mean).mul_(inverse)
+    return f
 
 
 def _rows(

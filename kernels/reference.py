@@ -24,14 +24,14 @@ NORM_EPS = 1e-12  # F.normalize's default, under which a row counts as zero
 
 
 def channel_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the unbiased standard deviation over T of tokens [B,T,E], each [B,1,E] float64.
+    """Return the mean and the unbiased standard deviation over T of tokens [B,T,E], each [B,E] float64.
 
     Accumulated in float64, as the cache's own statistics are: there the sum of T equal float32 numbers is exact, so
     a constant channel has a deviation of 0, not a rounding error that would then be divided by 1e-6.
     """
     x = tokens.double()
-    mean = x.mean(dim=1, keepdim=True)
-    std = ((x - mean).square().sum(dim=1, keepdim=True) / (x.shape[1] - 1)).sqrt()
+    mean = x.mean(dim=1)
+    std = ((x - mean.unsqueeze(1)).square().sum(dim=1) / (x.shape[1] - 1)).sqrt()
     return mean, std
 
 
@@ -46,32 +46,21 @@ def target_features(
 ) -> Tensor:
     """Return f' [B,T,E] in `dtype`: tokens dequantised and, if gamma is given, normalised over space.
 
-    Shapes as in `cosine_alignment`. For int8 tokens f and gamma * channel_mean are subtracted on paper, not in
-    floating point: where mean/std is 5000 the difference of the two would lose 4 digits.
+    Shapes as in `cosine_alignment`. For int8 tokens f - gamma * channel_mean is simplified on paper, not left to
+    floating point: where mean/std is 5000 the difference would lose 4 digits.
     """
-    if gamma is not None and channel_mean is None:
-        mean, std = channel_statistics(tokens)
-    else:
-        mean = None if channel_mean is None else channel_mean.unsqueeze(1)
-        std = None if channel_std is None else channel_std.unsqueeze(1)
-    mean = None if mean is None else mean.to(dtype)
-    std = None if std is None else std.to(dtype)
-
-    if tokens.dtype == torch.int8:
-        assert token_scale is not None
-        assert mean is not None
-        assert std is not None
-        f = std * (token_scale.to(dtype).unsqueeze(-1) * tokens.to(dtype))
-        if gamma is None:
-            return f + mean
-        return (f + (1.0 - gamma) * mean) / (std + STD_EPS)
-
     f = tokens.to(dtype)
-    if gamma is None:
+    if gamma is None and token_scale is None:
         return f
-    assert mean is not None
-    assert std is not None
-    return (f - gamma * mean) / (std + STD_EPS)
+    if channel_mean is None or channel_std is None:
+        channel_mean, channel_std = channel_statistics(tokens)
+    mean, std = (x.to(dtype).unsqueeze(1) for x in (channel_mean, channel_std))
+    if token_scale is not None:
+        kept = 1.0 if gamma is None else 1.0 - gamma
+        f = std * (token_scale.to(dtype).unsqueeze(-1) * f) + kept * mean
+    elif gamma is not None:
+        f = f - gamma * mean
+    return f if gamma is None else f / (std + STD_EPS)
 
 
 def cosine_alignment(

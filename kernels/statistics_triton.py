@@ -1,7 +1,7 @@
 """Channel statistics on the GPU, for tokens whose cache has none (imported features).
 
 A program takes BLOCK_E channels of one image and merges tiles of BLOCK_T tokens by Chan's rule: means and sums of
-squared deviations, never sums of squares, which in float32 are off by 2.6 times where mean/std is 5000. Tokens are
+squared deviations, never raw sums of squares, which in float32 are off by 2.6 times where mean/std is 5000. Tokens are
 read once, 2 bytes an element, on top of the alignment kernel's 6.
 """
 
@@ -32,16 +32,18 @@ def statistics_kernel(
     image = tl.program_id(1).to(tl.int64)
     in_row = channels < E
     rows = tl.arange(0, BLOCK_T)
+    # Everything is relative to the image's first token: the mean of a constant channel is that constant to the bit,
+    # and a mean of 5000 is rounded once, not at every merge.
+    first = tl.load(tokens_ptr + image * T * E + channels, mask=in_row, other=0.0).to(tl.float32)
     mean = tl.zeros([BLOCK_E], dtype=tl.float32)
     squares = tl.zeros([BLOCK_E], dtype=tl.float32)  # sum of squared deviations from the mean so far
     for start in range(0, T, BLOCK_T):
         inside = ((start + rows) < T)[:, None] & in_row[None, :]
         at = (image * T + start + rows)[:, None] * E + channels[None, :]
         x = tl.load(tokens_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(inside, x - first[None, :], 0.0)
         num_new = tl.minimum(T - start, BLOCK_T).to(tl.float32)
-        # Relative to the tile's first token, so that the mean of a constant channel is that constant to the bit.
-        first = tl.load(tokens_ptr + (image * T + start) * E + channels, mask=in_row, other=0.0).to(tl.float32)
-        new_mean = first + tl.sum(tl.where(inside, x - first[None, :], 0.0), axis=0) / num_new
+        new_mean = tl.sum(x, axis=0) / num_new
         deviation = tl.where(inside, x - new_mean[None, :], 0.0)
         delta = new_mean - mean
         share = num_new / (num_new + start)
@@ -49,7 +51,7 @@ def statistics_kernel(
         mean += delta * share
         squares += tl.sum(deviation * deviation, axis=0) + delta * delta * (start * share)
     at = image * E + channels
-    tl.store(mean_ptr + at, mean, mask=in_row)
+    tl.store(mean_ptr + at, first + mean, mask=in_row)
     tl.store(std_ptr + at, tl.sqrt(squares / (T - 1)), mask=in_row)
 
 

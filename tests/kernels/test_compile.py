@@ -1,0 +1,56 @@
+"""The kernels compiled for real GPUs, without one: no spills, few registers, 128-bit loads and stores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """Compile everything once in a process without the interpreter, and with a cache that cannot answer from before."""
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(Path(__file__).with_name("resources.py"))]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_table(lines, capsys):
+    with capsys.disabled():
+        print("\nkernel            arch    width  z     tokens  registers  spills  128-bit loads, stores")
+        for x in lines:
+            print(
+                f"{x['kernel']:<17} {x['arch']:<7} {x.get('width', '-'):>5}  {x.get('z', '-'):<5} "
+                f"{x.get('tokens', '-'):<7} {x['registers']:>9}  {x['spills']:>6}  "
+                f"{x['wide_loads']:>13}, {x['wide_stores']}"
+            )
+    assert {x["arch"] for x in lines} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {x["kernel"] for x in lines} == {"alignment", "statistics", "scale_unless_one"}
+
+
+def test_nothing_spills_and_registers_are_few(lines):
+    for line in lines:
+        assert line["spills"] == 0, line
+        assert line["registers"] <= 96, line
+
+
+def test_1024_threads_fit_a_multiprocessor_of_sm_90(lines):
+    """They share its 65,536 registers: 64 each."""
+    assert all(x["registers"] <= 64 for x in lines if x["arch"] == "sm_90")
+
+
+def test_rows_are_loaded_and_stored_in_128_bits(lines):
+    for x in lines:
+        if x["kernel"] == "alignment":
+            expected = x["z_loads_expected"] + x["token_loads_expected"] + x["statistics_loads_expected"]
+            assert x["wide_loads"] == expected > 0, x
+            assert x["wide_stores"] == x["dz_stores_expected"] > 0, x
