@@ -109,6 +109,7 @@ def test_forward_equals_an_independent_computation_in_float64():
     tapped = hidden[:, 1]  # after block 2
     linear = tapped @ weights["projectors.0.projection_layer.weight"].T + weights["projectors.0.projection_layer.bias"]
     assert projections[0].shape == (6, 9, 7)
+    assert model.x_embedder(x).is_contiguous()
     np.testing.assert_allclose(projections[0].detach().numpy(), linear, atol=2e-5 * np.abs(linear).max())
     assert projections[1].shape == (6, 9, 4)
     assert torch.equal(model(x, t, y), found)
