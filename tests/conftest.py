@@ -1,10 +1,68 @@
-"""What every test needs before its first import."""
+"""What every test needs before its first import, and what more than one room's tests share."""
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image, ImageFilter
 
 # Triton decides at its own import whether kernels are compiled or interpreted. timm, torchvision and torch._dynamo
 # import it, so this comes before any of them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Missing weights fail at once, and no test depends on what the network answers. Read when the hub client is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Started from a process of its own, so that a test's driver joins and leaves it as it would a cluster.
+_RAY_HEAD = """
+import os, sys, tempfile
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+import ray
+with tempfile.TemporaryDirectory() as folder:
+    os.chdir(folder)
+    context = ray.init(num_cpus=2, object_store_memory=2**28, include_dashboard=False, logging_level="ERROR")
+    print(context.address_info["gcs_address"], flush=True)
+    sys.stdin.read()
+    ray.shutdown()
+    os.chdir("/")
+"""
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[tuple[str, int]]:
+    """Yield the address of the session's one Ray instance, and the process whose descendants it is."""
+    command = [sys.executable, "-W", "ignore", "-c", _RAY_HEAD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as head:
+        assert head.stdin is not None
+        assert head.stdout is not None
+        address = head.stdout.readline().strip()
+        assert address, "Ray did not start"
+        yield address, head.pid
+        head.stdin.close()
+        head.wait(timeout=60)
+
+
+def write_images(folder: Path, *, num: int = 10, num_classes: int = 2, seed: int = 0) -> list[Path]:
+    """Write `num` distinct smooth PNG pictures of different sizes, one folder a class; return them in row order."""
+    rng = np.random.default_rng(seed)
+    files = []
+    for i in range(num):
+        size = (int(rng.integers(20, 70)), int(rng.integers(20, 70)))
+        noise = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        picture = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(1.5))
+        file = folder / f"class {i * num_classes // num}" / f"{i:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
+        files.append(file)
+    return files
+
+
+@pytest.fixture(scope="session")
+def make_images() -> Callable[..., list[Path]]:
+    """Return `write_images`."""
+    return write_images

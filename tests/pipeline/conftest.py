@@ -1,0 +1,69 @@
+"""Small builds through the command line's own entry, in this process."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from repa.pipeline.cli import main
+
+# Two components, two views, shards of 4 and sub-batches of 3: nothing divides anything.
+SMALL = "--encoder hog:grid=4 --autoencoder pixels --resolution 16 --flip --shard-samples 4 --batch-size 3 --workers 0"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: its exit code, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def repa_cache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Return a function that runs `repa-cache` with these arguments, as a shell would."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["repa-cache", *map(str, arguments)])
+        code = 0
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        said = capsys.readouterr()
+        return Outcome(code, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def build(repa_cache: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """Return a function that makes the small build of `images` in `cache`; later options override earlier ones."""
+
+    def run(images: Path, cache: Path, *options: object) -> Outcome:
+        return repa_cache("build", "--data", images, "--cache", cache, *SMALL.split(), *options)
+
+    return run
+
+
+def tree_of(cache: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below `cache` by its relative name, folders too (as empty bytes)."""
+    return {
+        str(path.relative_to(cache)): path.read_bytes() if path.is_file() else b"" for path in sorted(cache.rglob("*"))
+    }
+
+
+@pytest.fixture(scope="session")
+def tree() -> Callable[[Path], dict[str, bytes]]:
+    """Return `tree_of`."""
+    return tree_of
+
+
+@pytest.fixture(scope="session")
+def small_options() -> list[str]:
+    """Return the options of the small build."""
+    return SMALL.split()

@@ -1,0 +1,90 @@
+"""A build killed at any moment and run again leaves the tree of one that was never killed, names and bytes."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("build_and_die.py")
+
+
+@pytest.fixture(scope="module")
+def build_and_die(small_options: list[str]) -> Iterator[Callable[..., tuple[str, int]]]:
+    """Yield a function that makes the small build, killed at its point-th disk operation (0: not at all).
+
+    Returns how it ended and the number of its operations. One process imports torch for all of them.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def run(point: int, images: Path, cache: Path, *options: str) -> tuple[str, int]:
+            arguments = ["build", "--data", str(images), "--cache", str(cache), *small_options, *options]
+            stdin.write(json.dumps([point, arguments]) + "\n")
+            stdin.flush()
+            ended, operations = json.loads(stdout.readline())
+            return ended, operations
+
+        yield run
+        stdin.close()
+
+
+@pytest.fixture(scope="module")
+def clean_build(
+    make_images: Callable[..., list[Path]],
+    build_and_die: Callable[..., tuple[str, int]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Path, int]:
+    """Return a folder of images, their cache by a build that nothing disturbed, and its number of operations."""
+    folder = tmp_path_factory.mktemp("clean")
+    make_images(folder / "images", num=10)
+    ended, operations = build_and_die(0, folder / "images", folder / "cache")
+    assert ended == "exit 0"
+    assert operations > 100  # the points below lie within a real build
+    return folder / "images", folder / "cache", operations
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_build_killed_anywhere_and_run_again_equals_one_never_killed(
+    clean_build: tuple[Path, Path, int],
+    build_and_die: Callable[..., tuple[str, int]],
+    tmp_path: Path,
+    tree: Callable[[Path], dict[str, bytes]],
+    seed: int,
+) -> None:
+    images, clean, operations = clean_build
+    cache = tmp_path / "cache"
+    # Three builds of one cache die in turn, each at a random operation of what is left to it; the last one may have
+    # come to its end before.
+    rng = random.Random(seed)
+    points = [rng.randint(1, operations), rng.randint(1, operations // 2), rng.randint(1, 40)]
+    ends = [build_and_die(point, images, cache)[0] for point in points]
+    assert ends[0] == "killed"
+    assert build_and_die(0, images, cache)[0] == "exit 0"
+    assert tree(cache) == tree(clean), points
+
+
+def test_a_second_component_killed_while_it_is_added_leaves_the_first_alone(
+    make_images: Callable[..., list[Path]],
+    build_and_die: Callable[..., tuple[str, int]],
+    tmp_path: Path,
+    tree: Callable[[Path], dict[str, bytes]],
+) -> None:
+    images, cache = tmp_path / "images", tmp_path / "cache"
+    make_images(images, num=10)
+    assert build_and_die(0, images, cache)[0] == "exit 0"
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in cache.rglob("*") if file.is_file()}
+    assert build_and_die(60, images, cache, "--encoder", "hog:grid=3", "--dtype", "int8")[0] == "killed"
+    assert all((file.read_bytes(), file.stat().st_mtime_ns) == was for file, was in before.items())
+    assert build_and_die(0, images, cache, "--encoder", "hog:grid=3", "--dtype", "int8")[0] == "exit 0"
+    assert all((file.read_bytes(), file.stat().st_mtime_ns) == was for file, was in before.items())
+    assert not [name for name in tree(cache) if "partial" in name]
