@@ -26,8 +26,10 @@ lint: setup
 	@mkdir -p .typing && ln -sfn .. .typing/repa
 	$(BIN)/mypy -p repa.cache_specs -p repa.kernels -p repa.pipeline -p repa.trainer
 
+# On the machine with the GPU, with whatever torch it has: nothing is installed, the checkout is found by its name.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py
+	@mkdir -p .typing && ln -sfn .. .typing/repa
+	PYTHONPATH=$(CURDIR)/.typing $(PYTHON) benchmarks/gpu_check.py
 
 clean:
 	rm -rf $(VENV) .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache demo

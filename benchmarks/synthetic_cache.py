@@ -1,0 +1,111 @@
+"""A cache of random numbers, for measuring: the contract's layout and bytes, no images and no encoder.
+
+Written through the pipeline's own store and shard writer. Its components are named `synthetic`, and nothing about them
+is a result. Needs neither ray, timm nor diffusers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from repa.cache_specs.fingerprint import manifest_fingerprint, transform_fingerprint
+from repa.cache_specs.layout import CROP, VIEWS, ArrayLayout, CacheLayout
+from repa.cache_specs.schema import FEATURES, LATENTS, ComponentSpec
+from repa.pipeline.manifest import FolderSource, Manifest
+from repa.pipeline.shards import ShardWriter
+from repa.pipeline.statistics import component_statistics
+from repa.pipeline.store import CacheStore
+
+NUM_CLASSES = 1000
+
+
+def make_cache(
+    path: Path,
+    *,
+    num_samples: int,
+    grid: int = 16,
+    width: int = 768,
+    dtype: str = "float16",
+    num_views: int = 1,
+    shard_samples: int = 256,
+) -> Path:
+    """Write a complete cache of SD-VAE-shaped moments and `grid` x `grid` tokens of `width` channels."""
+    rng = np.random.default_rng(0)
+    ids = np.array([f"{i:07d}" for i in range(num_samples)], dtype=np.dtypes.StringDType())
+    labels = rng.integers(0, NUM_CLASSES, num_samples).astype(np.int32)
+    classes = tuple(str(i) for i in range(NUM_CLASSES))
+    manifest = Manifest(
+        where="synthetic", sample_ids=ids, labels=labels, class_names=classes, source=FolderSource(path)
+    )
+    fingerprint = manifest_fingerprint(ids.tolist(), labels.tolist())
+    layout = CacheLayout(
+        num_samples=num_samples,
+        resolution=16 * grid,
+        views=VIEWS[:num_views],
+        class_names=classes,
+        shard_samples=shard_samples,
+        manifest_fingerprint=fingerprint,
+        dataset_fingerprint=transform_fingerprint(
+            fingerprint, resolution=16 * grid, crop=CROP, views=VIEWS[:num_views], class_names=classes
+        ),
+    )
+    store = CacheStore.create_or_open(path, layout, manifest)
+    latents = {
+        "entry": "sd-vae-ft-mse",
+        "loader": "synthetic",
+        "model": "random numbers",
+        "kind": "mean_std",
+        "latent_channels": 4,
+        "moment_channels": 8,
+        "latent_size": [2 * grid, 2 * grid],
+        "pixel_range": [-1.0, 1.0],
+        "random_weights": True,
+    }
+    tokens = {
+        "entry": "synthetic",
+        "loader": "synthetic",
+        "model": "random numbers",
+        "width": width,
+        "grid": [grid, grid],
+        "cls_token": False,
+        "random_weights": True,
+    }
+    for kind, spec, stored in ((LATENTS, latents, "float16"), (FEATURES, tokens, dtype)):
+        component = ComponentSpec(kind=kind, name="synthetic", spec=spec, weights="none", dtype=stored)
+        store.create_component(component)
+        for index in range(layout.num_ranges):
+            _write_range(store, component, index, rng)
+        store.complete_component(component, component_statistics(store, component))
+    return path
+
+
+def _write_range(store: CacheStore, component: ComponentSpec, index: int, rng: np.random.Generator) -> None:
+    start, stop = store.layout.sample_range(index)
+    partials = {}
+    with store.lock(component.path):
+        folder = store.partial_folder(component.path)
+        folder.mkdir(parents=True)
+        for layout in component.arrays(store.layout):
+            writer = ShardWriter(folder / layout.name, layout, "none")
+            for _ in range(layout.num_chunks(stop - start)):
+                writer.append(_random_chunk(layout, rng))
+            writer.close()
+            partials[layout.name] = writer.path
+        store.commit_range(component, index, partials)
+
+
+def _random_chunk(layout: ArrayLayout, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    shape = (1, *(layout.inner if len(layout.inner) == 1 else layout.inner[2:]))
+    if layout.name == "valid":
+        return np.ones(shape, dtype=bool)
+    if layout.dtype == "int8":
+        return rng.integers(-127, 128, shape, dtype=np.int8)
+    if layout.name in ("token_scale", "channel_std"):
+        return rng.uniform(0.5, 1.5, shape).astype(layout.dtype)
+    if layout.name == "moments":
+        half = rng.standard_normal((1, shape[1] // 2, *shape[2:]), dtype=np.float32)
+        return np.concatenate([half, np.full_like(half, 0.1)], axis=1).astype(layout.dtype)
+    if layout.name == "source_bytes":
+        return np.ones(shape, dtype=np.int64)
+    return rng.standard_normal(shape, dtype=np.float32).astype(layout.dtype)
