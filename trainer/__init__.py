@@ -1,1 +1,28 @@
-"""placeholder"""
+"""Train and sample SiT from a cache: reader, batches, model, loss, checkpoint, samples.
+
+No encoder, autoencoder or Ray is needed, or imported, to train.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["Batch", "CacheReader", "FeatureBatch", "SiT", "load_model"]
+
+_HOMES = {
+    "Batch": "reader",
+    "CacheReader": "reader",
+    "FeatureBatch": "reader",
+    "SiT": "sit",
+    "load_model": "pretrained",
+}
+
+if TYPE_CHECKING:
+    from .pretrained import load_model
+    from .reader import Batch, CacheReader, FeatureBatch
+    from .sit import SiT
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -152,6 +152,14 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
     return _build(RunConfig, merged)
 
 
+def required(key: str, layers: Sequence[Layer]) -> str:
+    """Return the text that the last layer to have `key` gives it; raise UsageError where none has it."""
+    for layer in reversed(layers):
+        if key in layer.values:
+            return _coerce(layer.values[key], str, f"{layer.source}: {key}")
+    raise UsageError(f"not set: {key}. Give it as a flag, in --config or with --set")
+
+
 def recipe_layer(name: str, model: str) -> Layer:
     """Return the settings of recipe `name` for a model such as "SiT-B/2"."""
     recipes = known_recipes()

@@ -46,6 +46,11 @@ class World:
             dist.barrier()
 
 
+def default_device() -> str:
+    """Return "cuda" where there is a CUDA device, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @contextlib.contextmanager
 def join(device: str) -> Iterator[World]:
     """Enter the run's process group, if torchrun made one, and leave it at the end.

@@ -3,19 +3,22 @@
 Nothing of repa.pipeline and nothing of the direct reader is used: two ways to the bytes that must agree.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from repa.cache_specs.fingerprint import manifest_fingerprint, transform_fingerprint
 from repa.cache_specs.layout import CROP, VIEWS, ArrayLayout, CacheLayout
 from repa.cache_specs.schema import ComponentSpec
+from repa.trainer.sit import SIZES
 
 
 @dataclass
@@ -56,6 +59,7 @@ def write_cache(
     width: int = 16,
     invalid: dict[str, list[int]] | None = None,
     zero_rows: tuple[int, ...] = (),
+    nan_rows: tuple[int, ...] = (),
     complete: bool = True,
     compressed: bool = False,
     write_empty_chunks: bool = True,
@@ -85,6 +89,7 @@ def write_cache(
     moments = rng.standard_normal((num_samples, num_views, moment_channels, size, size)).astype(np.float32)
     if latents == "mean_std":
         moments[:, :, 3:] = 0.1 * np.abs(moments[:, :, 3:])
+    moments[list(nan_rows)] = np.nan
     latent_spec = {
         "entry": "pixels",
         "kind": latents,
@@ -155,3 +160,68 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Writte
         return write_cache(tmp_path_factory.mktemp("cache") / "cache", **options)
 
     return make
+
+
+@dataclass
+class Outcome:
+    """What a command left behind: its exit code, what it printed, and the records of metrics.jsonl."""
+
+    code: int
+    output: str
+    error: str
+    records: list[dict[str, float]]
+
+    def losses(self) -> list[tuple[float, ...]]:
+        """Every number that must be bit-identical between two equal runs, a tuple a step."""
+        names = ("step", "denoising_loss", "alignment_loss", "grad_norm")
+        return [tuple(record[name] for name in names if name in record) for record in self.records]
+
+
+def read_records(run: Path) -> list[dict[str, float]]:
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+@pytest.fixture
+def run_outcome() -> Callable[[Path], Outcome]:
+    """Return a function that reads the records of a run that was trained elsewhere."""
+    return lambda run: Outcome(code=0, output="", error="", records=read_records(run))
+
+
+@pytest.fixture
+def small_sit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make SiT-Ti two blocks of width 32, for tests of everything but the model.
+
+    On one thread: on a busy machine, ops this small take 40 times longer on two, waiting for each other.
+    """
+    monkeypatch.setitem(SIZES, "Ti", (2, 32, 2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def repa_train(small_sit: None, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Return a function that runs repa-train in this process: (cache, out, *arguments) -> Outcome.
+
+    Eight samples a step of the small SiT, recipe irepa tapped after the first block, unless arguments say otherwise.
+    """
+    from repa.trainer.cli import train_command
+
+    def run(cache: Path, out: Path, *arguments: str) -> Outcome:
+        capsys.readouterr()
+        common = ["--cache", str(cache), "--out", str(out), "--model", "SiT-Ti/2", "--device", "cpu"]
+        depth = ["--set", "alignment.encoder_depth=1", "--set", "log_every=3"]
+        recipe = [] if "--recipe" in arguments else ["--recipe", "irepa"]
+        size = [] if "--batch-size" in arguments else ["--batch-size", "8"]
+        code = 0
+        try:
+            train_command.main([*common, *depth, *recipe, *size, *arguments], standalone_mode=False)
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        printed = capsys.readouterr()
+        return Outcome(code=code, output=printed.out, error=printed.err, records=read_records(out))
+
+    return run

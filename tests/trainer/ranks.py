@@ -1,0 +1,46 @@
+"""One rank of the two-rank test, started twice by test_distributed.py: `ranks.py PHASE CACHE FOLDER PORT PORT`.
+
+first: train FOLDER/whole to its end, then FOLDER/killed until rank 1 dies by SIGKILL. second: continue it.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from repa.trainer import loop
+from repa.trainer.cli import train_command
+from repa.trainer.sit import SIZES
+
+ARGUMENTS = ["--model", "SiT-Ti/2", "--recipe", "irepa", "--batch-size", "8", "--steps", "9", "--device", "cpu"]
+SETTINGS = ("accumulation=2", "alignment.encoder_depth=1", "save_every=3", "log_every=1")
+ARGUMENTS += [f"--set={setting}" for setting in SETTINGS]
+
+
+def train(cache: str, out: Path, port: str, *arguments: str) -> None:
+    os.environ["MASTER_PORT"] = port
+    train_command.main(["--cache", cache, "--out", str(out), *ARGUMENTS, *arguments], standalone_mode=False)
+
+
+def main(phase: str, cache: str, folder: Path, ports: list[str]) -> None:
+    torch.set_num_threads(1)
+    SIZES["Ti"] = (2, 32, 2)
+    if phase == "second":
+        train(cache, folder / "killed", ports[0], "--resume", "auto")
+        return
+    train(cache, folder / "whole", ports[0])
+    step = loop.train_step
+
+    def dying(run, ahead, norm):
+        if run.step == 7 and run.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(run, ahead, norm)
+
+    loop.train_step = dying
+    train(cache, folder / "killed", ports[1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:])

@@ -1,0 +1,98 @@
+"""Two gloo ranks: the same equations, an exact resume, and no rank that waits for ever for a dead one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from repa.cache_specs.errors import UsageError
+from repa.trainer import loop
+from repa.trainer.batches import Batches, Place
+from repa.trainer.checkpoint import load_checkpoint
+from repa.trainer.config import Layer, recipe_layer, resolve, set_layer
+from repa.trainer.distributed import World, join
+from repa.trainer.run import prepare
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+
+
+def free_ports(num: int) -> list[str]:
+    sockets = [socket.socket() for _ in range(num)]
+    for opened in sockets:
+        opened.bind(("127.0.0.1", 0))
+    ports = [str(opened.getsockname()[1]) for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+def run_ranks(phase: str, cache: Path, folder: Path) -> list[tuple[int, str]]:
+    """Run both ranks of a phase; return each one's exit code and stderr."""
+    ports = free_ports(2)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, phase, cache, folder, *ports],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
+
+
+def settings(cache: Path, *assignments: str):
+    flags = {"cache": str(cache), "out": "unused", "model": "SiT-Ti/2", "batch_size": 8, "alignment.encoder_depth": 1}
+    layers = [recipe_layer("irepa", "SiT-Ti/2"), Layer(source="flags", values=flags), set_layer(assignments)]
+    return resolve(layers)
+
+
+def test_two_ranks_train_resume_exactly_and_notice_a_death(make_cache, tmp_path, run_outcome, small_sit):
+    cache = make_cache().path
+    (survivor, told), (killed, _) = run_ranks("first", cache, tmp_path)
+    assert killed == -signal.SIGKILL
+    assert survivor == 1
+    assert "rank 0 stops: another rank has stopped; its message says why" in told
+    assert [record["step"] for record in run_outcome(tmp_path / "killed").records] == [1, 2, 3, 4, 5, 6, 7]
+
+    assert [code for code, _ in run_ranks("second", cache, tmp_path)] == [0, 0]
+    whole, continued = run_outcome(tmp_path / "whole"), run_outcome(tmp_path / "killed")
+    assert len(whole.records) == 9
+    assert continued.losses() == whole.losses()
+    states = [load_checkpoint(tmp_path / name / "checkpoints/0000009.pt")["model"] for name in ("whole", "killed")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not any(name.startswith(("module.", "_orig_mod.")) for name in states[0])
+
+    # The mean over two ranks of two micro-batches is the mean over the four of them in one process.
+    run = prepare(settings(cache, "accumulation=4"), World(rank=0, size=1, device=torch.device("cpu")))
+    places = [Place(batch_size=8, accumulation=2, rank=rank, world=2) for rank in range(2)]
+    parts = [Batches(run.reader, run.batches.spec, place) for place in places]
+    stream = iter([part.read(0, micro) for micro in range(2) for part in parts])
+    together = loop.train_step(run, SimpleNamespace(next=lambda: next(stream)), run.norm.tensors("cpu"))  # type: ignore[arg-type]  # stands in for ReadAhead
+    first = whole.records[0]
+    expected = [first["denoising_loss"], first["alignment_loss"], first["grad_norm"]]
+    np.testing.assert_allclose(together.numpy(), expected, rtol=1e-5)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(make_cache, small_sit):
+    world = World(rank=0, size=3, device=torch.device("cpu"))
+    with pytest.raises(UsageError, match="batch_size 8 is not a multiple of 3 ranks x 2 micro-batches"):
+        prepare(settings(make_cache().path, "accumulation=2"), world)
+
+
+def test_a_missing_device_is_named(monkeypatch):
+    if torch.cuda.is_available():
+        monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
+    with pytest.raises(UsageError, match=r"wants cuda:\d.*--device cpu"), join("cuda"):
+        pass

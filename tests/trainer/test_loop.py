@@ -1,0 +1,202 @@
+"""The training step against the equations written out again, and what a run does when something goes wrong."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from repa.trainer import loop
+from repa.trainer.batches import DrawSpec, SampleOrder
+from repa.trainer.checkpoint import load_checkpoint
+from repa.trainer.config import Layer, recipe_layer, resolve, set_layer
+from repa.trainer.distributed import World
+from repa.trainer.prefetch import ReadAhead
+from repa.trainer.run import Run, prepare
+
+CPU = torch.device("cpu")
+
+
+def make_run(cache, *assignments: str, recipe: str = "irepa") -> Run:
+    flags = {"cache": str(cache), "out": "unused", "model": "SiT-Ti/2", "batch_size": 8, "alignment.encoder_depth": 1}
+    layers = [recipe_layer(recipe, "SiT-Ti/2"), Layer(source="flags", values=flags), set_layer(assignments)]
+    return prepare(resolve(layers), World(rank=0, size=1, device=CPU))
+
+
+def stir(run: Run) -> None:
+    """Move every trained weight off its initial value: SiT starts with zero gates, which hide most of it."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in run.optimizer.parameters:
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    run.ema.model.load_state_dict(run.model.state_dict())
+
+
+def one_step(run: Run) -> np.ndarray:
+    with ReadAhead(run.batches, first=run.step, last=run.step + 1, depth=1, device=CPU) as ahead:
+        return loop.train_step(run, ahead, run.norm.tensors(CPU)).numpy()
+
+
+def test_a_step_is_the_published_equations(make_cache, small_sit):
+    """Two micro-batches, posterior latents, channel normalisation, int8 tokens of two encoders, dropped labels."""
+    written = make_cache(
+        encoders={"toy": "int8", "wide": "float16"}, latents="mean_std", invalid={"latents/toy-ae": [3]}
+    )
+    run = make_run(
+        written.path, "accumulation=2", "latent_norm=channel", "label_dropout=0.5", "encoders=[toy-int8,wide]",
+        "interpolant.path=cosine", "alignment.proj_coeff=0.7", "optimizer.weight_decay=0.1", "optimizer.clip=0.2",
+        "ema_decay=0.9",
+    )  # fmt: skip
+    stir(run)
+    twin = make_run(written.path, "encoders=[toy-int8,wide]").model
+    twin.load_state_dict(run.model.state_dict())
+    trained = [parameter for parameter in twin.parameters() if parameter.requires_grad]
+
+    path = run.config.interpolant
+    spec = DrawSpec(seed=0, num_views=2, latent_shape=(3, 8, 8), posterior=True, interpolant=path, label_dropout=0.5)
+    arrays = {name: torch.from_numpy(array) for name, array in written.arrays.items()}
+    order = SampleOrder(np.array([row for row in range(23) if row != 3]), seed=0)
+    denoising, alignment = torch.zeros(()), torch.zeros(())
+    for micro in range(2):
+        draws = spec.draw(4, step=0, micro=micro, rank=0)
+        rows, views = torch.from_numpy(order.at(4 * micro, 4)), draws.views
+        moments = arrays["latents/toy-ae/moments"][rows, views].float()
+        z = moments[:, :3] + moments[:, 3:] * draws.posterior_noise
+        x = (z - torch.tensor([0.1, -0.2, 0.3]).view(3, 1, 1)) / torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1)
+        angle = (torch.pi / 2 * draws.t).view(-1, 1, 1, 1)
+        x_t = torch.cos(angle) * x + torch.sin(angle) * draws.noise
+        velocity = torch.pi / 2 * (torch.cos(angle) * draws.noise - torch.sin(angle) * x)
+        labels = arrays["label"][rows].long()
+        labels[draws.dropped] = 3
+        predicted, projections = twin(x_t, draws.t, labels, return_projections=True)
+        denoising = denoising + ((predicted - velocity) ** 2).mean() / 2
+        for name, tokens in zip(("toy-int8", "wide"), projections, strict=True):
+            group = f"features/{name}"
+            stored = arrays[f"{group}/patch_tokens"][rows, views].float()
+            mean, std = (arrays[f"{group}/channel_{which}"][rows, views].unsqueeze(1) for which in ("mean", "std"))
+            if name.endswith("int8"):
+                stored = stored * arrays[f"{group}/token_scale"][rows, views].float().unsqueeze(-1) * std + mean
+            target = (stored - 0.6 * mean) / (std + 1e-6)
+            alignment = alignment - F.cosine_similarity(tokens, target, dim=-1, eps=1e-12).mean() / 2 / 2
+    (denoising + 0.7 * alignment).backward()
+    norm = torch.sqrt(sum((parameter.grad**2).sum() for parameter in trained))
+
+    np.testing.assert_allclose(one_step(run), [denoising.item(), alignment.item(), norm.item()], rtol=2e-5)
+    assert norm.item() > 0.2  # so that it is clipped
+    for before, after, average in zip(
+        twin.parameters(), run.model.parameters(), run.ema.model.parameters(), strict=True
+    ):
+        expected = before.detach()
+        if before.requires_grad:
+            gradient = before.grad * 0.2 / (norm + 1e-6)
+            # AdamW's first step: its corrected moments are the gradient and its square.
+            expected = expected * (1 - 1e-4 * 0.1) - 1e-4 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(after.detach(), expected, rtol=0, atol=2e-6)
+        torch.testing.assert_close(average, 0.9 * before.detach() + 0.1 * after.detach(), rtol=0, atol=1e-6)
+    assert run.step == 1
+
+
+def test_without_alignment_no_tokens_are_read(make_cache, small_sit):
+    run = make_run(make_cache().path, recipe="sit")
+    assert run.reader.features == ()
+    assert len(run.model.projectors) == 0
+    assert one_step(run)[1] == 0
+
+
+def test_recipes_start_from_the_same_weights_data_and_noise(make_cache, small_sit):
+    cache = make_cache().path
+    aligned, plain = make_run(cache), make_run(cache, recipe="sit")
+    for name, parameter in plain.model.state_dict().items():
+        assert torch.equal(parameter, aligned.model.state_dict()[name]), name
+    assert one_step(aligned)[0] == one_step(plain)[0]
+
+
+def test_bf16_trains_float32_parameters(make_cache, small_sit):
+    cache = make_cache().path
+    low, full = make_run(cache, "precision=bf16"), make_run(cache)
+    stir(low)
+    stir(full)
+    ours, reference = one_step(low), one_step(full)
+    np.testing.assert_allclose(ours, reference, rtol=0.01, atol=0.003)
+    assert not np.array_equal(ours, reference)
+    assert all(parameter.dtype == torch.float32 for parameter in low.model.parameters())
+
+
+def test_a_run_learns(make_cache, repa_train, tmp_path):
+    learning = ("--set", "optimizer.learning_rate=3e-3", "--steps", "60")
+    outcome = repa_train(make_cache().path, tmp_path / "run", *learning)
+    early, late = (np.mean([record["alignment_loss"] for record in part]) for part in
+                   (outcome.records[:10], outcome.records[-10:]))  # fmt: skip
+    assert late < early - 0.08
+    assert [record["step"] for record in outcome.records] == list(range(1, 61))
+    timed = [record for record in outcome.records if "samples_per_s" in record]
+    assert [record["step"] for record in timed] == list(range(3, 61, 3))
+    assert all(0 <= record["data_wait"] <= 1 for record in timed)
+
+
+def first_step_with(row: int, num_samples: int, batch_size: int) -> int:
+    stream = SampleOrder(np.arange(num_samples), seed=0).at(0, 10 * num_samples)
+    return int(np.flatnonzero(stream == row)[0]) // batch_size + 1
+
+
+def test_a_step_that_is_not_finite_stops_the_run_at_the_state_before(make_cache, repa_train, tmp_path):
+    bad_row = int(SampleOrder(np.arange(23), seed=0).at(0, 23)[-1])
+    bad = first_step_with(bad_row, 23, batch_size=4)
+    assert bad == 6
+    cache = make_cache(nan_rows=(bad_row,)).path
+    outcome = repa_train(cache, tmp_path / "run", "--batch-size", "4", "--steps", "20", "--set", "log_every=10")
+    assert outcome.code == 1
+    assert "step 6 is not finite (denoising_loss nan" in outcome.error
+    assert outcome.error.count("\n") == 1
+    assert [record["step"] for record in outcome.records] == [1, 2, 3, 4, 5]
+    clean = repa_train(cache, tmp_path / "clean", "--batch-size", "4", "--steps", "5")
+    assert outcome.losses() == clean.losses()
+    ours, theirs = (load_checkpoint(tmp_path / name / "checkpoints/0000005.pt") for name in ("run", "clean"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(ours[part][name], theirs[part][name]) for name in theirs[part])
+    for index, state in theirs["opt"]["state"].items():
+        assert all(torch.equal(state[name], ours["opt"]["state"][index][name]) for name in state)
+
+
+def test_sigterm_saves_at_the_next_step_and_ends_well(make_cache, repa_train, tmp_path, monkeypatch):
+    step = loop.train_step
+
+    def interrupted(run, ahead, norm):
+        if run.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, ahead, norm)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", interrupted)
+        outcome = repa_train(make_cache().path, tmp_path / "run", "--steps", "9")
+    assert outcome.code == 0
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["0000005.pt"]
+    rest = repa_train(make_cache().path, tmp_path / "run", "--steps", "9", "--resume", "auto")
+    whole = repa_train(make_cache().path, tmp_path / "whole", "--steps", "9")
+    assert rest.losses() == whole.losses()
+
+
+def test_a_compiled_model_keeps_its_names(make_cache, repa_train, tmp_path, monkeypatch):
+    compile_module = torch.nn.Module.compile
+
+    def traced(self: torch.nn.Module, **options: bool) -> None:
+        compile_module(self, backend="eager", **options)  # Dynamo's full graph, without the time of a code generator
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    compiled = repa_train(make_cache().path, tmp_path / "compiled", "--steps", "2", "--compile")
+    plain = repa_train(make_cache().path, tmp_path / "plain", "--steps", "2")
+    assert compiled.losses() == plain.losses()
+    state = load_checkpoint(tmp_path / "compiled/checkpoints/0000002.pt")
+    assert list(state["model"]) == list(load_checkpoint(tmp_path / "plain/checkpoints/0000002.pt")["model"])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_keep_last_and_save_every(make_cache, repa_train, tmp_path, every):
+    saving = ("--set", f"save_every={every or 100}", "--set", "keep_last=2")
+    repa_train(make_cache().path, tmp_path / "run", "--steps", "7", *saving)
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == (["0000006.pt", "0000007.pt"] if every else ["0000007.pt"])

@@ -1,0 +1,106 @@
+"""`repa-train` and `repa-sample`: parse, resolve the settings, call one function.
+
+The composition root: the only module of the trainer that may import `repa.pipeline`, for the decoder that turns
+latents into pictures. torch is imported when a command runs, not for its help.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..cache_specs.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .distributed import World
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.command(context_settings=CONTEXT)
+@click.option("--cache", metavar="DIR", help="Cache made by repa-cache build.")
+@click.option("--encoder", "encoders", multiple=True, metavar="NAME", help="Encoder to align with, repeatable.")
+@click.option("--autoencoder", metavar="NAME", help="Latents to train on. [default: the only ones in the cache]")
+@click.option("--model", metavar="SiT-B/2", help="SiT-{Ti,S,B,L,XL}/patch.")
+@click.option("--recipe", metavar="NAME", help="sit, repa, irepa or irepa-release: what trainer/recipes.yaml sets.")
+@click.option("--steps", type=int, help="Optimizer steps in all. [default: 400000]")
+@click.option("--batch-size", type=int, help="Samples a step, over all ranks. [default: 256]")
+@click.option("--out", metavar="RUN", help="Folder of the run: config, metrics, checkpoints, grids.")
+@click.option("--config", "files", multiple=True, type=click.Path(path_type=Path), help="YAML file of settings.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting; wins over --config.")
+@click.option("--compile", is_flag=True, default=None, help="Compile the model (torch.compile).")
+@click.option(
+    "--resume", type=click.Choice(["auto"]), help="Continue the run in --out, or start it where there is none."
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@click.option("--dry-run", is_flag=True, help="Check everything and say what would run; write nothing.")
+def train_command(
+    files: tuple[Path, ...],
+    assignments: tuple[str, ...],
+    resume: str | None,
+    device: str | None,
+    dry_run: bool,
+    **flags: Any,
+) -> None:
+    """Train SiT from a cache, aligned with the encoders whose tokens it holds.
+
+    \b
+    repa-train --cache caches/in1k --model SiT-B/2 --recipe irepa --out runs/irepa
+    repa-train --cache caches/in1k --model SiT-B/2 --recipe irepa --out runs/irepa --resume auto
+    torchrun --nproc-per-node 8 -m repa.trainer.cli --cache caches/in1k --model SiT-XL/2 ...
+
+    Settings: defaults < recipe < --config < --set < the flags above. The resolved ones are printed and stored as
+    config.json; SIGTERM saves at the next step.
+    """
+    with one_line_errors("repa-train"):
+        from .distributed import default_device, join
+
+        config = resolve_flags(files, assignments, flags)
+        with join(device or default_device()) as world:
+            if dry_run:
+                _explain(config, world)
+            else:
+                _train(config, world, resume=resume == "auto")
+
+
+def resolve_flags(files: tuple[Path, ...], assignments: tuple[str, ...], flags: dict[str, Any]) -> "RunConfig":
+    """Return the settings of a command line; the recipe and the model may stand in any of its sources."""
+    from .config import Layer, file_layer, recipe_layer, required, resolve, set_layer
+
+    given = {key: value for key, value in flags.items() if value not in (None, ())}
+    sources = [*map(file_layer, files), set_layer(assignments), Layer(source="flags", values=given)]
+    recipe = recipe_layer(required("recipe", sources), required("model", sources))
+    return resolve([recipe, *sources])
+
+
+def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
+    from .loop import train
+    from .resume import enter_folder
+    from .run import describe, prepare
+
+    run = prepare(config, world)
+    enter_folder(run, resume=resume)
+    if world.is_main:
+        click.echo(describe(run.config, run.reader, run.norm))
+    train(run)
+    if world.is_main:
+        click.echo(f"{run.folder}: {run.step} of {run.config.steps} steps done")
+
+
+def _explain(config: "RunConfig", world: "World") -> None:
+    from .run import describe, latent_norm, open_cache
+
+    config, reader = open_cache(config, world)
+    if world.is_main:
+        click.echo(describe(config, reader, latent_norm(config, reader)))
+        click.echo("dry run: nothing was trained or written")
+
+
+def train() -> None:
+    """Entry point of repa-train."""
+    train_command(prog_name="repa-train")
+
+
+if __name__ == "__main__":
+    train()

@@ -1,0 +1,84 @@
+"""The one place where the host asks the device how training goes.
+
+In: each step's losses, as they lie on the device. Out, at a log: one record a step for metrics.jsonl, TensorBoard and
+the screen, and the first step that was not finite.
+"""
+
+import contextlib
+import math
+import time
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from .metrics import MetricsFile, Progress, TensorBoard
+from .prefetch import ReadAhead
+from .run import Run
+
+
+class Reporter:
+    """Collects the steps since the last log; every rank has one, rank 0's writes."""
+
+    def __init__(self, run: Run, ahead: ReadAhead) -> None:
+        self._run = run
+        self._ahead = ahead
+        self._steps: list[Tensor] = []
+        self._names = ["denoising_loss", "alignment_loss", "grad_norm"]
+        self._last_log = (time.perf_counter(), 0.0)
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        run = self._run
+        if run.world.is_main:
+            with contextlib.ExitStack() as opened:
+                self._file = opened.enter_context(MetricsFile(run.folder, done=run.step))
+                self._board = opened.enter_context(TensorBoard(run.folder, done=run.step))
+                self._progress = opened.enter_context(Progress(done=run.step, total=run.config.steps))
+                self._open = opened.pop_all()
+        self._last_log = (time.perf_counter(), self._ahead.waited_s)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def add(self, losses: Tensor) -> None:
+        """Take the result of `train_step` for the step just done."""
+        self._steps.append(losses)
+        if self._run.world.is_main:
+            self._progress.step()
+
+    def log(self) -> tuple[int, dict[str, float]] | None:
+        """Write every step since the last log; return the first that was not finite, with its numbers.
+
+        The steps before that one are written, it and what follows are not: the state has not moved since.
+        """
+        world, num = self._run.world, len(self._steps)
+        if num == 0:
+            return None
+        values = world.mean(torch.stack(self._steps)).cpu()  # the host waits for the device here, and nowhere else
+        self._steps.clear()
+        first = self._run.step - num + 1
+        records: list[dict[str, float | int]] = []
+        bad = None
+        for step, numbers in enumerate(values.tolist(), start=first):
+            named = dict(zip(self._names, numbers, strict=True))
+            if not self._run.reader.features:
+                del named["alignment_loss"]
+            if not all(math.isfinite(number) for number in named.values()):
+                bad = (step, named)
+                break
+            records.append({"step": step, **named})
+        if world.is_main and records:
+            records[-1] |= self._timing(num)
+            self._file.write(records)
+            self._board.write(records)
+            self._progress.log(records[-1])
+        return bad
+
+    def _timing(self, num: int) -> dict[str, float]:
+        """Return the speed since the last log, and the share of that time that rank 0 waited for data."""
+        now = (time.perf_counter(), self._ahead.waited_s)
+        seconds, waited = (end - start for end, start in zip(now, self._last_log, strict=True))
+        self._last_log = now
+        return {"samples_per_s": num * self._run.config.batch_size / seconds, "data_wait": waited / seconds}

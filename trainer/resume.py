@@ -1,0 +1,83 @@
+"""Starting in an empty run folder, continuing in one's own, and refusing everything else.
+
+A resume is exact: parameters, EMA and optimizer come from the newest checkpoint, every other number of the run is a
+function of the step. So settings and data must be those of the checkpoint (config.MAY_CHANGE names what may differ).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..cache_specs.errors import JobError, UsageError
+from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from .config import differences
+from .metrics import METRICS_FILE
+from .run import Run
+
+CONFIG_FILE = "config.json"
+
+
+def enter_folder(run: Run, *, resume: bool) -> None:
+    """Take the run's folder: restore its newest checkpoint if `resume`, then write config.json.
+
+    Raises UsageError where the folder holds a run and `resume` is false, or the checkpoint is of another run;
+    CheckpointError where the newest checkpoint is damaged (an older one is never taken silently).
+    """
+    latest = latest_checkpoint(run.folder)
+    if not resume and (latest is not None or (run.folder / METRICS_FILE).exists()):
+        raise UsageError(
+            f"{run.folder} already holds a run{f' at {latest.name}' if latest else ''}. Continue it with "
+            f"--resume auto, or choose another --out"
+        )
+    if latest is not None:
+        restore(run, latest)
+    run.world.wait()  # every rank has looked before rank 0 writes
+    if run.world.is_main:
+        write_config(run.folder, run.record())
+
+
+def restore(run: Run, path: Path) -> None:
+    """Load model, EMA, optimizer and step from a checkpoint of this very run."""
+    stored = load_checkpoint(path)
+    if "config" not in stored:
+        raise CheckpointError(f"{path} is not a checkpoint of repa-train; it cannot be resumed, only sampled from")
+    check_same(stored["config"], run.record(), where=str(path))
+    check_same_data(stored["fingerprints"], run.reader.fingerprints, where=str(path), cache=str(run.reader.path))
+    run.model.load_state_dict(stored["model"])
+    run.ema.model.load_state_dict(stored["ema"])
+    run.optimizer.adamw.load_state_dict(stored["opt"])
+    run.step = stored["steps"]
+
+
+def check_same(stored: Mapping[str, Any], asked: Mapping[str, Any], *, where: str) -> None:
+    """Raise UsageError, naming every field, where a resume asks for other settings than the stored ones."""
+    changed = differences(stored, asked)
+    if changed:
+        raise UsageError(
+            f"{where} was made with other settings: {'; '.join(changed)}. Repeat the run's own settings "
+            f"(config.json in its folder has them), or start another run with another --out"
+        )
+
+
+def check_same_data(stored: Mapping[str, str], found: Mapping[str, str], *, where: str, cache: str) -> None:
+    """Raise UsageError, naming every component, where the cache is not the one that the checkpoint was trained on."""
+    other = sorted(name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name))
+    if other:
+        raise UsageError(
+            f"{where} was trained on other data: {', '.join(other)} in {cache} has another fingerprint. Continue with "
+            f"the cache that it was trained from, or start another run with another --out"
+        )
+
+
+def write_config(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write config.json whole: a temporary name, then a rename."""
+    path = folder / CONFIG_FILE
+    temporary = path.with_name(f".{CONFIG_FILE}.partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise JobError(f"{path} cannot be written ({error.strerror}); make room, or choose another --out") from error
