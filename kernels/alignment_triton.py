@@ -210,7 +210,7 @@ def fused(
     blocks = triton.cdiv(K, ROWS)
     partial = torch.empty((B, blocks), dtype=torch.float32, device=z.device)
 
-    warp_size = torch.cuda.get_device_properties(z.device).warp_size if z.is_cuda else 32  # 64 on gfx942
+    width = int(E)  # a constant of the kernel: torch.compile makes one for each
 
     def given(t: Tensor | None) -> Tensor:
         return z if t is None else t  # an address that the kernel does not touch
@@ -230,8 +230,8 @@ def fused(
         scale,
         K,
         tokens.shape[1],
-        E=E,
-        BLOCK_E=triton.next_power_of_2(E),
+        E=width,
+        BLOCK_E=triton.next_power_of_2(width),
         ROWS=ROWS,
         INT8=tokens.dtype == torch.int8,
         NORMALISED=gamma is not None,
@@ -240,7 +240,7 @@ def fused(
         NEEDS_DZ=dz is not None,
         STD_EPS=STD_EPS,
         NORM_EPS=NORM_EPS,
-        num_warps=num_warps(E, warp_size),
+        num_warps=num_warps(width, 64 if torch.version.hip else 32),
     )
     return partial.sum()
 

@@ -54,3 +54,26 @@ def test_rows_are_loaded_and_stored_in_128_bits(lines):
             expected = x["z_loads_expected"] + x["token_loads_expected"] + x["statistics_loads_expected"]
             assert x["wide_loads"] == expected > 0, x
             assert x["wide_stores"] == x["dz_stores_expected"] > 0, x
+
+
+GRAPH = """
+import collections, json, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from repa.kernels import alignment
+with FakeTensorMode():
+    z = torch.empty(4, 32, 64, device="cuda", dtype=torch.bfloat16)
+    tokens = torch.empty(4, 32, 64, device="cuda", dtype=torch.float16)
+graph = make_fx(lambda z, f: alignment._loss_and_dz(z, f, None, None, None, None, None, 0.6, 0.5, True))(z, tokens)
+print(json.dumps([node.target.__name__ for node in graph.graph.nodes if node.op == "call_function"]))
+"""
+
+
+def test_the_cuda_path_is_two_launches_and_a_sum_of_partials():
+    """Traced on fake CUDA tensors, as torch.compile sees it: nothing else touches z, tokens or dz."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run([sys.executable, "-c", GRAPH], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    calls = [name for name in json.loads(done.stdout) if not name.startswith("empty")]
+    launch = "triton_kernel_wrapper_mutation"  # channel statistics, then the alignment
+    assert calls == [launch, launch, "sum.default"]
