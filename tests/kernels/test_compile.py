@@ -57,14 +57,16 @@ def test_rows_are_loaded_and_stored_in_128_bits(lines):
 
 
 GRAPH = """
-import collections, json, torch
+import json, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from repa.kernels import alignment
 with FakeTensorMode():
     z = torch.empty(4, 32, 64, device="cuda", dtype=torch.bfloat16)
     tokens = torch.empty(4, 32, 64, device="cuda", dtype=torch.float16)
-graph = make_fx(lambda z, f: alignment._loss_and_dz(z, f, None, None, None, None, None, 0.6, 0.5, True))(z, tokens)
+def op(z, tokens):
+    return alignment._loss_and_dz(z, tokens, None, None, None, None, None, 0.6, 0.5, True)
+graph = make_fx(op, tracing_mode="fake")(z, tokens)
 print(json.dumps([node.target.__name__ for node in graph.graph.nodes if node.op == "call_function"]))
 """
 
