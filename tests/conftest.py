@@ -15,6 +15,8 @@ from PIL import Image, ImageFilter
 # import it, so this comes before any of them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Triton 3.9 warns where this is left to its default, which 3.10 changes, and here a warning is an error.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # Missing weights fail at once, and no test depends on what the network answers. Read when the hub client is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
