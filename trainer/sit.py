@@ -212,8 +212,8 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """SiT with any number of projectors, which share one forward pass.
 
-    Weights are drawn on the CPU from generators of their own, SiT's from `seed` and projector k's from (seed, k), so
-    that adding projectors changes no weight of SiT and the global generator is untouched. Under
+    Weights are drawn on the CPU from generators of their own, SiT's from `seed` and projector k's from (seed, k + 1),
+    so that adding projectors changes no weight of SiT and the global generator is untouched. Under
     `torch.device("meta")` only shapes are made.
 
     Raises UsageError where projectors are asked for without an `encoder_depth` from 1 to the model's depth.
@@ -289,7 +289,7 @@ class SiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
         self.pos_embed.copy_(torch.from_numpy(sincos_pos_embed(self.config.hidden_size, self.grid)))
         for index, projector in enumerate(cast(Iterable[Projector], self.projectors)):
-            projector.initialize(torch.Generator().manual_seed(_derived_seed(seed, index)))
+            projector.initialize(torch.Generator().manual_seed(_derived_seed(seed, index + 1)))
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, return_projections: bool = False
@@ -329,5 +329,8 @@ def sincos_pos_embed(hidden_size: int, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _derived_seed(*entropy: int) -> int:
-    """Return a seed for entropy such as (seed, index), unrelated between neighbours (numpy's SeedSequence)."""
+    """Return a seed for entropy such as (seed, k), unrelated between neighbours (numpy's SeedSequence).
+
+    A trailing 0 adds nothing to a SeedSequence: (seed, 0) is (seed,).
+    """
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
