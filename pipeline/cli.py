@@ -201,7 +201,7 @@ def verify(cache: Path) -> None:
         click.echo(problem, err=True)
     if report.problems:
         files = " ".join(str(file) for file in report.damaged_files[:MAX_LISTED])
-        way_out = f"delete the damaged shards and run the build again: rm {files}" if files else "run the build again"
+        way_out = f"delete the damaged files and run the build again: rm {files}" if files else "run the build again"
         raise JobError(f"{cache}: {len(report.problems)} problems in {report.num_shards} shards; {way_out}")
     click.echo(
         f"{cache}: {report.num_shards} shards, {human_bytes(report.num_bytes)}: all there, checksums and values hold"

@@ -7,7 +7,6 @@ the old file or the new one. Metadata holds no time, host, path or job state.
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,8 @@ from .manifest import Manifest
 from .shards import COMPRESSOR_CONFIGS, sync_folder, write_file
 
 METADATA = "zarr.json"
+# What zarr raises on damaged metadata or chunks, as seen by flipping bits: it has no class of its own for them.
+ZARR_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError)
 DIGEST = "attributes_digest"  # over the other attributes: `verify` finds a changed byte in them
 
 
@@ -35,13 +36,50 @@ def with_digest(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {**attributes, DIGEST: digest(dict(attributes))}
 
 
-def _render(attributes: Mapping[str, Any], arrays: Mapping[str, dict[str, Any]]) -> dict[str, bytes]:
-    """Return every file of a group, by relative path, as zarr writes it."""
+def _render(
+    attributes: Mapping[str, Any],
+    arrays: Mapping[str, dict[str, Any]],
+    rows: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, bytes]:
+    """Return every file of a group, by relative path, as zarr writes it; `rows` fills the arrays that it names."""
     files: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(files), attributes=with_digest(attributes))
     for name, options in arrays.items():
-        group.create_array(name, **options)
+        array = group.create_array(name, **options)
+        if rows and name in rows:
+            array[:] = rows[name]
     return {path: buffer.to_bytes() for path, buffer in files.items()}
+
+
+def root_files(cache: CacheLayout, rows: Mapping[str, np.ndarray] | None = None) -> dict[str, bytes]:
+    """Return the files of a cache that belong to no component, by relative path, the root group's metadata last.
+
+    `rows` are the manifest's `sample_id` and `label`; without them only metadata is returned.
+    """
+    common = {
+        "shape": (cache.num_samples,),
+        "chunks": (METADATA_CHUNK,),
+        "compressors": [ZstdCodec(level=1, checksum=False), Crc32cCodec()],
+        "config": {"write_empty_chunks": True},  # a chunk whose labels are all 0 is written too
+    }
+    arrays: dict[str, dict[str, Any]] = {
+        "sample_id": {"dtype": np.dtypes.StringDType(), **common},
+        "label": {"dtype": "int32", **common},
+    }
+    files = _render(cache.attributes(), arrays, rows)
+    root = files.pop(METADATA)
+    groups = {f"{group}/{METADATA}": _render({}, {})[METADATA] for group in (LATENTS, FEATURES)}
+    return {**groups, **files, METADATA: root}
+
+
+def component_files(
+    component: ComponentSpec, cache: CacheLayout, results: Mapping[str, Any] | None = None
+) -> dict[str, bytes]:
+    """Return the metadata files of a component, by path relative to its group, the group's own last."""
+    arrays = {layout.name: _array_options(layout, component.compressor) for layout in component.arrays(cache)}
+    files = _render({**component.attributes(cache), **(results or {})}, arrays)
+    group = files.pop(METADATA)
+    return {**files, METADATA: group}
 
 
 def _array_options(layout: ArrayLayout, compressor: str) -> dict[str, Any]:
@@ -67,13 +105,6 @@ def _array_options(layout: ArrayLayout, compressor: str) -> dict[str, Any]:
     }
 
 
-def array_metadata(component: ComponentSpec, cache: CacheLayout) -> dict[str, dict[str, Any]]:
-    """Return the parsed zarr.json that each array of a component must have, by array name."""
-    arrays = {layout.name: _array_options(layout, component.compressor) for layout in component.arrays(cache)}
-    files = _render({}, arrays)
-    return {name: json.loads(files[f"{name}/{METADATA}"]) for name in arrays}
-
-
 class CacheStore:
     """One cache directory, open for building or checking."""
 
@@ -95,8 +126,8 @@ class CacheStore:
     def create_or_open(cls, path: Path, layout: CacheLayout, manifest: Manifest) -> "CacheStore":
         """Create the cache of `manifest`, or open the one that is there if it holds exactly that data.
 
-        Raises `CacheError` naming the first field in which the cache on disk differs, and `UsageError` for a folder
-        that holds something else.
+        Metadata that was deleted from it is written again. Raises `CacheError` naming the first field in which the
+        cache on disk differs, and `UsageError` for a folder that holds something else.
         """
         with cls(path, layout).lock("cache", wait=True):
             attributes = read_attributes(path)
@@ -106,43 +137,18 @@ class CacheStore:
                     raise UsageError(
                         f"--cache {path}: the folder holds other things ({foreign[0]}) and no cache; name a new one"
                     )
-                store = cls(path, layout)
-                store._write_root(manifest)
-                return store
-        found = CacheLayout.from_attributes(attributes, path)
-        for field in (
-            "num_samples",
-            "manifest_fingerprint",
-            "resolution",
-            "crop",
-            "views",
-            "class_names",
-            "shard_samples",
-        ):
-            old, new = getattr(found, field), getattr(layout, field)
-            if old != new:
-                raise CacheError(
-                    f"{path}: the cache on disk differs from what is asked: {field}{_field_hint(field)}: "
-                    f"found {_brief(old)}, asked {_brief(new)}; use another --cache, or the options it was made with"
-                )
-        return cls(path, found)
+            else:
+                _check_same_cache(path, CacheLayout.from_attributes(attributes, path), layout)
+            store = cls(path, layout)
+            rows = {"sample_id": manifest.sample_ids, "label": manifest.labels}
+            store._write_missing(path, root_files(layout, rows))
+            return store
 
-    def _write_root(self, manifest: Manifest) -> None:
-        checked = [ZstdCodec(level=1, checksum=False), Crc32cCodec()]
-        common = {"chunks": (METADATA_CHUNK,), "compressors": checked}
-        files = _render(
-            self.layout.attributes(),
-            {
-                "sample_id": {"data": manifest.sample_ids, **common},
-                "label": {"data": manifest.labels, **common},
-            },
-        )
-        for group in (LATENTS, FEATURES):
-            write_file(self.path / group / METADATA, _render({}, {})[METADATA])
-        root = files.pop(METADATA)
+    def _write_missing(self, folder: Path, files: Mapping[str, bytes]) -> None:
+        """Write, in their order, those files that are not there."""
         for name, data in files.items():
-            write_file(self.path / name, data)
-        write_file(self.path / METADATA, root)
+            if not (folder / name).exists():
+                write_file(folder / name, data)
 
     # Components
 
@@ -161,7 +167,10 @@ class CacheStore:
         return found
 
     def create_component(self, spec: ComponentSpec) -> None:
-        """Add the empty component, or check that the one on disk is the same; raise `CacheError` naming the field."""
+        """Add the empty component, or check that the one on disk is the same; raise `CacheError` naming the field.
+
+        Metadata that was deleted from it is written again.
+        """
         found = self.component(spec.path)
         if found is not None:
             difference = found.difference(spec)
@@ -174,21 +183,12 @@ class CacheStore:
                 raise CacheError(
                     f"{self.path}: {spec.path}: the fingerprint does not match its spec; run repa-cache verify"
                 )
-            return
-        self._write_component(spec, spec.attributes(self.layout))
+        self._write_missing(self.path / spec.path, component_files(spec, self.layout))
 
     def complete_component(self, spec: ComponentSpec, results: Mapping[str, Any]) -> None:
         """Write `results` and, last, `complete` into the component's attributes, by one rename."""
-        attributes = {**spec.attributes(self.layout), **results, COMPLETE: True}
-        write_file(self.path / spec.path / METADATA, _render(attributes, {})[METADATA])
-
-    def _write_component(self, spec: ComponentSpec, attributes: Mapping[str, Any]) -> None:
-        arrays = {layout.name: _array_options(layout, spec.compressor) for layout in spec.arrays(self.layout)}
-        files = _render(attributes, arrays)
-        group = files.pop(METADATA)
-        for name, data in files.items():
-            write_file(self.path / spec.path / name, data)
-        write_file(self.path / spec.path / METADATA, group)
+        files = component_files(spec, self.layout, {**results, COMPLETE: True})
+        write_file(self.path / spec.path / METADATA, files[METADATA])
 
     def is_complete(self, path: str) -> bool:
         return bool((read_attributes(self.path / path) or {}).get(COMPLETE))
@@ -206,7 +206,7 @@ class CacheStore:
         """Return rows of `array` (`features/hog/valid`) through zarr, every checksum checked."""
         try:
             return np.asarray(zarr.open_array(self.path / array, mode="r")[start:stop])
-        except (OSError, ValueError) as error:
+        except ZARR_ERRORS as error:
             raise CacheError(f"{self.path / array}: samples {start} to {stop - 1} cannot be read ({error})") from error
 
     # Partial files and locks
@@ -263,8 +263,10 @@ def read_attributes(path: Path) -> dict[str, Any] | None:
         return dict(zarr.open_group(path, mode="r", use_consolidated=False).attrs)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{path}: {METADATA} is damaged ({error!r}); restore it, or build the cache anew") from error
+    except ZARR_ERRORS as error:
+        raise CacheError(
+            f"{path}: {METADATA} is damaged ({error!r}); delete this file and run the build again"
+        ) from error
 
 
 def _acquire(file: Path, *, wait: bool) -> int | None:
@@ -294,6 +296,22 @@ def _remove_partials(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def _check_same_cache(path: Path, found: CacheLayout, asked: CacheLayout) -> None:
+    hints = {
+        "manifest_fingerprint": " (other file names or labels)",
+        "views": " (--flip)",
+        "num_samples": " (images were added or removed)",
+    }
+    fields = ("num_samples", "manifest_fingerprint", "resolution", "crop", "views", "class_names", "shard_samples")
+    for field in fields:
+        old, new = getattr(found, field), getattr(asked, field)
+        if old != new:
+            raise CacheError(
+                f"{path}: the cache on disk differs from what is asked: {field}{hints.get(field, '')}: "
+                f"found {_brief(old)}, asked {_brief(new)}; use another --cache, or the options it was made with"
+            )
+
+
 def _foreign_entries(path: Path) -> list[str]:
     own = {PARTIAL_FOLDER, LATENTS, FEATURES, "sample_id", "label", METADATA + ".partial"}
     return sorted(entry.name for entry in path.iterdir() if entry.name not in own)
@@ -302,11 +320,3 @@ def _foreign_entries(path: Path) -> list[str]:
 def _brief(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _field_hint(field: str) -> str:
-    return {
-        "manifest_fingerprint": " (other file names or labels)",
-        "views": " (--flip)",
-        "num_samples": " (images were added or removed)",
-    }.get(field, "")
