@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..cache_specs.errors import one_line_errors
+from ..cache_specs.errors import UsageError, one_line_errors
 
 if TYPE_CHECKING:
     from .config import RunConfig
     from .distributed import World
+    from .latents import LatentSource
+    from .pretrained import TrainedModel
+    from .sample import Decoder, SampleRequest
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -48,7 +51,7 @@ def train_command(
     \b
     repa-train --cache caches/in1k --model SiT-B/2 --recipe irepa --out runs/irepa
     repa-train --cache caches/in1k --model SiT-B/2 --recipe irepa --out runs/irepa --resume auto
-    torchrun --nproc-per-node 8 -m repa.trainer.cli --cache caches/in1k --model SiT-XL/2 ...
+    torchrun --nproc-per-node 8 --no-python repa-train --cache caches/in1k --model SiT-XL/2 ...
 
     Settings: defaults < recipe < --config < --set < the flags above. The resolved ones are printed and stored as
     config.json; SIGTERM saves at the next step.
@@ -75,15 +78,20 @@ def resolve_flags(files: tuple[Path, ...], assignments: tuple[str, ...], flags: 
 
 
 def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
+    from .grids import draw_training_grid
     from .loop import train
     from .resume import enter_folder
-    from .run import describe, prepare
+    from .run import describe, latent_source, prepare
 
     run = prepare(config, world)
+    decode = None
+    if config.grid.every and world.is_main:
+        weights = None if config.grid.autoencoder_weights is None else Path(config.grid.autoencoder_weights)
+        decode, _ = load_decoder(latent_source(run.reader, run.norm), weights=weights, device=str(world.device))
     enter_folder(run, resume=resume)
     if world.is_main:
         click.echo(describe(run.config, run.reader, run.norm))
-    train(run)
+    train(run, draw_grid=lambda run: draw_training_grid(run, decode))
     if world.is_main:
         click.echo(f"{run.folder}: {run.step} of {run.config.steps} steps done")
 
@@ -97,9 +105,143 @@ def _explain(config: "RunConfig", world: "World") -> None:
         click.echo("dry run: nothing was trained or written")
 
 
+@click.command(context_settings=CONTEXT)
+@click.argument("checkpoint", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
+@click.option("--num", type=int, default=64, show_default=True, help="Images to draw.")
+@click.option("--steps", type=int, default=50, show_default=True, help="Steps of the sampler.")
+@click.option("--sampler", default="euler", show_default=True, metavar="euler|heun|sde")
+@click.option("--cfg-scale", type=float, default=1.0, show_default=True, help="Classifier-free guidance; 1 is none.")
+@click.option("--guidance-low", type=float, default=0.0, show_default=True, help="Guide where t is at least this.")
+@click.option("--guidance-high", type=float, default=1.0, show_default=True, help="Guide where t is at most this.")
+@click.option("--labels", default="random", show_default=True, metavar="random|balanced|0,3,7")
+@click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="The .npz. [default: RUN/samples, named by the request]")
+@click.option("--batch-size", type=int, default=64, show_default=True, help="Images at a time, on each rank.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@click.option("--autoencoder", metavar="NAME", help="Of a published checkpoint, which does not say: sd-vae-ft-mse.")
+@click.option("--autoencoder-weights", type=click.Path(path_type=Path), help="Local weights of the decoder.")
+def sample_command(checkpoint: Path, **options: Any) -> None:
+    """Draw samples from a run or a checkpoint: an .npz for FID tools (arr_0, uint8 NHWC) and a grid PNG.
+
+    \b
+    repa-sample runs/irepa --num 64 --labels balanced
+    repa-sample runs/irepa --num 50000 --sampler sde --steps 250 --cfg-scale 1.8 --guidance-high 0.7
+    torchrun --nproc-per-node 8 --no-python repa-sample runs/irepa --num 50000
+
+    Image i depends on the seed and i only. Interrupted, the same command goes on where it was.
+    """
+    with one_line_errors("repa-sample"):
+        from .distributed import default_device, join
+
+        with join(options.pop("device") or default_device()) as world:
+            _sample(checkpoint, world, **options)
+
+
+def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
+    import torch
+
+    from .grids import sheet_of_file
+    from .metrics import Progress
+    from .pretrained import open_model
+    from .sample import SampleRequest, parse_labels
+    from .sample_file import sample_to_npz
+    from .samplers import SamplerConfig
+
+    names = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high")
+    request = SampleRequest(
+        num=options["num"],
+        seed=options["seed"],
+        labels=parse_labels(options["labels"]),
+        sampler=SamplerConfig(**{name: options[name] for name in names}),
+    )
+    trained = open_model(checkpoint, weights=options["weights"])
+    model = trained.model.to(world.device)
+    latents = latents_of(trained, options["autoencoder"])
+    decode, decoder = load_decoder(latents, weights=options["autoencoder_weights"], device=str(world.device))
+    precision = options["precision"]
+    with (
+        torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"),
+        Progress(done=0, total=request.num, unit="image", shown=world.is_main) as progress,
+    ):
+        npz = sample_to_npz(
+            model,
+            request,
+            options["out"] or samples_file(trained, request, options["weights"], precision),
+            interpolant=trained.interpolant,
+            norm=latents.norm,
+            decode=decode,
+            decoder=decoder,
+            batch_size=options["batch_size"],
+            world=world,
+            about={"precision": precision},
+            progress=progress.advance,
+        )
+    if world.is_main:
+        click.echo(f"{request.num} samples: {npz}")
+        click.echo(f"grid: {sheet_of_file(npz, request=request, num_classes=model.config.num_classes)}")
+
+
 def train() -> None:
     """Entry point of repa-train."""
     train_command(prog_name="repa-train")
+
+
+def latents_of(trained: "TrainedModel", autoencoder: str | None) -> "LatentSource":
+    """Return whose latents a checkpoint draws: its own record, or what the user says of a published one."""
+    from .latents import LatentSource
+
+    if trained.config is not None:
+        if autoencoder is not None:
+            raise UsageError(f"{trained.path} says itself whose latents it draws; leave out --autoencoder")
+        return LatentSource.from_plain(trained.config["resolved"]["latents"])
+    if autoencoder is None:
+        raise UsageError(
+            f"{trained.path} does not say whose latents it draws. Name them with --autoencoder (REPA's and SiT's are "
+            f"sd-vae-ft-mse at its published scale)"
+        )
+    shape = trained.model.config
+    return LatentSource.published(autoencoder, input_size=shape.input_size, channels=shape.in_channels)
+
+
+def load_decoder(source: "LatentSource", *, weights: Path | None, device: str) -> tuple["Decoder | None", str]:
+    """Return the function from latents to pictures, and its name; None where diffusers is not installed.
+
+    Raises UsageError where the decoder's weights cannot be had, or are not of the autoencoder that made the cache.
+    """
+    from ..pipeline.autoencoders import load_autoencoder
+
+    try:
+        loaded = load_autoencoder(source.spec, weights=weights, device=device)
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        click.echo("diffusers is not installed: latents are saved as they are", err=True)
+        return None, "none"
+    if source.weights not in (None, loaded.weights):
+        raise UsageError(
+            f"the weights of {source.name} ({loaded.weights}) are not those that the model's latents come from "
+            f"({source.weights}). Give the same ones with --autoencoder-weights (in training grid.autoencoder_weights)"
+        )
+    return loaded.decode, f"{source.spec['entry']} {loaded.weights}"
+
+
+def samples_file(trained: "TrainedModel", request: "SampleRequest", weights: str, precision: str) -> Path:
+    """Return where samples go by default: RUN/samples, or beside a lone checkpoint, named by what was asked."""
+    sampler = request.sampler
+    labels = request.labels if isinstance(request.labels, str) else "-".join(map(str, request.labels))
+    name = f"{trained.path.stem}-{weights}-{precision}-{sampler.sampler}{sampler.steps}-cfg{sampler.cfg_scale:g}"
+    if sampler.cfg_scale > 1:
+        name += f"-t{sampler.guidance_low:g}to{sampler.guidance_high:g}"
+    folder = trained.path.parent
+    run = folder.parent if folder.name == "checkpoints" else folder
+    return run / "samples" / f"{name}-{labels}-seed{request.seed}-{request.num}.npz"
+
+
+def sample() -> None:
+    """Entry point of repa-sample."""
+    sample_command(prog_name="repa-sample")
 
 
 if __name__ == "__main__":

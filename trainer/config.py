@@ -18,6 +18,7 @@ import yaml
 from ..cache_specs.errors import UsageError, nearest
 from .interpolant import Interpolant
 from .optimizer import OptimizerConfig
+from .samplers import SamplerConfig, SamplerName
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -53,14 +54,15 @@ class GridConfig:
 
     every: int = 0
     num: int = 16
-    sampler: Literal["euler", "heun", "sde"] = "euler"
+    sampler: SamplerName = "euler"
     steps: int = 50
     cfg_scale: float = 1.0
+    autoencoder_weights: str | None = None  # local weights of the decoder; null: the hub's
 
     def __post_init__(self) -> None:
         _at_least("grid.every", self.every, 0)
         _at_least("grid.num", self.num, 1)
-        _at_least("grid.steps", self.steps, 2)
+        SamplerConfig(sampler=self.sampler, steps=self.steps, cfg_scale=self.cfg_scale)  # checks them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +172,7 @@ def recipe_layer(name: str, model: str) -> Layer:
     for key, value in recipes[name].items():
         if isinstance(value, dict):
             if size not in value:
-                raise UsageError(f"recipe {name}: {key} is given for the sizes {', '.join(value)}, not for {model}")
+                continue  # no such size: the model's name is refused where the model is made, with the nearest one
             value = value[size]
         values[key] = value
     return Layer(source=f"recipe {name}", values=values)

@@ -4,14 +4,15 @@ Two words are kept apart: a latent z is what the autoencoder decodes; the model'
 diffusion works on. Scale and bias belong to the run, not to the cache: they stand in its config and checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
-from ..cache_specs.errors import CacheError, UsageError
+from ..cache_specs.errors import CacheError, UsageError, nearest
+from ..cache_specs.tables import autoencoder_table
 
 
 def draw_latents(moments: Tensor, noise: Tensor | None, kind: Literal["mean_std", "sample"]) -> Tensor:
@@ -45,6 +46,51 @@ class LatentNorm:
         """Return scale and bias as [C,1,1] float32 on `device`, for `to_model_input`."""
         scale, bias = (torch.tensor(numbers).view(-1, 1, 1).to(device) for numbers in (self.scale, self.bias))
         return scale, bias
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSource:
+    """Whose latents a model was trained on: the autoencoder's record, its weights' digest, the run's normalisation.
+
+    `weights` is None where nobody noted them (published checkpoints).
+    """
+
+    name: str
+    spec: Mapping[str, Any]
+    weights: str | None
+    norm: LatentNorm
+
+    def plain(self) -> dict[str, Any]:
+        """Return what config.json and checkpoints hold under `resolved.latents`."""
+        return {
+            "autoencoder": self.name,
+            "spec": dict(self.spec),
+            "weights": self.weights,
+            "scale": list(self.norm.scale),
+            "bias": list(self.norm.bias),
+        }
+
+    @classmethod
+    def from_plain(cls, stored: Mapping[str, Any]) -> Self:
+        """Read what `plain` returned."""
+        norm = LatentNorm(scale=tuple(stored["scale"]), bias=tuple(stored["bias"]))
+        return cls(name=stored["autoencoder"], spec=stored["spec"], weights=stored["weights"], norm=norm)
+
+    @classmethod
+    def published(cls, name: str, *, input_size: int, channels: int) -> Self:
+        """Return an autoencoder of the table with its published scale and bias, for latents of `input_size` a side.
+
+        Raises UsageError for an unknown one, with the nearest, or one whose latents have not `channels` channels.
+        """
+        table = autoencoder_table()
+        if name not in table:
+            raise UsageError(f"unknown autoencoder {name!r}; {nearest(name, table)}")
+        entry = table[name]
+        spec = entry.resolve(resolution=input_size * entry.factor, random_weights=False)
+        if entry.latent_channels != channels:
+            raise UsageError(f"{name} has latents of {entry.latent_channels} channels; the model draws {channels}")
+        norm = LatentNorm(scale=(entry.scale,) * channels, bias=(entry.bias,) * channels)
+        return cls(name=name, spec=spec, weights=None, norm=norm)
 
 
 def to_model_input(z: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

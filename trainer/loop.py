@@ -64,7 +64,7 @@ def train_step(run: Run, ahead: ReadAhead, norm: tuple[Tensor, Tensor]) -> Tenso
     return torch.cat([losses, grad_norm.view(1)])
 
 
-def train(run: Run, *, draw_grid: Callable[[Run], None] | None = None) -> None:
+def train(run: Run, *, draw_grid: Callable[[Run], object] | None = None) -> None:
     """Train from `run.step` to `config.steps`, or to the step after a SIGTERM; save, and leave metrics behind.
 
     `draw_grid` is called on rank 0 every `grid.every` steps; it must change nothing in the run. Raises JobError

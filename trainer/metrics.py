@@ -110,15 +110,15 @@ class TensorBoard:
 class Progress:
     """A bar on a terminal (where tqdm is installed), a line a log elsewhere."""
 
-    def __init__(self, *, done: int, total: int) -> None:
+    def __init__(self, *, done: int, total: int, unit: str = "step", shown: bool = True) -> None:
         self._total = total
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             try:
                 from tqdm import tqdm
             except ImportError:
                 return
-            self._bar = tqdm(initial=done, total=total, unit="step", dynamic_ncols=True)
+            self._bar = tqdm(initial=done, total=total, unit=unit, dynamic_ncols=True)
 
     def __enter__(self) -> Self:
         return self
@@ -127,9 +127,9 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def step(self) -> None:
+    def advance(self, num: int) -> None:
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(num)
 
     def log(self, record: Record) -> None:
         values = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")

@@ -29,6 +29,7 @@ class LatentSpec:
 
     name: str
     spec: Mapping[str, Any]  # the autoencoder's whole record, from which repa.pipeline loads its decoder
+    weights: str  # sha256:... of the encoder's weights, or none
     kind: Literal["mean_std", "sample"]
     channels: int
     size: tuple[int, int]
@@ -251,6 +252,7 @@ class CacheReader:
         spec = LatentSpec(
             name=name,
             spec=component.spec,
+            weights=component.weights,
             kind=component.spec["kind"],
             channels=component.spec["latent_channels"],
             size=tuple(component.spec["latent_size"]),

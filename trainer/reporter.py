@@ -46,7 +46,7 @@ class Reporter:
         """Take the result of `train_step` for the step just done."""
         self._steps.append(losses)
         if self._run.world.is_main:
-            self._progress.step()
+            self._progress.advance(1)
 
     def log(self) -> tuple[int, dict[str, float]] | None:
         """Write every step since the last log; return the first that was not finite, with its numbers.

@@ -19,7 +19,7 @@ from .batches import Batches, DrawSpec, Place
 from .config import RunConfig
 from .distributed import World, wrap
 from .ema import EMA
-from .latents import LatentNorm, resolve_latent_norm
+from .latents import LatentNorm, LatentSource, resolve_latent_norm
 from .optimizer import GatedAdamW
 from .projector import ProjectorConfig
 from .reader import CacheReader
@@ -55,13 +55,14 @@ def record(config: RunConfig, reader: CacheReader, norm: LatentNorm) -> dict[str
 
     `resolved.latents` has the autoencoder's record and the numbers of the model's input, x = (z - bias) * scale.
     """
-    latents = {
-        "autoencoder": reader.latents.name,
-        "spec": dict(reader.latents.spec),
-        "scale": list(norm.scale),
-        "bias": list(norm.bias),
-    }
+    latents = latent_source(reader, norm).plain()
     return config.plain() | {"resolved": {"latents": latents, "class_names": list(reader.class_names)}}
+
+
+def latent_source(reader: CacheReader, norm: LatentNorm) -> LatentSource:
+    """Return whose latents the model is trained on."""
+    latents = reader.latents
+    return LatentSource(name=latents.name, spec=latents.spec, weights=latents.weights, norm=norm)
 
 
 def open_cache(config: RunConfig, world: World) -> tuple[RunConfig, CacheReader]:

@@ -92,6 +92,9 @@ def write_cache(
     moments[list(nan_rows)] = np.nan
     latent_spec = {
         "entry": "pixels",
+        "loader": "builtin",
+        "model": "identity",
+        "pixel_range": [-1.0, 1.0],
         "kind": latents,
         "latent_channels": 3,
         "moment_channels": moment_channels,
