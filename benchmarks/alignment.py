@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -223,8 +224,8 @@ def gpu_lines(rounds: int, widths: tuple[int, ...] = GPU_WIDTHS) -> list[dict[st
 def run(device: str | None = None, rounds: int = 21) -> list[dict[str, Any]]:
     """Return one JSON-ready dict a shape, each with commit, date, hardware and versions; writes nothing."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    about = conditions() | {"load_before": round(os.getloadavg()[0], 2)}  # others at work on a shared machine
     lines = gpu_lines(rounds) if device == "cuda" else cpu_lines(rounds)
-    about = conditions()
     return [about | line for line in lines]
 
 
