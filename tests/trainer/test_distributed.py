@@ -20,7 +20,7 @@ from repa.trainer.config import Layer, recipe_layer, resolve, set_layer
 from repa.trainer.distributed import World, join
 from repa.trainer.run import prepare
 
-SCRIPT = Path(__file__).with_name("ranks.py")
+SCRIPT = Path(__file__).with_name("small_train.py")
 
 
 def free_ports(num: int) -> list[str]:

@@ -12,45 +12,37 @@ import pytest
 import torch
 
 from repa.trainer import checkpoint, loop
-from repa.trainer.cli import train_command
 
-# 21 valid rows, 8 samples a step in two micro-batches: an epoch ends inside every third step.
-INVALID = {"features/toy": [4, 11]}
-ARGUMENTS = ["--model", "SiT-Ti/4", "--recipe", "irepa-release", "--batch-size", "8", "--device", "cpu"]
-ARGUMENTS += [f"--set={setting}" for setting in ("accumulation=2", "save_every=10", "log_every=1")]
+SCRIPT = Path(__file__).with_name("small_train.py")
 
 
-def start(cache: Path, out: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "repa.trainer.cli", "--cache", cache, "--out", out, *ARGUMENTS, *arguments]
-    return subprocess.Popen(command, cwd=out.parent, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def test_sigkill_and_resume_equal_an_uninterrupted_run(make_cache, tmp_path, run_outcome):
-    cache = make_cache(invalid=INVALID, grid=2).path
-    killed = tmp_path / "killed"
-    process = start(cache, killed, "--steps", "1000")
-    deadline = time.monotonic() + 60
-    while len(run_outcome(killed).records) < 23:
+def test_sigkill_and_resume_equal_an_uninterrupted_run(make_cache, repa_train, run_outcome, tmp_path):
+    """Across epochs' ends (21 valid rows, 8 a step) and with two micro-batches a step."""
+    cache = make_cache(invalid={"features/toy": [4, 11]}).path
+    settings = ("--set", "accumulation=2", "--set", "save_every=10", "--set", "log_every=1")
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    arguments = ["--cache", cache, "--out", killed, "--model", "SiT-Ti/2", "--recipe", "irepa", "--batch-size", "8"]
+    arguments += ["--steps", "100000", "--device", "cpu", "--set", "alignment.encoder_depth=1", *settings]
+    process = subprocess.Popen([sys.executable, SCRIPT, "alone", *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(run_outcome(killed).records) < 20 or not any(killed.glob("checkpoints/*.pt")):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    at_kill = len(run_outcome(killed).records)
-    steps = str(10 * (at_kill // 10) + 20)  # 20 steps past the checkpoint that is resumed
 
-    assert start(cache, killed, "--steps", steps, "--resume", "auto").wait() == 0
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    whole = ["--cache", str(cache), "--out", str(tmp_path / "whole"), *ARGUMENTS, "--steps", steps]
-    train_command.main(whole, standalone_mode=False)
-    torch.set_num_threads(threads)
-    assert [record["step"] for record in run_outcome(killed).records] == list(range(1, int(steps) + 1))
-    assert run_outcome(killed).losses() == run_outcome(tmp_path / "whole").losses()
-    ours, theirs = (checkpoint.load_checkpoint(checkpoint.latest_checkpoint(tmp_path / name)) for name in
-                    ("killed", "whole"))  # fmt: skip
-    assert all(torch.equal(ours["ema"][name], theirs["ema"][name]) for name in theirs["ema"])
+    saved = int(checkpoint.latest_checkpoint(killed).stem)
+    assert saved >= 10
+    steps = ("--steps", str(saved + 20))
+    assert repa_train(cache, killed, *steps, "--resume", "auto", *settings).code == 0
+    resumed, uninterrupted = run_outcome(killed), repa_train(cache, whole, *steps, *settings)
+    assert [record["step"] for record in resumed.records] == list(range(1, saved + 21))
+    assert resumed.losses() == uninterrupted.losses()
+    ours, theirs = (checkpoint.load_checkpoint(checkpoint.latest_checkpoint(run)) for run in (killed, whole))
+    assert ours["steps"] == saved + 20
+    for part in ("model", "ema"):
+        assert all(torch.equal(ours[part][name], theirs[part][name]) for name in theirs[part])
 
 
 @pytest.fixture

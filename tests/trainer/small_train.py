@@ -1,6 +1,8 @@
-"""One rank of the two-rank test, started twice by test_distributed.py: `ranks.py PHASE CACHE FOLDER PORT PORT`.
+"""repa-train with the small SiT on one thread, for tests that need processes of their own.
 
-first: train FOLDER/whole to its end, then FOLDER/killed until rank 1 dies by SIGKILL. second: continue it.
+small_train.py alone ARGUMENTS...                    repa-train as it is
+small_train.py first CACHE FOLDER PORT PORT          a rank: FOLDER/whole, then FOLDER/killed until rank 1 dies
+small_train.py second CACHE FOLDER PORT PORT         a rank: FOLDER/killed, continued
 """
 
 import os
@@ -24,13 +26,17 @@ def train(cache: str, out: Path, port: str, *arguments: str) -> None:
     train_command.main(["--cache", cache, "--out", str(out), *ARGUMENTS, *arguments], standalone_mode=False)
 
 
-def main(phase: str, cache: str, folder: Path, ports: list[str]) -> None:
+def main(phase: str, *arguments: str) -> None:
     torch.set_num_threads(1)
     SIZES["Ti"] = (2, 32, 2)
-    if phase == "second":
-        train(cache, folder / "killed", ports[0], "--resume", "auto")
+    if phase == "alone":
+        train_command.main(list(arguments), standalone_mode=False)
         return
-    train(cache, folder / "whole", ports[0])
+    cache, folder, *ports = arguments
+    if phase == "second":
+        train(cache, Path(folder, "killed"), ports[0], "--resume", "auto")
+        return
+    train(cache, Path(folder, "whole"), ports[0])
     step = loop.train_step
 
     def dying(run, ahead, norm):
@@ -39,8 +45,8 @@ def main(phase: str, cache: str, folder: Path, ports: list[str]) -> None:
         return step(run, ahead, norm)
 
     loop.train_step = dying
-    train(cache, folder / "killed", ports[1])
+    train(cache, Path(folder, "killed"), ports[1])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
+    main(*sys.argv[1:])
