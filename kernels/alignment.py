@@ -7,6 +7,7 @@ torch.compile(fullgraph=True), and Inductor sees the Triton launches and the com
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -45,10 +46,12 @@ def _loss_and_dz(
         from .alignment_triton import fused
         from .statistics_triton import channel_statistics
 
-        if gamma is not None and channel_mean is None:
-            channel_mean, channel_std = channel_statistics(tokens)
-        dz = torch.empty(z.shape, dtype=z.dtype, device=z.device) if needs_dz else None
-        loss = fused(z, tokens, token_scale, channel_mean, channel_std, row_weight, row_index, gamma, weight, dz)
+        # Triton launches on the current device, which need not be z's; Inductor sees to it in its own code.
+        with torch.cuda.device(z.device) if _is_eager(z) else contextlib.nullcontext():
+            if gamma is not None and channel_mean is None:
+                channel_mean, channel_std = channel_statistics(tokens)
+            dz = torch.empty(z.shape, dtype=z.dtype, device=z.device) if needs_dz else None
+            loss = fused(z, tokens, token_scale, channel_mean, channel_std, row_weight, row_index, gamma, weight, dz)
         return loss, z.new_empty(0) if dz is None else dz
 
 

@@ -155,6 +155,15 @@ def test_an_index_outside_raises_on_the_cpu(make_case):
         cosine_alignment(**case)
 
 
+def test_integer_and_weight_dtypes(make_case, on, device):
+    case = make_case(T=7, K=4, weights="mask")
+    assert case["row_weight"].dtype == torch.bool
+    other = case | {"row_index": case["row_index"].int(), "row_weight": case["row_weight"].half()}
+    ours, theirs = loss_and_dz(on(device, case)), loss_and_dz(on(device, other))
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device; torch finds none")
 def test_nothing_waits_for_the_gpu(make_case, on):
