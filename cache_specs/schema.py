@@ -119,9 +119,15 @@ class ComponentSpec:
 
 
 def component_arrays(kind: str, spec: Mapping[str, Any], dtype: str, cache: CacheLayout) -> tuple[ArrayLayout, ...]:
-    """Return the arrays of a component of `kind` with the resolved `spec`, `valid` last."""
-    if kind == LATENTS:
-        size = spec["latent_size"]
-        return latent_arrays(cache, channels=spec["moment_channels"], size=(size[0], size[1]))
-    grid = spec["grid"]
-    return feature_arrays(cache, grid=(grid[0], grid[1]), width=spec["width"], cls_token=spec["cls_token"], dtype=dtype)
+    """Return the arrays of a component of `kind` with the resolved `spec`, `valid` last.
+
+    Raises `CacheError` where the spec lacks what shapes are made of: it comes from a file that was changed.
+    """
+    try:
+        if kind == LATENTS:
+            size = spec["latent_size"]
+            return latent_arrays(cache, channels=spec["moment_channels"], size=(size[0], size[1]))
+        grid, width, cls_token = spec["grid"], spec["width"], spec["cls_token"]
+        return feature_arrays(cache, grid=(grid[0], grid[1]), width=width, cls_token=cls_token, dtype=dtype)
+    except (LookupError, TypeError) as error:
+        raise CacheError(f"damaged spec of a component of {kind} ({error!r}): {dict(spec)}") from error

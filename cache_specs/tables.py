@@ -177,8 +177,8 @@ def resolve_encoder(request: str, *, resolution: int, random_weights: bool = Fal
         raise UsageError(f"unknown encoder {name!r}: {nearest(name, [*table, *encoder_aliases()])}")
     grid = None
     group = name
-    for option in filter(None, options.split(",")):
-        key, _, value = option.partition("=")
+    if options:
+        key, _, value = options.partition("=")
         if key != "grid":
             raise UsageError(f"--encoder {request}: unknown option {key!r}; {nearest(key, ['grid'])}")
         if not value.isascii() or not value.isdigit() or int(value) < 1:

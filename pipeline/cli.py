@@ -11,6 +11,7 @@ import click
 
 from ..cache_specs.errors import JobError, UsageError, one_line_errors
 from ..cache_specs.schema import COMPRESSORS, PRECISIONS, STORAGE_DTYPES
+from .metrics_cli import COMMANDS
 
 if TYPE_CHECKING:
     from .build import BuildOptions, BuildPlan, BuildReport
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 MAX_LISTED = 20  # bad files printed; the count is always said, and info lists them all
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="repa-cache")
 def cli() -> None:
     """Precompute autoencoder latents and frozen-encoder tokens once; train from them many times."""

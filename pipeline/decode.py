@@ -88,6 +88,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise BadImage("floating-point pixels have no fixed white; convert it to 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours; Pillow warns of the direct way
     return image.convert("RGB")
 
 

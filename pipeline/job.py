@@ -17,7 +17,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from ..cache_specs.errors import CacheError, JobError
+from ..cache_specs.errors import JobError, UsageError
 from ..cache_specs.layout import CacheLayout
 from ..cache_specs.schema import ComponentSpec
 from .decode import DecodedBatch, decode_batch
@@ -253,6 +253,6 @@ def open_pool(options: JobOptions, *, workers: int | None, address: str | None) 
     """Return the pool that `--workers` asks for: 0 is this process, any other number (or None, one a device) is Ray."""
     if workers == 0:
         if address is not None:
-            raise CacheError("--workers 0 encodes in this process; leave out --address, or ask for workers")
+            raise UsageError("--workers 0 encodes in this process; leave out --address, or ask for workers")
         return InProcessPool(options)
     return RayPool(options, num_workers=workers, address=address)

@@ -20,6 +20,7 @@ from ..cache_specs.fingerprint import manifest_fingerprint
 
 _Label = TypeVar("_Label", int, str)
 
+MAX_CLASSES = 1_000_000  # every class up to the largest label is named in the metadata: a stray number would fill it
 IMAGE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 
 
@@ -105,17 +106,16 @@ def scan_folder(root: Path, labels_file: str | None = None) -> Manifest:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Yield every visible file below `root` as a POSIX path relative to it; follow links, each folder once."""
-    seen: set[tuple[int, int]] = set()
-    stack = [""]
+    """Yield every visible file below `root` as a POSIX path relative to it; follow links, but never in a circle."""
+    stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while stack:
-        relative = stack.pop()
+        relative, above = stack.pop()
         folder = root / relative
         try:
             status = folder.stat()
-            if (status.st_dev, status.st_ino) in seen:
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
                 continue
-            seen.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
                 listing = list(entries)
         except OSError as error:
@@ -131,7 +131,7 @@ def _walk(root: Path) -> Iterator[str]:
                     f"--data {root}: the name {os.fsencode(path)!r} is not UTF-8; rename it, sample ids are UTF-8 text"
                 ) from error
             if entry.is_dir():
-                stack.append(path)
+                stack.append((path, above | {identity}))
             else:
                 yield path
 
@@ -169,10 +169,7 @@ def _labels_from_edm(images: list[str], file: Path) -> tuple[list[int], list[str
         ) from error
     if by_path is None:
         return [0] * len(images), ["images"]
-    labels = _lookup(images, by_path, file)
-    if min(labels) < 0:
-        raise UsageError(f"{file}: label {min(labels)} of {images[labels.index(min(labels))]} is negative")
-    return labels, [str(label) for label in range(max(labels) + 1)]
+    return _numbered(images, _lookup(images, by_path, file), file)
 
 
 def _labels_from_csv(images: list[str], file: Path) -> tuple[list[int], list[str]]:
@@ -187,11 +184,21 @@ def _labels_from_csv(images: list[str], file: Path) -> tuple[list[int], list[str
         raise UsageError(f"--labels {file}: cannot be read ({error}); expected lines of: sample id,label") from error
     words = _lookup(images, by_path, file)
     if all(word.isascii() and word.isdigit() for word in words):
-        labels = [int(word) for word in words]
-        return labels, [str(label) for label in range(max(labels) + 1)]
+        return _numbered(images, [int(word) for word in words], file)
     names = sorted(set(words), key=os.fsencode)
     index = {name: label for label, name in enumerate(names)}
     return [index[word] for word in words], names
+
+
+def _numbered(images: list[str], labels: list[int], file: Path) -> tuple[list[int], list[str]]:
+    """Return labels that are numbers already, and their classes: every number up to the largest, named by itself."""
+    for label in (min(labels), max(labels)):
+        if not 0 <= label < MAX_CLASSES:
+            raise UsageError(
+                f"{file}: label {label} of {images[labels.index(label)]}: expected class numbers from 0 to "
+                f"{MAX_CLASSES - 1}"
+            )
+    return labels, [str(label) for label in range(max(labels) + 1)]
 
 
 def _lookup(images: list[str], by_path: dict[str, _Label], file: Path) -> list[_Label]:

@@ -23,7 +23,7 @@ from ..cache_specs.fingerprint import digest
 from ..cache_specs.layout import COMPLETE, METADATA_CHUNK, PARTIAL_FOLDER, ArrayLayout, CacheLayout
 from ..cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from .manifest import Manifest
-from .shards import COMPRESSOR_CONFIGS, sync_folder, write_file
+from .shards import COMPRESSOR_CONFIGS, disk_error, sync_folder, write_file
 
 METADATA = "zarr.json"
 # What zarr raises on damaged metadata or chunks, as seen by flipping bits: it has no class of its own for them.
@@ -254,7 +254,7 @@ class CacheStore:
                 os.replace(partials[layout.name], folder / layout.shard_file(index))
             sync_folder(self.path / spec.path / arrays[-1].name)
         except OSError as error:
-            raise CacheError(f"{self.path / spec.path}: range {index} cannot be committed ({error})") from error
+            raise disk_error(self.path / spec.path, error) from error
 
 
 def read_attributes(path: Path) -> dict[str, Any] | None:

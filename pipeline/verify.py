@@ -131,10 +131,11 @@ def _readable_components(report: VerifyReport, store: CacheStore) -> Iterator[Co
                 report.add(f"{file}: missing; run the build of {group.name} again", file)
                 continue
             _check_attributes(report, group)
+            expected = component_files(component, store.layout)
         except CacheError as error:
             report.add(str(error), file)
             continue
-        _check_files(report, group, component_files(component, store.layout))
+        _check_files(report, group, expected)
         if (read_attributes(group) or {}).get("fingerprint") != component.fingerprint(store.layout):
             report.add(f"{file}: the fingerprint does not match the spec beside it", file)
         if not store.is_complete(name):
