@@ -21,8 +21,8 @@ from .latents import LatentNorm
 from .samplers import SamplerConfig, sample_latents
 from .sit import SiT
 
-# The last word of each stream's entropy: (seed, i, stream).
-NOISE, LABEL = 1, 2
+# Streams of random numbers of one seed, image by image; trainer/batches.py has those that training draws from.
+NOISE, LABEL = 3, 4
 
 Decoder = Callable[[Tensor], Tensor]  # latents [B,C,h,w] float32 -> pictures [B,H,W,3] uint8
 
@@ -97,7 +97,7 @@ class ImageNoise:
 
 
 def _stream(seed: int, index: int, stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, index, stream))))
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(stream, index))))
 
 
 @torch.no_grad()

@@ -212,7 +212,7 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """SiT with any number of projectors, which share one forward pass.
 
-    Weights are drawn on the CPU from generators of their own, SiT's from `seed` and projector k's from (seed, k + 1),
+    Weights are drawn on the CPU from generators of their own, SiT's from (seed, 0), projector k's from (seed, k + 1),
     so that adding projectors changes no weight of SiT and the global generator is untouched. Under
     `torch.device("meta")` only shapes are made.
 
@@ -268,7 +268,7 @@ class SiT(nn.Module):
     @torch.no_grad()
     def _initialize(self, seed: int) -> None:
         """Set every parameter: xavier-uniform Linear layers, normal(0.02) embeddings, zero gates and output."""
-        generator = torch.Generator().manual_seed(_derived_seed(seed))
+        generator = torch.Generator().manual_seed(_derived_seed(seed, 0))
         trunk = (module for name, module in self.named_modules() if not name.startswith("projectors"))
         for module in trunk:
             if isinstance(module, nn.Linear):
@@ -328,9 +328,6 @@ def sincos_pos_embed(hidden_size: int, grid: tuple[int, int]) -> np.ndarray:
     return np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
 
 
-def _derived_seed(*entropy: int) -> int:
-    """Return a seed for entropy such as (seed, k), unrelated between neighbours (numpy's SeedSequence).
-
-    A trailing 0 adds nothing to a SeedSequence: (seed, 0) is (seed,).
-    """
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+def _derived_seed(seed: int, stream: int) -> int:
+    """Return a generator's seed: streams of one seed, and the same stream of neighbouring seeds, are unrelated."""
+    return int(np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1)[0])

@@ -29,9 +29,9 @@ def make_model(seed: int = 0) -> SiT:
 def save(run: Path, steps: int, keep_last: int = 10, model: SiT | None = None) -> Path:
     model = model or make_model(steps)
     optimizer = torch.optim.AdamW(model.parameters())
-    x = torch.zeros(1, 3, 4, 4)
-    model(x, torch.zeros(1), torch.zeros(1, dtype=torch.int64)).sum().backward()
-    optimizer.step()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # the optimizer's state is there to be stored
     return save_checkpoint(
         run,
         steps=steps,
