@@ -28,7 +28,7 @@ def make_model(seed: int = 0) -> SiT:
 
 def save(run: Path, steps: int, keep_last: int = 10, model: SiT | None = None) -> Path:
     model = model or make_model(steps)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # the optimizer's state is there to be stored
