@@ -48,7 +48,7 @@ def measure(
     *,
     gamma: float,
     mask: Mask | None = None,
-    on_progress: Callable[[int], None] = lambda images: None,
+    on_progress: Callable[[int], object] = lambda images: None,
 ) -> Measured:
     """Measure samples `rows` of an encoder as stored and normalised at `gamma`; `mask` gives SRSS its foreground.
 

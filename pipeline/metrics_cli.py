@@ -83,9 +83,9 @@ def _headline(encoder: "Features", rows: "np.ndarray", store: "CacheStore") -> s
 def _mask_reader(store: "CacheStore", folder: Path) -> "Mask":
     from .masks import MaskFolder
 
-    ids = store.read("sample_id", 0, store.layout.num_samples)
+    ids = store.read("sample_id", 0, store.layout.num_samples).tolist()
     masks = MaskFolder(folder, ids, store.layout.resolution)
-    return lambda row, grid: masks.read(str(ids[row]), grid)
+    return lambda row, grid: masks.read(ids[row], grid)
 
 
 COMMANDS: tuple[click.Command, ...] = (metrics,)

@@ -90,7 +90,7 @@ def unmasked_metrics(tokens: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]
 def undefined_metrics(grid: tuple[int, int]) -> dict[str, str]:
     """Return, by metric, why `grid` is too small for it; empty for most grids."""
     longest = sum(grid) - 2
-    undefined = {}
+    undefined: dict[str, str] = {}
     if longest < FAR:
         reason = f"no two tokens of a {grid[0]} x {grid[1]} grid are {FAR} apart"
         undefined |= {"lds": reason, "srss": reason}
