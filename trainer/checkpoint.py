@@ -85,7 +85,7 @@ def save_checkpoint(
         before = latest_checkpoint(run)
         kept = f"{before.name} stays in force" if before else "there is none before it"
         raise CheckpointError(
-            f"{path}: the checkpoint of step {steps} could not be written: {error.strerror}; {kept}. "
+            f"{path}: the checkpoint of step {steps} could not be written: {error.strerror or error}; {kept}. "
             f"Make room or mend the folder, then continue with --resume auto"
         ) from error
     for old in _checkpoints(run)[:-keep_last]:
