@@ -17,9 +17,9 @@ CONV = ProjectorConfig(kind="conv", out_dim=5, kernel_size=3)
 LINEAR = ProjectorConfig(kind="linear", out_dim=6)
 
 
-def trained(*projectors: ProjectorConfig, seed: int = 0, depth: int = 4) -> SiT:
-    """A SiT-Ti/8 whose every parameter is noise."""
-    config = sit_config("SiT-Ti/8", input_size=16, in_channels=3, num_classes=3)
+def trained(*projectors: ProjectorConfig, seed: int = 0, depth: int = 4, name: str = "SiT-Ti/8") -> SiT:
+    """A small SiT whose every parameter is noise."""
+    config = sit_config(name, input_size=16, in_channels=3, num_classes=3)
     model = SiT(config, projectors, encoder_depth=depth if projectors else None)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_repa(tmp_path: Path):
 
 
 def test_repas_download_is_a_bare_state_dict(tmp_path: Path):
-    ema = trained(MLP, seed=2, depth=8)
+    ema = trained(MLP, seed=2, depth=8, name="SiT-S/8")
     torch.save(ema.state_dict(), tmp_path / "last.pt")
     assert_same(load_model(tmp_path / "last.pt"), ema)
     with pytest.raises(CheckpointError, match="one set of weights"):
@@ -147,11 +147,11 @@ def test_other_models_are_refused_in_words(tmp_path: Path):
     state = dict(model.state_dict())
     normed = state | {"blocks.0.attn.q_norm.weight": torch.zeros(64)}
     refuse(r"blocks\.0\.attn\.q_norm\.weight is \[64\], expected absent \(1 names differ\)", normed, qk_norm=True)
-    refuse("depth 11 and width 192 are none of the sizes", {k: v for k, v in state.items() if "blocks.11" not in k})
+    refuse("depth 5 and width 128 are none of the sizes", {k: v for k, v in state.items() if "blocks.5" not in k})
     refuse("without label dropout", state, num_classes=4)
     refuse("holds no SiT under 'ema'", {"weight": torch.zeros(1)})
     refuse("not a SiT: it has no x_embedder", {"pos_embed": torch.zeros(1, 4, 8)})
     missing = {k: v for k, v in state.items() if k != "blocks.3.mlp.fc1.bias"}
-    refuse(r"blocks\.3\.mlp\.fc1\.bias is absent, expected \[768\]", missing)
+    refuse(r"blocks\.3\.mlp\.fc1\.bias is absent, expected \[512\]", missing)
     with pytest.raises(CheckpointError, match="no checkpoint in this run yet"):
         load_model(tmp_path)

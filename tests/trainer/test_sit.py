@@ -194,7 +194,7 @@ def test_an_untrained_model_answers_zero_and_its_blocks_are_the_identity():
 def test_initial_weights_have_the_published_distributions():
     model = SiT(sit_config("SiT-Ti/4", input_size=32, in_channels=3, num_classes=1000), seed=3)
     state = model.state_dict()
-    for name in ("blocks.4.attn.qkv", "blocks.11.mlp.fc2", "blocks.0.mlp.fc1", "x_embedder.proj"):
+    for name in ("blocks.4.attn.qkv", "blocks.5.mlp.fc2", "blocks.0.mlp.fc1", "x_embedder.proj"):
         weight = state[f"{name}.weight"].flatten(1)
         bound = math.sqrt(6 / sum(weight.shape))  # xavier-uniform; the patch embedding's weight taken as a Linear's
         assert 0.99 * bound < weight.abs().max() <= bound, name
@@ -202,7 +202,7 @@ def test_initial_weights_have_the_published_distributions():
         assert not state[f"{name}.bias"].any(), name
     for name in ("y_embedder.embedding_table", "t_embedder.mlp.0", "t_embedder.mlp.2"):
         assert state[f"{name}.weight"].std() == pytest.approx(0.02, rel=0.02), name
-    for name in ("blocks.7.adaLN_modulation.1", "final_layer.adaLN_modulation.1", "final_layer.linear"):
+    for name in ("blocks.3.adaLN_modulation.1", "final_layer.adaLN_modulation.1", "final_layer.linear"):
         assert not state[f"{name}.weight"].any(), name
 
 
