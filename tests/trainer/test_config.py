@@ -17,6 +17,7 @@ from repa.trainer.config import (
     resolve,
     set_layer,
 )
+from repa.trainer.sit import SIZES
 
 FLAGS = Layer(source="flags", values={"cache": "c", "out": "o", "model": "SiT-B/2"})
 
@@ -61,8 +62,10 @@ def test_defaults_are_the_published_ones():
 
 def test_every_recipe_resolves_for_every_size():
     for recipe in known_recipes():
-        for size in ("Ti", "S", "B", "L", "XL"):
-            assert resolve([recipe_layer(recipe, f"SiT-{size}/2"), FLAGS]).recipe == recipe
+        for size, (depth, _, _) in SIZES.items():
+            config = resolve([recipe_layer(recipe, f"SiT-{size}/2"), FLAGS])
+            assert config.recipe == recipe
+            assert config.alignment.projector == "none" or config.alignment.encoder_depth <= depth
 
 
 @pytest.mark.parametrize(

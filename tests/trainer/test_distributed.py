@@ -1,5 +1,6 @@
 """Two gloo ranks: the same equations, an exact resume, and no rank that waits for ever for a dead one."""
 
+import json
 import os
 import signal
 import socket
@@ -33,25 +34,6 @@ def free_ports(num: int) -> list[str]:
     return ports
 
 
-def run_ranks(phase: str, cache: Path, folder: Path) -> list[tuple[int, str]]:
-    """Run both ranks of a phase; return each one's exit code and stderr."""
-    ports = free_ports(2)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, phase, cache, folder, *ports],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=100)[1] for process in processes]
-    return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
-
-
 def settings(cache: Path, *assignments: str):
     flags = {"cache": str(cache), "out": "unused", "model": "SiT-Ti/2", "batch_size": 8, "alignment.encoder_depth": 1}
     layers = [recipe_layer("irepa", "SiT-Ti/2"), Layer(source="flags", values=flags), set_layer(assignments)]
@@ -60,13 +42,15 @@ def settings(cache: Path, *assignments: str):
 
 def test_two_ranks_train_resume_exactly_and_notice_a_death(make_cache, tmp_path, run_outcome, small_sit):
     cache = make_cache().path
-    (survivor, told), (killed, _) = run_ranks("first", cache, tmp_path)
-    assert killed == -signal.SIGKILL
-    assert survivor == 1
-    assert "rank 0 stops: another rank has stopped; its message says why" in told
-    assert [record["step"] for record in run_outcome(tmp_path / "killed").records] == [1, 2, 3, 4, 5, 6, 7]
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    command = [sys.executable, SCRIPT, "ranks", cache, tmp_path, *free_ports(3)]
+    done = subprocess.run(command, env=alone, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    printed = {file.name: file.read_text() for file in tmp_path.glob("*.[01]")}
+    codes = json.loads(done.stdout)
+    assert codes == {"whole": [0, 0], "killed": [1, -signal.SIGKILL], "continued": [0, 0]}, printed
+    assert "repa-train: rank 0 stops: another rank has stopped; its message says why" in printed["killed.0"]
 
-    assert [code for code, _ in run_ranks("second", cache, tmp_path)] == [0, 0]
     whole, continued = run_outcome(tmp_path / "whole"), run_outcome(tmp_path / "killed")
     assert len(whole.records) == 9
     assert continued.losses() == whole.losses()
