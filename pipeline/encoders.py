@@ -101,7 +101,8 @@ def _create_timm(spec: Mapping[str, Any], weights: Path | None) -> torch.nn.Modu
     }
     if weights is not None:
         check_weights_file(name, weights)
-        options["pretrained_cfg_overlay"] = {"file": str(weights)}
+        # Without num_classes timm would load leniently whatever it believes to be a classifier's file.
+        options["pretrained_cfg_overlay"] = {"file": str(weights), "num_classes": 0}
     with torch.random.fork_rng(devices=[]), quiet_hub():
         torch.manual_seed(RANDOM_SEED)
         try:

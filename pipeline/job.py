@@ -7,6 +7,7 @@ under Ray, an actor for each device.
 
 import contextlib
 import os
+import socket
 import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from .encode import ModelRequest, RangeResult, Worker
 from .manifest import ImageSource
 
 RANGES_IN_FLIGHT = 2  # a worker: one being encoded, one being decoded
+CONNECT_TIMEOUT_S = 10
 ATTEMPTS = 2  # a range that kills its worker this often is reported, not tried for ever
 
 
@@ -158,6 +160,7 @@ class RayPool:
                 "object_store_memory": max(2**28, 2 * workers * RANGES_IN_FLIGHT * range_bytes),
             }
         else:
+            _check_reachable(self._address)
             settings["address"] = self._address
         with contextlib.chdir(empty):
             try:
@@ -224,7 +227,8 @@ class RayPool:
             try:
                 yield ray.get(done)
             except ray.exceptions.RayTaskError as error:
-                if not isinstance(error.cause, ray.exceptions.WorkerCrashedError):
+                # Anything of Ray's own here is the loss of a decoded batch: its task crashed, or ran out of memory.
+                if not isinstance(error.cause, ray.exceptions.RayError):
                     raise error.cause from error
                 lost[item.index] = f"its images killed a decoder ({_first_line(error.cause)})"
             except ray.exceptions.RayActorError as error:
@@ -243,6 +247,17 @@ class RayPool:
                 f"{self._options.cache}: {len(lost)} ranges were not encoded, first samples {start} to {stop - 1}: "
                 f"{reason}. Run the same command again; if it stays, look at these images and at the memory left"
             )
+
+
+def _check_reachable(address: str) -> None:
+    """Raise `JobError` where nobody listens at host:port: Ray itself would try again for minutes."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if not port.isdigit():
+        return  # `auto`, or a name that Ray resolves
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise JobError(f"--address {address}: Ray could not be reached ({error}); is the cluster up?") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -292,8 +292,8 @@ def _acquire(file: Path, *, wait: bool) -> int | None:
 
 
 def _remove_partials(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    # A worker of a killed build may write on for a moment; what it adds now is cleared when this build ends.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_same_cache(path: Path, found: CacheLayout, asked: CacheLayout) -> None:

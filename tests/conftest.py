@@ -1,6 +1,7 @@
 """What every test needs before its first import, and what more than one room's tests share."""
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,8 @@ with tempfile.TemporaryDirectory() as folder:
 @pytest.fixture(scope="session")
 def ray_head() -> Iterator[tuple[str, int]]:
     """Yield the address of the session's one Ray instance, and the process whose descendants it is."""
+    # Ray may ask for a token; one of this session's own, whatever the user has set up for real clusters.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     command = [sys.executable, "-W", "ignore", "-c", _RAY_HEAD]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as head:
         assert head.stdin is not None
