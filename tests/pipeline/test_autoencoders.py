@@ -1,0 +1,118 @@
+"""Autoencoders against diffusers' own distribution, and weights from files in the published form, old names too."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import repa.pipeline.autoencoders
+from repa.cache_specs.errors import UsageError
+from repa.cache_specs.tables import resolve_autoencoder
+from repa.pipeline.autoencoders import load_autoencoder
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the autoencoder's wiring and its factor of 8 at a thousandth of its weights."""
+    narrow = {**repa.pipeline.autoencoders.SD_VAE_CONFIG, "block_out_channels": (32, 32, 32, 32)}
+    monkeypatch.setattr(repa.pipeline.autoencoders, "SD_VAE_CONFIG", narrow)
+
+
+def sd_vae_spec(*, random_weights: bool = True) -> dict[str, Any]:
+    return resolve_autoencoder("sd-vae-ft-mse", resolution=32, random_weights=random_weights).spec
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_configuration_is_stable_diffusions(monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    monkeypatch.undo()
+    with torch.device("meta"):
+        model = diffusers.AutoencoderKL(**repa.pipeline.autoencoders.SD_VAE_CONFIG)
+    assert sum(p.numel() for p in model.parameters()) == 83_653_863  # the published model's
+
+
+def test_moments_are_mean_and_std_of_the_posterior(images: torch.Tensor) -> None:
+    autoencoder = load_autoencoder(sd_vae_spec())
+    moments = autoencoder.encode(images)
+    assert (moments.shape, moments.dtype) == ((2, 8, 4, 4), torch.float32)
+    with torch.no_grad():
+        posterior = autoencoder.model.encode(images.float() / 127.5 - 1).latent_dist
+    torch.testing.assert_close(moments[:, :4], posterior.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments[:, 4:], (0.5 * posterior.logvar).exp(), rtol=1e-4, atol=1e-5)
+    assert (moments[:, 4:] > 0).all()
+
+
+def test_decoding_gives_pictures(images: torch.Tensor) -> None:
+    autoencoder = load_autoencoder(sd_vae_spec())
+    latents = autoencoder.encode(images)[:, :4]
+    pictures = autoencoder.decode(latents)
+    assert (pictures.shape, pictures.dtype) == ((2, 32, 32, 3), torch.uint8)
+    with torch.no_grad():
+        expected = (autoencoder.model.decode(latents).sample.clamp(-1, 1) + 1) * 127.5
+    np.testing.assert_allclose(pictures, expected.permute(0, 2, 3, 1), atol=0.51)
+
+
+def test_pixels_come_back_exactly(images: torch.Tensor) -> None:
+    pixels = load_autoencoder(resolve_autoencoder("pixels", resolution=32).spec)
+    latents = pixels.encode(images)
+    assert latents.min() >= -1
+    assert latents.max() <= 1
+    np.testing.assert_array_equal(pixels.decode(latents.half()), images.permute(0, 2, 3, 1))
+
+
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "old names", "folder"])
+def test_published_files_give_the_same_weights(form: str, tmp_path: Path, images: torch.Tensor) -> None:
+    from safetensors.torch import save_file
+
+    random = load_autoencoder(sd_vae_spec())
+    state = {name: tensor + 0.01 for name, tensor in random.model.state_dict().items()}
+    if form == "old names":  # as the published sd-vae-ft-mse and -ema spell their attention
+        renamed = {}
+        for name, tensor in state.items():
+            new = next((n for n in OLD_NAMES if f"attentions.0.{n}." in name), None)
+            renamed[name.replace(f"{new}.", f"{OLD_NAMES[new]}.") if new else name] = tensor
+        assert renamed.keys() != state.keys()
+        save_file(renamed, file := tmp_path / "w.safetensors")
+    elif form == "bin":
+        torch.save(state, file := tmp_path / "w.bin")
+    elif form == "folder":
+        random.model.load_state_dict(state)
+        random.model.save_pretrained(file := tmp_path / "w")
+    else:
+        save_file(state, file := tmp_path / "w.safetensors")
+    loaded = load_autoencoder(sd_vae_spec(random_weights=False), weights=file)
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert loaded.weights.startswith("sha256:")
+    random.model.load_state_dict(state)
+    assert loaded.weights == repa.pipeline.autoencoders.digest_of(random.model)
+
+
+def test_weights_that_cannot_be_had_or_do_not_fit(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    with pytest.raises(UsageError, match=r"stabilityai/sd-vae-ft-mse could not be had .*--weights.*--random-weights"):
+        load_autoencoder(sd_vae_spec(random_weights=False))
+    save_file({"encoder.conv_in.weight": torch.zeros(32, 3, 3, 3), "else": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match=r"w.safetensors: does not fit sd-vae-ft-mse: .*names differ"):
+        load_autoencoder(sd_vae_spec(random_weights=False), weights=tmp_path / "w.safetensors")
+    (tmp_path / "text.pth").write_text("these are no weights")
+    with pytest.raises(UsageError, match=r"text.pth: does not fit sd-vae-ft-mse"):
+        load_autoencoder(sd_vae_spec(random_weights=False), weights=tmp_path / "text.pth")
+    with pytest.raises(UsageError, match="pixels has no weights"):
+        load_autoencoder(resolve_autoencoder("pixels", resolution=32).spec, weights=tmp_path / "w.safetensors")
