@@ -1,7 +1,8 @@
-"""`repa-train` and `repa-sample`: parse, resolve the settings, call one function.
+"""`repa-train`, `repa-sample` and `repa-cknna`: parse, resolve the settings, call one function.
 
 The composition root: the only module of the trainer that may import `repa.pipeline`, for the decoder that turns
-latents into pictures. torch is imported when a command runs, not for its help.
+latents into pictures, the encoder that evaluation needs, and CKNNA, which lives beside the other encoder metrics. torch
+is imported when a command runs, not for its help.
 """
 
 from pathlib import Path
@@ -12,10 +13,13 @@ import click
 from ..cache_specs.errors import UsageError, one_line_errors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .config import RunConfig
     from .distributed import World
     from .latents import LatentSource
     from .pretrained import TrainedModel
+    from .run import Run
     from .sample import Decoder, SampleRequest
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -88,12 +92,39 @@ def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
     if config.grid.every and world.is_main:
         weights = None if config.grid.autoencoder_weights is None else Path(config.grid.autoencoder_weights)
         decode, _ = load_decoder(latent_source(run.reader, run.norm), weights=weights, device=str(world.device))
+    evaluate = _evaluation(run) if config.evaluation.every else None
     enter_folder(run, resume=resume)
     if world.is_main:
         click.echo(describe(run.config, run.reader, run.norm))
-    train(run, draw_grid=lambda run: draw_training_grid(run, decode))
+    train(run, draw_grid=lambda run: draw_training_grid(run, decode), evaluate=evaluate)
     if world.is_main:
         click.echo(f"{run.folder}: {run.step} of {run.config.steps} steps done")
+
+
+def _evaluation(run: "Run") -> "Callable[[Run], None]":
+    """Return what the loop calls to evaluate: everything that it needs is checked and loaded before the first step."""
+    from ..pipeline.vectors import load_vectors
+    from .evaluation import Evaluation, open_reference
+    from .run import latent_source
+
+    settings, device = run.config.evaluation, str(run.world.device)
+    reference = open_reference(run.config)
+    weights = [
+        None if file is None else Path(file) for file in (settings.encoder_weights, settings.autoencoder_weights)
+    ]
+    encode = load_vectors(reference.component, settings.pooling, weights=weights[0], device=device)
+    decode, decoder = load_decoder(latent_source(run.reader, run.norm), weights=weights[1], device=device)
+    if decode is None:
+        raise UsageError("evaluation compares pictures, and without diffusers there are none; set evaluation.every=0")
+    evaluation = Evaluation(run, reference, decode=decode, decoder=decoder, encode=encode)
+
+    def evaluate(run: "Run") -> None:
+        record = evaluation.at(run)
+        if record is not None:
+            figures = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
+            click.echo(f"evaluation at step {record['step']}  {figures}")
+
+    return evaluate
 
 
 def _explain(config: "RunConfig", world: "World") -> None:
@@ -183,6 +214,54 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
         click.echo(f"grid: {sheet_of_file(npz, request=request, num_classes=model.config.num_classes)}")
 
 
+@click.command(context_settings=CONTEXT)
+@click.argument("checkpoint", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
+@click.option("--cache", type=click.Path(path_type=Path), required=True, help="Its latents and its encoder's tokens.")
+@click.option("--encoder", metavar="NAME", help="[default: the only one in the cache]")
+@click.option("--depth", "depths", type=int, multiple=True, help="Block, from 1; repeatable. [default: all]")
+@click.option("--t", "times", type=float, multiple=True, default=[0.5], show_default=True, help="Time; repeatable.")
+@click.option("--num", type=int, default=10_000, show_default=True, help="Images.")
+@click.option("--k", type=int, default=10, show_default=True, help="Neighbours.")
+@click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+def cknna_command(checkpoint: Path, **options: Any) -> None:
+    """Measure whether SiT's layers and an encoder agree on who is near whom (CKNNA, mean-pooled tokens).
+
+    \b
+    repa-cknna runs/irepa --cache caches/in1k --encoder dinov2-vit-b --depth 4 --depth 8 --t 0.5
+    """
+    with one_line_errors("repa-cknna"):
+        _cknna(checkpoint, **options)
+
+
+def _cknna(checkpoint: Path, *, cache: Path, encoder: str | None, **options: Any) -> None:
+    import torch
+
+    from ..pipeline.cknna import cknna
+    from .distributed import default_device
+    from .layers import pooled_layers
+    from .pretrained import open_model
+    from .reader import CacheReader
+    from .reference import Reference
+
+    trained = open_model(checkpoint, weights=options["weights"])
+    latents = latents_of(trained, None)
+    model = trained.model.to(options["device"] or default_device())
+    reader = CacheReader(cache, autoencoder=latents.name, encoder=())
+    reference = Reference(cache, autoencoder=latents.name, encoder=encoder, pooling="mean")
+    rows = reference.some_rows(options["num"], seed=0)
+    vectors = torch.from_numpy(reference.vectors(rows))
+    depths = options["depths"] or tuple(range(1, model.config.depth + 1))
+    untrained = "  UNTRAINED ENCODER: no result" if reference.component.spec["random_weights"] else ""
+    click.echo(f"{trained.path}: CKNNA with {reference.name}, k = {options['k']}, {len(rows)} images{untrained}")
+    for t in options["times"]:
+        layers = pooled_layers(
+            model, reader, rows, t=t, depths=depths, norm=latents.norm, interpolant=trained.interpolant
+        )
+        for depth, tokens in layers.items():
+            click.echo(f"  t {t:g}  after block {depth:>2}  {cknna(tokens, vectors, options['k']):.4f}")
+
+
 def train() -> None:
     """Entry point of repa-train."""
     train_command(prog_name="repa-train")
@@ -242,6 +321,11 @@ def samples_file(trained: "TrainedModel", request: "SampleRequest", weights: str
 def sample() -> None:
     """Entry point of repa-sample."""
     sample_command(prog_name="repa-sample")
+
+
+def cknna() -> None:
+    """Entry point of repa-cknna."""
+    cknna_command(prog_name="repa-cknna")
 
 
 if __name__ == "__main__":

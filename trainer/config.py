@@ -66,6 +66,30 @@ class GridConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Comparisons of the EMA's samples with the data while training; `every` 0 makes none."""
+
+    every: int = 0
+    num: int = 5000  # samples, more than the encoder is wide
+    num_real: int = 50_000  # images of the cache, or all of them where there are fewer
+    encoder: str | None = None  # null: the run's own, or the only one in the cache
+    pooling: Literal["mean", "cls"] = "mean"  # of patch tokens, or the class token
+    neighbours: int = 3  # of precision and recall
+    sampler: SamplerName = "euler"
+    steps: int = 50
+    cfg_scale: float = 1.0
+    batch_size: int = 64
+    encoder_weights: str | None = None  # local weights; null: the hub's
+    autoencoder_weights: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation.every", self.every, 0)
+        for name in ("num", "num_real", "neighbours", "batch_size"):
+            _at_least(f"evaluation.{name}", getattr(self, name), 1)
+        SamplerConfig(sampler=self.sampler, steps=self.steps, cfg_scale=self.cfg_scale)  # checks them
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A training run. Defaults are SiT's and REPA's published ones."""
 
@@ -88,6 +112,7 @@ class RunConfig:
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grid: GridConfig = field(default_factory=GridConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log_every: int = 50
     save_every: int = 10_000
     keep_last: int = 2
@@ -128,6 +153,7 @@ class RunConfig:
 MAY_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "keep_last", "prefetch", "cache", "out"}
     | {f"grid.{item.name}" for item in fields(GridConfig)}
+    | {f"evaluation.{item.name}" for item in fields(EvaluationConfig)}
 )
 
 

@@ -64,11 +64,14 @@ def train_step(run: Run, ahead: ReadAhead, norm: tuple[Tensor, Tensor]) -> Tenso
     return torch.cat([losses, grad_norm.view(1)])
 
 
-def train(run: Run, *, draw_grid: Callable[[Run], object] | None = None) -> None:
+def train(
+    run: Run, *, draw_grid: Callable[[Run], object] | None = None, evaluate: Callable[[Run], object] | None = None
+) -> None:
     """Train from `run.step` to `config.steps`, or to the step after a SIGTERM; save, and leave metrics behind.
 
-    `draw_grid` is called on rank 0 every `grid.every` steps; it must change nothing in the run. Raises JobError
-    naming the first step that was not finite, once the state before it is saved.
+    `draw_grid` is called on rank 0 every `grid.every` steps, `evaluate` on every rank every `evaluation.every` steps;
+    they must change nothing in the run. Raises JobError naming the first step that was not finite, once the state
+    before it is saved.
     """
     config, world = run.config, run.world
     if world.size > 1:
@@ -86,7 +89,8 @@ def train(run: Run, *, draw_grid: Callable[[Run], object] | None = None) -> None
             last = stop.due() or run.step == config.steps
             save = last or run.step % config.save_every == 0
             grid = config.grid.every > 0 and run.step % config.grid.every == 0
-            if save or grid or run.step % config.log_every == 0:
+            evaluation = config.evaluation.every > 0 and run.step % config.evaluation.every == 0
+            if save or grid or evaluation or run.step % config.log_every == 0:
                 bad = reporter.log()
                 if bad is not None:
                     run.step = bad[0] - 1  # the state that the gate has kept
@@ -98,6 +102,8 @@ def train(run: Run, *, draw_grid: Callable[[Run], object] | None = None) -> None
                 saved = run.step
             if grid and draw_grid is not None and world.is_main:
                 draw_grid(run)
+            if evaluation and evaluate is not None:
+                evaluate(run)
             if last:
                 break
 
