@@ -236,7 +236,7 @@ def _layout(options: BuildOptions, found: CacheLayout | None) -> CacheLayout:
     shard_samples = choose(options.shard_samples, found.shard_samples if found else None, DEFAULT_SHARD_SAMPLES)
     flip = options.flip if options.flip is not None else found is not None and len(found.views) > 1
     views = VIEWS if flip else VIEWS[:1]
-    fingerprint = manifest.fingerprint()
+    fingerprint = manifest.fingerprint
     return CacheLayout(
         num_samples=len(manifest),
         resolution=resolution,

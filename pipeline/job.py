@@ -156,6 +156,7 @@ class RayPool:
             range_bytes = self._options.layout.shard_samples * self._options.layout.resolution**2 * 3
             workers = self._num_workers or 1
             settings |= {
+                "address": "local",  # one of our own, also beside a cluster that happens to run on this machine
                 "include_dashboard": False,
                 "object_store_memory": max(2**28, 2 * workers * RANGES_IN_FLIGHT * range_bytes),
             }
@@ -166,7 +167,8 @@ class RayPool:
             try:
                 ray.init(**settings)
             except (ConnectionError, RuntimeError, ValueError) as error:
-                raise JobError(f"--address {self._address}: Ray could not be reached ({error})") from error
+                what = f"--address {self._address}: Ray could not be reached" if self._address else "Ray did not start"
+                raise JobError(f"{what} ({error})") from error
             stack.callback(ray.shutdown)
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if self._num_workers is None:

@@ -6,6 +6,7 @@ layout, where dataset.json gives the labels. Ids are held in one numpy string ar
 """
 
 import csv
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -60,8 +61,9 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Return the digest of the ids and labels in row order."""
+        """The digest of the ids and labels in row order; some seconds for a million, so it is taken once."""
         return manifest_fingerprint(self.sample_ids.tolist(), self.labels.tolist())
 
 
