@@ -19,7 +19,7 @@ from .rows import ComponentRows
 from .statistics import EPS
 from .store import CacheStore
 
-BATCH_BYTES = 2**26  # of float32 tokens at a time
+BATCH_BYTES = 2**23  # of float32 tokens at a time: what is done to them one after the other stays in the cache
 SAMPLE_SEED = 0  # --num takes the same images in every run and for every encoder
 
 
@@ -38,7 +38,7 @@ class TokenBatch:
 
     def normalized(self, gamma: float) -> Tensor:
         """Return tokens normalised over space, (f - gamma * mean) / (std + 1e-6), [b, T, E] (iREPA, eq. in sec. 4)."""
-        return (self.tokens - gamma * self.mean[:, None]) / (self.std[:, None] + EPS)
+        return (self.tokens - gamma * self.mean[:, None]).div_(self.std[:, None] + EPS)
 
 
 class Features:

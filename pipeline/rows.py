@@ -60,8 +60,8 @@ class ComponentRows:
                 if offset == int(ABSENT):
                     raise CacheError(_damaged(path, row, "it is missing from its shard"))
                 stored = os.pread(descriptor, length, offset)
-                raw, kept = memoryview(stored)[:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:]
-                if checksum(bytes(raw)) != kept:
+                raw = np.frombuffer(stored, dtype=np.uint8)[:-CHECKSUM_BYTES]
+                if checksum(raw) != stored[-CHECKSUM_BYTES:]:
                     raise CacheError(_damaged(path, row, "its checksum does not hold"))
                 data = self._decode(raw)  # type: ignore[arg-type]  # decoders take any buffer
                 if len(data) != layout.inner_bytes:
