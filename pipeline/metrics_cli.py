@@ -112,7 +112,7 @@ def show(cache: Path, encoder: str, samples: int, gamma: float, out: Path, **pic
 
     store, (features,) = open_encoders(cache, [encoder])
     rows = spread_rows(store, features, samples)
-    images = images_of(store, rows, **pictures)
+    images = images_of(store, features, rows, **pictures)
     panels = [
         Panel(image=images[batch_row], stored=stored, normalized=normalized, grid=features.grid, title=title)
         for batch_row, (stored, normalized, title) in enumerate(

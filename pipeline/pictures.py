@@ -7,7 +7,7 @@ import torch
 
 from ..cache_specs.errors import CacheError, UsageError, nearest
 from ..cache_specs.schema import LATENTS
-from .features import Features
+from .features import Features, sample_id
 from .rows import ComponentRows
 from .store import CacheStore
 
@@ -23,6 +23,7 @@ def spread_rows(store: CacheStore, features: Features, num: int) -> np.ndarray:
 
 def images_of(
     store: CacheStore,
+    features: Features,
     rows: np.ndarray,
     *,
     data: str | None = None,
@@ -31,11 +32,11 @@ def images_of(
 ) -> np.ndarray:
     """Return the pictures [n, R, R, 3] uint8 of samples `rows`: of `data` where given, else decoded latents.
 
-    Raises `UsageError` where data are not the cache's, or the autoencoder's weights cannot be had (name the images
-    with --data then).
+    Raises `UsageError` where the autoencoder's weights cannot be had (name the images with --data then), `CacheError`
+    where a picture of `data` is missing or not the one that `features` saw.
     """
     if data is not None:
-        return _from_files(store, rows, data)
+        return _from_files(store, features, rows, data)
     present = [name for name in store.components() if name.startswith(f"{LATENTS}/") and store.is_complete(name)]
     names = [name.partition("/")[2] for name in present]
     if autoencoder is None and len(names) != 1:
@@ -57,14 +58,19 @@ def images_of(
     return decoder.decode(latents).numpy()
 
 
-def _from_files(store: CacheStore, rows: np.ndarray, data: str) -> np.ndarray:
+def _from_files(store: CacheStore, features: Features, rows: np.ndarray, data: str) -> np.ndarray:
     from .decode import decode_batch
     from .demo_data import demo_manifest
     from .manifest import scan_folder
 
-    source = (demo_manifest() if data == "demo" else scan_folder(Path(data))).source
-    ids = [str(store.read("sample_id", int(row), int(row) + 1)[0]) for row in rows]
-    batch = decode_batch(source, ids, store.layout.resolution, np.zeros(len(rows), dtype=np.int64))
+    manifest = demo_manifest() if data == "demo" else scan_folder(Path(data))
+    ids = [sample_id(store, int(row)) for row in rows]
+    way_out = "give the images that the cache was built from"
+    strangers = sorted(set(ids) - set(manifest.sample_ids.tolist()))
+    if strangers:
+        raise CacheError(f"--data {data}: {strangers[0]} is not among its {len(manifest)} images; {way_out}")
+    expected = store.read(f"{features.component.path}/source_bytes", 0, store.layout.num_samples)[rows]
+    batch = decode_batch(manifest.source, ids, store.layout.resolution, expected)
     for place, reason in batch.bad.items():
-        raise CacheError(f"--data {data}: {ids[place]}: {reason}; give the folder that the cache was built from")
+        raise CacheError(f"--data {data}: {ids[place]}: {reason}")
     return batch.images
