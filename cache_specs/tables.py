@@ -1,81 +1,26 @@
 """The tables of encoders and autoencoders, and how an entry and a resolution become a component's spec.
 
-A request is a name, an alias, or either with options: `dinov2`, `hog:grid=8`. Options become part of the spec, of the
-fingerprint and of the group's name (`features/hog-grid8`).
+A request is a name, an alias or a user's own file, with options: `dinov2`, `siglip2@irepa`, `hog:grid=8`, `my.yaml`.
+Options become part of the spec, of the fingerprint and of the group's name (`features/hog-grid8`).
 """
 
 import dataclasses
 import functools
 import importlib.resources
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import yaml
 
+from .encoder_entry import VARIANT, EncoderEntry
 from .errors import UsageError, nearest
 
+_COLUMNS = ("model", "width", "depth", "params_m", "gmac")  # of a row of encoders.yaml
+OPTIONS = ("grid",)  # of a request: NAME:grid=8
 RANDOM_SUFFIX = "-random"  # random weights never go by the name of the pretrained ones
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderEntry:
-    """One row of encoders.yaml; the fields are explained at its head."""
-
-    name: str
-    loader: Literal["timm", "builtin"]
-    model: str
-    width: int
-    patch: int
-    prefix_tokens: int
-    cls_token: bool
-    tensor: Literal["after_norm", "before_norm"]
-    interpolation: Literal["bicubic", "bilinear"]
-    antialias: bool
-    licence: str
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    params_m: float | None = None
-    gmac: float | None = None
-
-    @property
-    def has_weights(self) -> bool:
-        return self.loader != "builtin"
-
-    def resolve(self, *, resolution: int, grid: int | None, random_weights: bool) -> dict[str, Any]:
-        """Return the spec of this encoder's tokens for square images of `resolution` pixels.
-
-        `grid` tokens a side; by default resolution / 16, the study's 16 x 16 at 256. The model sees `grid * patch`
-        pixels a side; a weight-free encoder sees the image as it is.
-        """
-        if grid is None and resolution % 16:
-            raise UsageError(
-                f"--encoder {self.name} at resolution {resolution}: a token grid of resolution / 16 is not whole; "
-                f"name one, --encoder {self.name}:grid={max(1, round(resolution / 16))}"
-            )
-        side = resolution // 16 if grid is None else grid
-        if side < 2:
-            raise UsageError(
-                f"--encoder {self.name} at resolution {resolution}: a grid of {side} x {side}; spatial statistics "
-                f"need at least 2 x 2, so name one: --encoder {self.name}:grid=8"
-            )
-        input_size = side * self.patch if self.has_weights else resolution
-        return {
-            "entry": self.name,
-            "loader": self.loader,
-            "model": self.model,
-            "width": self.width,
-            "grid": [side, side],
-            "input_size": [input_size, input_size],
-            "prefix_tokens": self.prefix_tokens,
-            "cls_token": self.cls_token,
-            "tensor": self.tensor,
-            "mean": None if self.mean is None else list(self.mean),
-            "std": None if self.std is None else list(self.std),
-            "interpolation": self.interpolation,
-            "antialias": self.antialias,
-            "random_weights": bool(random_weights and self.has_weights),
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,42 +66,141 @@ class AutoencoderEntry:
         }
 
 
+Entry = TypeVar("Entry", "EncoderEntry", "AutoencoderEntry")
+
+
 @functools.cache
 def _table(file: str) -> dict[str, Any]:
     text = importlib.resources.files(__package__).joinpath(file).read_text(encoding="utf-8")
     return yaml.safe_load(text)
 
 
-def _entries(file: str, section: str, cls: type) -> dict[str, Any]:
-    rows = {}
-    known = {field.name for field in dataclasses.fields(cls)}
-    for name, row in _table(file)[section].items():
-        unknown = sorted(set(row) - known)
-        if unknown:
-            raise UsageError(f"{file}: {name}: unknown key {unknown[0]!r}; {nearest(unknown[0], known)}")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-        try:
-            rows[name] = cls(name=name, **values)
-        except TypeError as error:
-            raise UsageError(f"{file}: {name}: {error}") from error
-    return rows
+def _entry(where: str, cls: type[Entry], name: str, row: Mapping[str, Any]) -> Entry:
+    known = {field.name for field in dataclasses.fields(cls)} - {"name"}
+    unknown = sorted(set(row) - known)
+    if unknown:
+        raise UsageError(f"{where}: {name}: unknown key {unknown[0]!r}; {nearest(unknown[0], known)}")
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    try:
+        return cls(name=name, **values)
+    except TypeError as error:
+        raise UsageError(f"{where}: {name}: {str(error).rpartition('__init__() ')[2]}") from error
 
 
 @functools.cache
 def encoder_table() -> dict[str, EncoderEntry]:
-    """Return every encoder by name, in the table's order."""
-    return _entries("encoders.yaml", "encoders", EncoderEntry)
+    """Return every encoder by name, in the table's order, each followed by its variants."""
+    table = _table("encoders.yaml")
+    study = set(table["irepa27"])
+    entries = {}
+    for family, block in table["families"].items():
+        common = {key: value for key, value in block.items() if key not in ("encoders", "variants")}
+        for name, (*columns, last) in block["encoders"].items():
+            named = dict(zip(_COLUMNS, columns if isinstance(last, dict) else [*columns, last], strict=True))
+            row = {**common, "family": family, "irepa27": name in study, **named}
+            row |= last if isinstance(last, dict) else {}
+            entries[name] = _entry("encoders.yaml", EncoderEntry, name, row)
+            for variant, departure in block.get("variants", {}).items():
+                full = f"{name}{VARIANT}{variant}"
+                options = {**row.get("options", {}), **departure.get("options", {})}
+                changed = {**row, **departure, "options": options, "irepa27": False}
+                entries[full] = _entry("encoders.yaml", EncoderEntry, full, changed)
+    return entries
+
+
+def read_encoder_file(path: Path) -> EncoderEntry:
+    """Read a user's own entry: the fields of encoders.yaml, flat, named by the field `name` or by the file.
+
+    Raises `UsageError` naming the file and the field where it cannot be one.
+    """
+    try:
+        row = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--encoder {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(row, dict):
+        raise UsageError(f"--encoder {path}: expected one encoder's fields (cache_specs/encoders.yaml explains them)")
+    name = str(row.pop("name", path.stem))
+    if name in encoder_table() or name in encoder_aliases():
+        raise UsageError(f"--encoder {path}: {name} is the table's; give yours another name")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.@-]*", name):
+        raise UsageError(f"--encoder {path}: the name {name!r} becomes a folder's: letters, digits and _ . @ - only")
+    return _entry(str(path), EncoderEntry, name, row)
 
 
 @functools.cache
 def autoencoder_table() -> dict[str, AutoencoderEntry]:
     """Return every autoencoder by name, in the table's order."""
-    return _entries("autoencoders.yaml", "autoencoders", AutoencoderEntry)
+    rows = _table("autoencoders.yaml")["autoencoders"]
+    return {name: _entry("autoencoders.yaml", AutoencoderEntry, name, row) for name, row in rows.items()}
 
 
 def encoder_aliases() -> Mapping[str, str]:
     """Return short names, each with the name that it stands for."""
     return _table("encoders.yaml")["aliases"]
+
+
+def encoder_table_lines() -> Iterator[str]:
+    """Yield the table as text, a line an encoder; an asterisk marks the 27 of the iREPA study."""
+    short = {name: alias for alias, name in encoder_aliases().items()}
+    yield (
+        f"  {'name':<31} {'short':<9} {'width':>5} {'tokens':<11} {'params M':>8} {'GMAC':>7}  "
+        f"{'licence':<25} weights from"
+    )
+    for name, entry in encoder_table().items():
+        yield (
+            f"{'*' if entry.irepa27 else ' '} {name:<31} {short.get(name, ''):<9} {entry.width:>5} {entry.tensor:<11} "
+            f"{entry.params_m:>8.1f} {entry.gmac:>7.1f}  {entry.licence:<25} {entry.source}"
+        )
+    yield "* one of the 27 of the iREPA study; @irepa: as the study computes it, where that is not the model's card"
+
+
+def encoder_name(request: str) -> str:
+    """Return the table's name for a name or a short one, with or without a variant: `siglip2@irepa`."""
+    name, separator, variant = request.partition(VARIANT)
+    return encoder_aliases().get(name, name) + separator + variant
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderRequest:
+    """What `--encoder NAME[:grid=G][:layers=I,J,...]` asks for, its name and its values read."""
+
+    entry: EncoderEntry
+    grid: int | None
+    layers: tuple[int, ...] | None
+
+    @property
+    def group(self) -> str:
+        """The group's name for pretrained weights: `dinov2-vit-b-grid8-layers8-11`."""
+        name = self.entry.name if self.grid is None else f"{self.entry.name}-grid{self.grid}"
+        return name if self.layers is None else f"{name}-layers{'-'.join(map(str, self.layers))}"
+
+
+def read_encoder_request(request: str) -> EncoderRequest:
+    """Read `NAME|FILE.yaml[:grid=G][:layers=I,J,...]`.
+
+    Raises `UsageError` with the nearest known name for one that is not in the table.
+    """
+    asked, *options = request.split(":")
+    if asked.endswith((".yaml", ".yml")):
+        entry = read_encoder_file(Path(asked))
+    else:
+        name = encoder_name(asked)
+        if name not in encoder_table():
+            raise UsageError(f"unknown encoder {name!r}: {nearest(name, [*encoder_table(), *encoder_aliases()])}")
+        entry = encoder_table()[name]
+    values: dict[str, Any] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in OPTIONS:
+            raise UsageError(f"--encoder {request}: unknown option {key!r}; {nearest(key, OPTIONS)}")
+        numbers = value.split(",") if key == "layers" else [value]
+        if not all(number.isascii() and number.isdigit() for number in numbers) or (key, value) == ("grid", "0"):
+            what = "block numbers, as in layers=8,9" if key == "layers" else "a whole number of tokens a side"
+            raise UsageError(f"--encoder {request}: {key} is {value!r}, expected {what}")
+        values[key] = tuple(map(int, numbers))
+    return EncoderRequest(
+        entry=entry, grid=values["grid"][0] if "grid" in values else None, layers=values.get("layers")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,25 +213,12 @@ class ResolvedModel:
 
 
 def resolve_encoder(request: str, *, resolution: int, random_weights: bool = False) -> ResolvedModel:
-    """Resolve `NAME[:grid=G]`; raise `UsageError` with the nearest known name for one that is not in the table."""
-    name, _, options = request.partition(":")
-    name = encoder_aliases().get(name, name)
-    table = encoder_table()
-    if name not in table:
-        raise UsageError(f"unknown encoder {name!r}: {nearest(name, [*table, *encoder_aliases()])}")
-    grid = None
-    group = name
-    if options:
-        key, _, value = options.partition("=")
-        if key != "grid":
-            raise UsageError(f"--encoder {request}: unknown option {key!r}; {nearest(key, ['grid'])}")
-        if not value.isascii() or not value.isdigit() or int(value) < 1:
-            raise UsageError(f"--encoder {request}: grid is {value!r}, expected a whole number of tokens a side")
-        grid = int(value)
-        group += f"-grid{grid}"
-    entry = table[name]
-    spec = entry.resolve(resolution=resolution, grid=grid, random_weights=random_weights)
-    return ResolvedModel(name=group + RANDOM_SUFFIX * spec["random_weights"], entry=entry, spec=spec)
+    """Resolve `NAME|FILE.yaml[:grid=G][:layers=I,J,...]` for images of `resolution` pixels."""
+    asked = read_encoder_request(request)
+    spec = asked.entry.resolve(
+        resolution=resolution, grid=asked.grid, layers=asked.layers, random_weights=random_weights
+    )
+    return ResolvedModel(name=asked.group + RANDOM_SUFFIX * spec["random_weights"], entry=asked.entry, spec=spec)
 
 
 def resolve_autoencoder(name: str, *, resolution: int, random_weights: bool = False) -> ResolvedModel:

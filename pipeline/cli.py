@@ -100,14 +100,14 @@ def _manifest(data: str, labels: str | None) -> "Manifest":
 
 
 def _weights(pairs: tuple[str, ...]) -> dict[str, Path]:
-    from ..cache_specs.tables import encoder_aliases
+    from ..cache_specs.tables import encoder_name
 
     files = {}
     for pair in pairs:
         name, separator, file = pair.partition("=")
         if not separator or not file:
             raise UsageError(f"--weights {pair}: expected NAME=FILE, as in --weights dinov2-vit-b=model.safetensors")
-        files[encoder_aliases().get(name, name)] = Path(file).absolute()
+        files[encoder_name(name)] = Path(file).absolute()
     return files
 
 
@@ -211,22 +211,15 @@ def verify(cache: Path) -> None:
 
 @cli.command()
 def encoders() -> None:
-    """Print the table of encoders.
+    """Print the table of encoders: names, sizes, which tensor, licence, where the weights come from.
 
     \b
     repa-cache encoders
     """
-    from ..cache_specs.tables import encoder_aliases, encoder_table
+    from ..cache_specs.tables import encoder_table_lines
 
-    short = {name: alias for alias, name in encoder_aliases().items()}
-    click.echo(
-        f"{'name':<14} {'short':<8} {'width':>5} {'tokens':<12} {'params M':>8} {'GMAC':>7}  {'licence':<13} model"
-    )
-    for name, entry in encoder_table().items():
-        click.echo(
-            f"{name:<14} {short.get(name, ''):<8} {entry.width:>5} {entry.tensor:<12} "
-            f"{entry.params_m or 0:>8.1f} {entry.gmac or 0:>7.1f}  {entry.licence:<13} {entry.model}"
-        )
+    for line in encoder_table_lines():
+        click.echo(line)
 
 
 def main() -> None:

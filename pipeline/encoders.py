@@ -1,66 +1,85 @@
 """Frozen vision encoders: images in, patch tokens out.
 
-An encoder is its resolved spec (cache_specs/encoders.yaml) and weights; which tensor is taken, before or after the
-final norm, is in the spec. timm is imported here and nowhere else.
+An encoder is its resolved spec (cache_specs/encoders.yaml) and weights; which tensor is taken, of which layers, before
+or after the final norm, is in the spec. The libraries' models are made and read in timm_models.py and
+transformers_models.py.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from ..cache_specs.errors import UsageError
 from .hog import MIN_PIXELS, hog_tokens
 from .preprocess import encoder_input
-from .weights import (
-    NO_WEIGHTS,
-    RANDOM_SEED,
-    check_weights_file,
-    digest_of,
-    no_weights_error,
-    quiet_hub,
-    wrong_weights_error,
-)
+from .timm_models import load_timm
+from .transformers_models import load_transformers
+from .weights import NO_WEIGHTS, digest_of
+
+
+class Features(Protocol):
+    """A library's model behind one door; `model` is the torch module."""
+
+    model: Any
+
+    def __call__(self, pixels: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Return, for each layer of the spec, tokens [B, T, E] or a map [B, E, h, w], and prefix tokens or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """A frozen encoder on a device. `model` is None for one without weights; `weights` identifies what was loaded."""
+    """A frozen encoder on a device. `features` is None for one without weights; `weights` says what was loaded."""
 
     spec: Mapping[str, Any]
     weights: str
-    model: Any
+    features: Features | None
     precision: str
     device: torch.device
 
-    @torch.inference_mode()
+    @property
+    def model(self) -> Any:
+        """The library's module, None for an encoder without weights."""
+        return None if self.features is None else self.features.model
+
     def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return patch tokens [B, T, E] and the class token [B, E] or None, float32, of `images` [B, 3, H, W] uint8.
 
-        Tokens are row-major over the spec's grid, prefix tokens left out; on the encoder's device.
+        Tokens are row-major over the spec's grid, prefix tokens left out; on the encoder's device. Of several layers
+        these are the last one's.
         """
-        if self.model is None:
-            return hog_tokens(images, tuple(self.spec["grid"])).to(self.device), None
+        return self.by_layer(images)[-1]
+
+    @torch.inference_mode()
+    def by_layer(self, images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Return what a call returns for each of the spec's layers, in its order; one entry where it names none."""
+        grid = tuple(self.spec["grid"])
+        if self.features is None:
+            return [(hog_tokens(images, grid).to(self.device), None)]
         pixels = encoder_input(images.to(self.device), self.spec)
         with autocast(self.device, self.precision):
-            tokens, prefix = _last_tokens(self.model, pixels, after_norm=self.spec["tensor"] == "after_norm")
-        expected = (len(images), self.spec["grid"][0] * self.spec["grid"][1], self.spec["width"])
+            layers = self.features(pixels)
+        return [self._checked(*layer, grid, len(images)) for layer in layers]
+
+    def _checked(
+        self, tokens: torch.Tensor, prefix: torch.Tensor | None, grid: tuple[int, ...], num: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.spec["output"] == "map":
+            tokens = tokens.float()
+            if tokens.shape[-2:] != grid:
+                tokens = F.interpolate(tokens, size=grid, mode="bilinear", align_corners=False)
+            tokens = tokens.flatten(2).mT
+        expected = (num, grid[0] * grid[1], self.spec["width"])
         if tuple(tokens.shape) != expected:
             raise UsageError(
                 f"{self.spec['entry']}: tokens of shape {tuple(tokens.shape)}, its table entry says {expected}"
             )
         cls_token = prefix[:, 0].float() if self.spec["cls_token"] and prefix is not None else None
-        return tokens.float(), cls_token
-
-
-def _last_tokens(model: Any, pixels: torch.Tensor, *, after_norm: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    last = model.forward_intermediates(
-        pixels, indices=1, norm=after_norm, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
-    )[0]
-    return last if isinstance(last, tuple) else (last, None)
+        return tokens.float().contiguous(), cls_token
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -68,6 +87,12 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+_LOADERS: dict[str, Callable[[Mapping[str, Any], Path | None], Features]] = {
+    "timm": load_timm,
+    "transformers": load_transformers,
+}
 
 
 def load_encoder(
@@ -84,32 +109,9 @@ def load_encoder(
             raise UsageError(f"{name} needs images of at least {MIN_PIXELS} pixels, not {min(spec['input_size'])}")
         if weights is not None:
             raise UsageError(f"--weights {name}={weights}: {name} has no weights")
-        return Encoder(spec=spec, weights=NO_WEIGHTS, model=None, precision=precision, device=target)
-    model = _create_timm(spec, weights)
-    model.eval().requires_grad_(False)
-    return Encoder(spec=spec, weights=digest_of(model), model=model.to(target), precision=precision, device=target)
-
-
-def _create_timm(spec: Mapping[str, Any], weights: Path | None) -> torch.nn.Module:
-    import timm
-
-    name = spec["entry"]
-    options: dict[str, Any] = {
-        "img_size": tuple(spec["input_size"]),
-        "num_classes": 0,
-        "pretrained": not spec["random_weights"],
-    }
-    if weights is not None:
-        check_weights_file(name, weights)
-        # Without num_classes timm would load leniently whatever it believes to be a classifier's file.
-        options["pretrained_cfg_overlay"] = {"file": str(weights), "num_classes": 0}
-    with torch.random.fork_rng(devices=[]), quiet_hub():
-        torch.manual_seed(RANDOM_SEED)
-        try:
-            return timm.create_model(spec["model"], **options)
-        except Exception as error:  # hub clients and unpicklers raise what they like; the cause is in the line
-            if weights is not None:
-                raise wrong_weights_error(name, weights, error) from error
-            if spec["random_weights"]:
-                raise
-            raise no_weights_error(name, spec["model"], error) from error
+        return Encoder(spec=spec, weights=NO_WEIGHTS, features=None, precision=precision, device=target)
+    features = _LOADERS[spec["loader"]](spec, weights)
+    features.model.eval().requires_grad_(False)
+    digest = digest_of(features.model)
+    features.model.to(target)
+    return Encoder(spec=spec, weights=digest, features=features, precision=precision, device=target)

@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,8 +47,28 @@ def check_weights_file(name: str, file: Path) -> None:
     """Raise `UsageError` for a --weights file that is not there or whose ending says nothing."""
     if not file.exists():
         raise UsageError(f"--weights {name}={file}: no such file")
-    if file.is_file() and file.suffix not in (".safetensors", ".pth", ".pt", ".bin"):
-        raise UsageError(f"--weights {name}={file}: expected .safetensors, .pth, .pt or .bin")
+    if file.is_file() and file.suffix not in (".safetensors", ".pth", ".pt", ".bin", ".tar"):
+        raise UsageError(f"--weights {name}={file}: expected .safetensors, .pth, .pt, .bin or .pth.tar")
+
+
+def read_state_dict(file: Path) -> dict[str, Any]:
+    """Return what a .safetensors or a .pth holds, on the CPU; a .pth is unpickled as weights only, never as code."""
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"a {type(loaded).__name__}, expected tensors by name")
+    return dict(loaded)
+
+
+def hub_file(place: str) -> Path:
+    """Fetch `hf.co/OWNER/REPOSITORY/FILE` by the hub's own client and return where it lies."""
+    from huggingface_hub import hf_hub_download
+
+    owner, repository, file = place.removeprefix("hf.co/").split("/", 2)
+    return Path(hf_hub_download(f"{owner}/{repository}", file))
 
 
 def no_weights_error(name: str, model: str, error: Exception) -> UsageError:

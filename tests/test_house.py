@@ -21,7 +21,8 @@ ARROWS: dict[str, set[str]] = {
 # Each heavy import has its owners; numpy, torch and zarr are used throughout.
 OWNERS = {
     "ray": {"pipeline/job.py"},
-    "timm": {"pipeline/encoders.py"},
+    "timm": {"pipeline/timm_models.py"},
+    "transformers": {"pipeline/transformers_models.py"},
     "diffusers": {"pipeline/autoencoders.py"},
     "skimage": {"pipeline/demo_data.py"},
 }
