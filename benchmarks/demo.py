@@ -50,7 +50,7 @@ def main() -> None:
     for recipe in RECIPES:
         folder = out / recipe
         run(f"repa-train --cache {cache} --recipe {recipe} --config {CONFIG} --out {folder}")
-        run(f"repa-sample {folder} --num {NUM_CLASSES * PER_CLASS} --labels balanced --steps 50 --cfg-scale 2")
+        run(f"repa-sample {folder} --num {NUM_CLASSES * PER_CLASS} --labels balanced --steps 25 --cfg-scale 2")
         figures |= {f"{recipe}: {name}": value for name, value in final_figures(folder).items()}
 
     pictures = [sample_picture(cache, out / recipe, out / f"samples-{recipe}.png") for recipe in RECIPES]
