@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from .config import RunConfig
     from .distributed import World
+    from .evaluation import Scorer
     from .latents import LatentSource
     from .pretrained import TrainedModel
     from .run import Run
@@ -116,7 +117,8 @@ def _evaluation(run: "Run") -> "Callable[[Run], None]":
     decode, decoder = load_decoder(latent_source(run.reader, run.norm), weights=weights[1], device=device)
     if decode is None:
         raise UsageError("evaluation compares pictures, and without diffusers there are none; set evaluation.every=0")
-    evaluation = Evaluation(run, reference, decode=decode, decoder=decoder, encode=encode)
+    score = _inception(run)
+    evaluation = Evaluation(run, reference, decode=decode, decoder=decoder, encode=encode, score=score)
 
     def evaluate(run: "Run") -> None:
         record = evaluation.at(run)
@@ -125,6 +127,22 @@ def _evaluation(run: "Run") -> "Callable[[Run], None]":
             click.echo(f"evaluation at step {record['step']}  {figures}")
 
     return evaluate
+
+
+def _inception(run: "Run") -> "Scorer | None":
+    """Return the function that gives FID and Inception score of a file of samples, or say once why there is none."""
+    from ..pipeline.inception import RealImages, inception_figures, manifest_of, why_not
+
+    settings = run.config.evaluation
+    weights = None if settings.inception_weights is None else Path(settings.inception_weights)
+    reason = why_not(weights)
+    if weights is None or reason is not None:
+        if run.world.is_main:
+            click.echo(f"no FID and no Inception score: {reason}; the samples are .npz files for the field's own tools")
+        return None
+    data, resolution = settings.inception_data, run.reader.resolution
+    real = None if data is None else RealImages(manifest_of(data), resolution)
+    return lambda npz: inception_figures(npz, weights=weights, real=real, device=str(run.world.device))
 
 
 def _explain(config: "RunConfig", world: "World") -> None:

@@ -81,6 +81,8 @@ class EvaluationConfig:
     batch_size: int = 64
     encoder_weights: str | None = None  # local weights; null: the hub's
     autoencoder_weights: str | None = None
+    inception_weights: str | None = None  # for FID and Inception score by torch-fidelity; null: neither
+    inception_data: str | None = None  # the images of FID, as in repa-cache build --data; null: Inception score only
 
     def __post_init__(self) -> None:
         _at_least("evaluation.every", self.every, 0)

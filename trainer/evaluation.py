@@ -28,6 +28,7 @@ FILE = "evaluation.jsonl"
 FOLDER = "evaluation"
 
 Encoder = Callable[[np.ndarray], np.ndarray]  # pictures [B,H,W,3] uint8 -> vectors [B,E] float32, as in the cache
+Scorer = Callable[[Path], dict[str, float]]  # the .npz of samples -> figures of the field's own tools, by name
 
 
 def open_reference(config: RunConfig) -> Reference:
@@ -50,7 +51,17 @@ class Evaluation:
     Every rank calls `at`; all of them draw samples, rank 0 encodes them and writes.
     """
 
-    def __init__(self, run: Run, reference: Reference, *, decode: Decoder, decoder: str, encode: Encoder) -> None:
+    def __init__(
+        self,
+        run: Run,
+        reference: Reference,
+        *,
+        decode: Decoder,
+        decoder: str,
+        encode: Encoder,
+        score: Scorer | None = None,
+    ) -> None:
+        self._score = score
         self._reference = reference
         self._decode = decode
         self._decoder = decoder
@@ -73,6 +84,8 @@ class Evaluation:
         record = {"step": run.step, "num": len(generated)} | self.compare(
             generated, neighbours=run.config.evaluation.neighbours
         )
+        if self._score is not None:
+            record |= self._score(npz)
         write_record(run.folder / FILE, record)
         return record
 

@@ -63,8 +63,9 @@ def test_a_run_is_the_same_with_and_without_evaluation(demo, repa_train, tmp_pat
     records = evaluations(tmp_path / "evaluated")
     assert [record["step"] for record in records] == [3, 6]
     assert all(set(record) == {"step", "num", *FIGURES} for record in records)
-    assert "evaluation at step 6" in evaluated.output
-    assert "fid" not in evaluated.output.lower()
+    (line,) = [line for line in evaluated.output.splitlines() if line.startswith("evaluation at step 6")]
+    assert "fid" not in line.lower()
+    assert "no FID and no Inception score: Inception's weights are not at hand" in evaluated.output
     assert "fid" not in (tmp_path / "evaluated" / "evaluation.jsonl").read_text().lower()
     assert not (tmp_path / "plain" / "evaluation.jsonl").exists()
 
@@ -132,6 +133,7 @@ def test_a_resumed_run_has_each_evaluation_once(demo, repa_train, tmp_path):
         (("evaluation.pooling=cls",), "has no class token; compare mean-pooled tokens"),
         (("evaluation.encoder=dino",), "holds no encoder 'dino'"),
         (("evaluation.encoder_weights=x.pth",), "hog has no weights"),
+        (("evaluation.inception_weights=no.pth",), "evaluation.inception_weights=no.pth: no such file"),
         (("evaluation.neighbours=0",), "evaluation.neighbours is 0; expected 1 or more"),
     ],
 )
