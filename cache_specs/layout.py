@@ -159,18 +159,35 @@ def _per_sample(name: str, cache: CacheLayout, dtype: str) -> ArrayLayout:
     return ArrayLayout(name=name, shape=(cache.num_samples,), dtype=dtype, inner=shard, shard=shard)
 
 
+def layer_array(name: str, layer: int | None) -> str:
+    """Return the name of array `name` of one layer: `patch_tokens_layer8`; None is the only one, `patch_tokens`."""
+    return name if layer is None else f"{name}_layer{layer}"
+
+
 def feature_arrays(
-    cache: CacheLayout, *, grid: tuple[int, int], width: int, cls_token: bool, dtype: str
+    cache: CacheLayout,
+    *,
+    grid: tuple[int, int],
+    width: int,
+    cls_token: bool,
+    dtype: str,
+    layers: Sequence[int | None] = (None,),
 ) -> tuple[ArrayLayout, ...]:
-    """Return the arrays of an encoder's group, `valid` last: T = h * w tokens, E = width, stored as `dtype`."""
+    """Return the arrays of an encoder's group, `valid` last: T = h * w tokens, E = width, stored as `dtype`.
+
+    Several `layers` are the same arrays once a layer: what is read together (a token's scale, its image's statistics)
+    lies under one suffix, and a reader that has picked a layer sees a group like any other.
+    """
     tokens = grid[0] * grid[1]
-    arrays = [_per_view("patch_tokens", cache, (tokens, width), dtype)]
-    if dtype == "int8":
-        arrays.append(_per_view("token_scale", cache, (tokens,), "float16"))
-    arrays.append(_per_view("channel_mean", cache, (width,), "float32"))
-    arrays.append(_per_view("channel_std", cache, (width,), "float32"))
-    if cls_token:
-        arrays.append(_per_view("cls_token", cache, (width,), "float16"))
+    arrays = []
+    for layer in layers:
+        arrays.append(_per_view(layer_array("patch_tokens", layer), cache, (tokens, width), dtype))
+        if dtype == "int8":
+            arrays.append(_per_view(layer_array("token_scale", layer), cache, (tokens,), "float16"))
+        arrays.append(_per_view(layer_array("channel_mean", layer), cache, (width,), "float32"))
+        arrays.append(_per_view(layer_array("channel_std", layer), cache, (width,), "float32"))
+        if cls_token:
+            arrays.append(_per_view(layer_array("cls_token", layer), cache, (width,), "float16"))
     return (*arrays, *record_arrays(cache))
 
 

@@ -75,8 +75,13 @@ class ComponentSpec:
         if self.kind == LATENTS:
             options = [f"--autoencoder {request}"]
         else:
-            side = self.spec["grid"][0]
+            from .tables import encoder_table
+
+            # A user's own entry lies in a file; where, a cache does not know either.
+            request += "" if request in encoder_table() else ".yaml"
+            side, layers = self.spec["grid"][0], self.spec.get("layers")
             request += f":grid={side}" if f"-grid{side}" in self.name else ""
+            request += "" if layers is None else f":layers={','.join(map(str, layers))}"
             options = [f"--encoder {request}", "--autoencoder none"]
         for option, default in (("dtype", "float16"), ("precision", "fp32"), ("compressor", "none")):
             if getattr(self, option) != default:
@@ -118,6 +123,12 @@ class ComponentSpec:
         return None
 
 
+def stored_layers(spec: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Return the layers whose tokens an encoder's group holds, (None,) where it is the last one's alone."""
+    layers = spec.get("layers")
+    return (None,) if layers is None else tuple(layers)
+
+
 def component_arrays(kind: str, spec: Mapping[str, Any], dtype: str, cache: CacheLayout) -> tuple[ArrayLayout, ...]:
     """Return the arrays of a component of `kind` with the resolved `spec`, `valid` last.
 
@@ -128,6 +139,7 @@ def component_arrays(kind: str, spec: Mapping[str, Any], dtype: str, cache: Cach
             size = spec["latent_size"]
             return latent_arrays(cache, channels=spec["moment_channels"], size=(size[0], size[1]))
         grid, width, cls_token = spec["grid"], spec["width"], spec["cls_token"]
-        return feature_arrays(cache, grid=(grid[0], grid[1]), width=width, cls_token=cls_token, dtype=dtype)
+        shape = {"grid": (grid[0], grid[1]), "width": width, "cls_token": cls_token}
+        return feature_arrays(cache, **shape, dtype=dtype, layers=stored_layers(spec))
     except (LookupError, TypeError) as error:
         raise CacheError(f"damaged spec of a component of {kind} ({error!r}): {dict(spec)}") from error

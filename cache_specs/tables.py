@@ -4,11 +4,12 @@ A request is a name, an alias or a user's own file, with options: `dinov2`, `sig
 Options become part of the spec, of the fingerprint and of the group's name (`features/hog-grid8`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.resources
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -19,7 +20,7 @@ from .encoder_entry import VARIANT, EncoderEntry
 from .errors import UsageError, nearest
 
 _COLUMNS = ("model", "width", "depth", "params_m", "gmac")  # of a row of encoders.yaml
-OPTIONS = ("grid",)  # of a request: NAME:grid=8
+OPTIONS = ("grid", "layers")  # of a request: NAME:grid=8:layers=8,11
 RANDOM_SUFFIX = "-random"  # random weights never go by the name of the pretrained ones
 
 
@@ -201,6 +202,36 @@ def read_encoder_request(request: str) -> EncoderRequest:
     return EncoderRequest(
         entry=entry, grid=values["grid"][0] if "grid" in values else None, layers=values.get("layers")
     )
+
+
+def stored_encoder(request: str, present: Sequence[str]) -> tuple[str, int | None] | None:
+    """Return the group among `present` that a reader's `--encoder` means, and the layer picked of it.
+
+    A request names a group as it lies (`dinov2-vit-b-int8`) or as it was asked of the build (`dinov2`, `hog:grid=8`);
+    `:layer=9` at the end picks one layer of a group that holds several. None where no group matches.
+    """
+    name, separator, layer = request.partition(":layer=")
+    if separator and not (layer.isascii() and layer.isdigit()):
+        raise UsageError(f"--encoder {request}: layer is {layer!r}, expected the number of a block, as in :layer=9")
+    candidates = [name]
+    with contextlib.suppress(UsageError):  # the name of a group need not be one that a build understands
+        candidates.append(read_encoder_request(name).group)
+    picked = int(layer) if separator else None
+    return next(((group, picked) for group in candidates if group in present), None)
+
+
+def pick_layer(where: str, stored: Sequence[int | None], layer: int | None) -> int | None:
+    """Return the layer to read of a group that holds `stored` ones; raise `UsageError` where that is not clear."""
+    if layer is None and len(stored) == 1:
+        return stored[0]
+    if layer not in stored or layer is None:
+        name = where.rpartition("/")[2]
+        if tuple(stored) == (None,):
+            raise UsageError(f"{where} holds the last layer's tokens alone; leave out :layer={layer}")
+        raise UsageError(
+            f"{where} holds layers {', '.join(map(str, stored))}; pick one, as in --encoder {name}:layer={stored[-1]}"
+        )
+    return layer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from ..cache_specs.errors import CacheError
-from ..cache_specs.layout import ArrayLayout, CacheLayout
-from ..cache_specs.schema import FEATURES, ComponentSpec
+from ..cache_specs.layout import ArrayLayout, CacheLayout, layer_array
+from ..cache_specs.schema import FEATURES, ComponentSpec, stored_layers
 from .autoencoders import load_autoencoder
 from .decode import DecodedBatch
 from .encoders import load_encoder
@@ -120,9 +120,13 @@ def load_model(request: ModelRequest, device: str) -> tuple[Callable[[torch.Tens
         encoder = load_encoder(request.spec, **options)
 
         def encode_features(images: torch.Tensor) -> dict[str, torch.Tensor]:
-            tokens, cls_token = encoder(images)
-            arrays = stored_tokens(tokens, request.dtype)
-            return arrays if cls_token is None else {**arrays, "cls_token": cls_token.half()}
+            stored: dict[str, torch.Tensor] = {}
+            for layer, (tokens, cls_token) in zip(stored_layers(request.spec), encoder.by_layer(images), strict=True):
+                arrays = stored_tokens(tokens, request.dtype)
+                if cls_token is not None:
+                    arrays["cls_token"] = cls_token.half()
+                stored |= {layer_array(name, layer): values for name, values in arrays.items()}
+            return stored
 
         return encode_features, encoder.weights
     autoencoder = load_autoencoder(request.spec, **options)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..cache_specs.errors import CacheError, UsageError, nearest
-from ..cache_specs.schema import FEATURES, ComponentSpec
-from ..cache_specs.tables import encoder_aliases
+from ..cache_specs.layout import layer_array
+from ..cache_specs.schema import FEATURES, ComponentSpec, stored_layers
+from ..cache_specs.tables import pick_layer, stored_encoder
 from .rows import ComponentRows
 from .statistics import EPS
 from .store import CacheStore
@@ -42,11 +43,15 @@ class TokenBatch:
 
 
 class Features:
-    """One encoder's finished component."""
+    """One encoder's finished component, or one layer of it."""
 
-    def __init__(self, store: CacheStore, component: ComponentSpec) -> None:
+    def __init__(self, store: CacheStore, component: ComponentSpec, layer: int | None = None) -> None:
+        """Read `component`; `layer` is one of its `stored_layers`."""
         self.component = component
         self.name = component.path.removeprefix(f"{FEATURES}/")
+        if len(stored_layers(component.spec)) > 1:
+            self.name += f":layer={layer}"
+        self._layer = layer
         self.grid: tuple[int, int] = tuple(component.spec["grid"])
         self.width: int = component.spec["width"]
         self.random_weights: bool = component.spec["random_weights"]
@@ -55,7 +60,7 @@ class Features:
 
     @property
     def has_cls(self) -> bool:
-        return "cls_token" in self._rows
+        return layer_array("cls_token", self._layer) in self._rows
 
     def valid(self) -> np.ndarray:
         """Return which samples are there, [N] bool."""
@@ -86,7 +91,7 @@ class Features:
         return self._read("cls_token", rows).numpy()
 
     def _read(self, name: str, rows: np.ndarray) -> Tensor:
-        values = torch.from_numpy(self._rows.read(name, rows)).float()
+        values = torch.from_numpy(self._rows.read(layer_array(name, self._layer), rows)).float()
         # A sum is finite where every value is: one pass, and no table of booleans.
         finite = values.flatten(1).sum(1).isfinite()
         if not finite.all():
@@ -99,7 +104,7 @@ class Features:
 
 
 def open_encoders(path: Path, names: Sequence[str]) -> tuple[CacheStore, list[Features]]:
-    """Open a cache and the encoders `names`, or all of its finished ones where none is named.
+    """Open a cache and the encoders `names`, or all of its finished ones, every layer, where none is named.
 
     Raises `CacheError` where there is no cache, or a named encoder is not finished, and `UsageError` for an unknown
     name, with the nearest known one.
@@ -113,24 +118,22 @@ def open_encoders(path: Path, names: Sequence[str]) -> tuple[CacheStore, list[Fe
     complete = [name for name in present if store.is_complete(f"{FEATURES}/{name}")]
     if not names and not complete:
         raise _unfinished(store, present[0])
-    return store, [_open(store, _resolve(name, present, path)) for name in names or complete]
+    if names:
+        return store, [_open(store, name, present) for name in names]
+    whole = [component for name in complete if (component := store.component(f"{FEATURES}/{name}")) is not None]
+    return store, [Features(store, component, layer) for component in whole for layer in stored_layers(component.spec)]
 
 
-def _resolve(name: str, present: Sequence[str], path: Path) -> str:
-    request, _, options = name.partition(":")
-    group = encoder_aliases().get(request, request) + (f"-{options.replace('=', '')}" if options else "")
-    for candidate in (name, group):
-        if candidate in present:
-            return candidate
-    raise UsageError(f"{path} holds no encoder {name!r}; {nearest(group, present)}")
-
-
-def _open(store: CacheStore, name: str) -> Features:
+def _open(store: CacheStore, request: str, present: Sequence[str]) -> Features:
+    found = stored_encoder(request, present)
+    if found is None:
+        raise UsageError(f"{store.path} holds no encoder {request!r}; {nearest(request, present)}")
+    name, asked = found
     component = store.component(f"{FEATURES}/{name}")
     assert component is not None, name
     if not store.is_complete(component.path):
         raise _unfinished(store, name)
-    return Features(store, component)
+    return Features(store, component, pick_layer(component.path, stored_layers(component.spec), asked))
 
 
 def _unfinished(store: CacheStore, name: str) -> CacheError:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from ..cache_specs.errors import CacheError
-from ..cache_specs.schema import LATENTS, ComponentSpec
+from ..cache_specs.layout import layer_array
+from ..cache_specs.schema import LATENTS, ComponentSpec, stored_layers
 from .shards import read_shard
 from .store import CacheStore
 
@@ -51,13 +52,12 @@ def float16_error(store: CacheStore, component: ComponentSpec) -> float:
     that hardly varies around a large mean loses most, and is where int8 is the better of the two.
     """
     largest = 0.0
-    pairs = zip(
-        _valid_rows(store, component, "channel_mean"), _valid_rows(store, component, "channel_std"), strict=True
-    )
-    for mean, std in pairs:
-        varies = std > 0
-        ratio = np.abs(mean.astype(np.float64)) / (std.astype(np.float64) + EPS) * 2.0**-11
-        largest = max(largest, float(np.max(ratio, where=varies, initial=0.0)))
+    for layer in stored_layers(component.spec):
+        means = _valid_rows(store, component, layer_array("channel_mean", layer))
+        stds = _valid_rows(store, component, layer_array("channel_std", layer))
+        for mean, std in zip(means, stds, strict=True):
+            ratio = np.abs(mean.astype(np.float64)) / (std.astype(np.float64) + EPS) * 2.0**-11
+            largest = max(largest, float(np.max(ratio, where=std > 0, initial=0.0)))
     return largest
 
 

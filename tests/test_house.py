@@ -91,7 +91,7 @@ def test_asking_for_help_loads_nothing_heavy(arguments: str) -> None:
     if "help" in arguments:
         assert "repa-cache" in done.stdout or "Usage" in done.stdout
     else:
-        assert "dinov2-vit-b   dinov2" in done.stdout
+        assert "* dinov2-vit-b " in done.stdout
 
 
 def test_a_dry_run_and_info_need_neither_ray_nor_models(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..cache_specs.errors import CacheError, UsageError, nearest
-from ..cache_specs.layout import COMPLETE, ArrayLayout, CacheLayout
-from ..cache_specs.schema import FEATURES, LATENTS, ComponentSpec
-from ..cache_specs.tables import encoder_aliases
+from ..cache_specs.layout import COMPLETE, ArrayLayout, CacheLayout, layer_array
+from ..cache_specs.schema import FEATURES, LATENTS, ComponentSpec, stored_layers
+from ..cache_specs.tables import pick_layer, stored_encoder
 from .shards import NDArray, OpenFiles, RowArray, open_array
 
 
@@ -41,10 +41,12 @@ class LatentSpec:
 class FeatureSpec:
     """What one encoder's tokens are: T = h * w = `grid` tokens of E = `width` channels."""
 
-    name: str
+    name: str  # what --encoder calls it
     grid: tuple[int, int]
     width: int
     dtype: Literal["float16", "int8"]
+    group: str  # in features/
+    layer: int | None  # of a group of several layers
 
 
 @dataclass(kw_only=True)
@@ -89,7 +91,8 @@ class CacheReader:
     """Reads the finished components of a cache.
 
     autoencoder  name of a group in latents/; None where there is only one
-    encoder      names of groups in features/, or one; None for the only one. () reads no tokens
+    encoder      names of groups in features/, or one; None for the only one. () reads no tokens. A name may end in
+                 :layer=9, which picks one layer of a group that holds several: its arrays then stand for the group's
     check_reads  also verify each row's crc32c, which `repa-cache verify` otherwise does
 
     Raises CacheError for what is missing, incomplete, damaged or of another format, and UsageError for a name that
@@ -118,11 +121,11 @@ class CacheReader:
 
         self.fingerprints: dict[str, str] = {"dataset": self.layout.dataset_fingerprint}
         self._valid = np.ones(self.num_samples, dtype=bool)
-        self.latents, self._moments = self._open_latents(self._choose(LATENTS, autoencoder))
+        self.latents, self._moments = self._open_latents(self._choose(LATENTS, autoencoder)[0])
         names = [encoder] if encoder is None or isinstance(encoder, str) else list(encoder)
         if len(set(names)) != len(names):
             raise UsageError(f"--encoder names one encoder twice: {', '.join(map(str, names))}")
-        opened = [self._open_features(self._choose(FEATURES, name)) for name in names]
+        opened = [self._open_features(*self._choose(FEATURES, name)) for name in names]
         self.features = tuple(spec for spec, _ in opened)
         self._feature_arrays = [arrays for _, arrays in opened]
 
@@ -199,8 +202,8 @@ class CacheReader:
         with self._lock:
             self._files.close()
 
-    def _choose(self, kind: str, name: str | None) -> str:
-        """Return the name of the group to use in latents/ or features/."""
+    def _choose(self, kind: str, name: str | None) -> tuple[str, int | None]:
+        """Return the name of the group to use in latents/ or features/, and the layer where one was asked for."""
         option, what = ("--autoencoder", "autoencoder") if kind == LATENTS else ("--encoder", "encoder")
         folder = self.path / kind
         present = (
@@ -216,10 +219,10 @@ class CacheReader:
         if name is None:
             if len(present) > 1:
                 raise UsageError(f"{self.path} holds several: {', '.join(present)}. Choose with {option}")
-            return present[0]
-        for candidate in (name, encoder_aliases().get(name, name) if kind == FEATURES else name):
-            if candidate in present:
-                return candidate
+            return present[0], None
+        found = stored_encoder(name, present) if kind == FEATURES else None
+        if found is not None or name in present:
+            return (name, None) if found is None else found
         raise UsageError(
             f"{self.path} holds no {what} {name!r}; {nearest(name, present)}. Add it with repa-cache build "
             f"--cache {self.path} --data PATH {option} {name}"
@@ -261,12 +264,20 @@ class CacheReader:
         )
         return spec, arrays["moments"]
 
-    def _open_features(self, name: str) -> tuple[FeatureSpec, dict[str, RowArray]]:
-        component, _, arrays = self._open(FEATURES, name)
+    def _open_features(self, group: str, asked: int | None) -> tuple[FeatureSpec, dict[str, RowArray]]:
+        component, _, arrays = self._open(FEATURES, group)
+        stored = stored_layers(component.spec)
+        layer = pick_layer(f"{self.path}/{FEATURES}/{group}", stored, asked)
         spec = FeatureSpec(
-            name=name, grid=tuple(component.spec["grid"]), width=component.spec["width"], dtype=component.dtype
+            name=group if len(stored) == 1 else f"{group}:layer={layer}",
+            grid=tuple(component.spec["grid"]),
+            width=component.spec["width"],
+            dtype=component.dtype,
+            group=group,
+            layer=layer,
         )
-        return spec, arrays
+        picked = {name: arrays.get(layer_array(name, layer)) for name in _FEATURE_FIELDS}
+        return spec, {name: array for name, array in picked.items() if array is not None}
 
     def _read_labels(self) -> NDArray:
         import zarr

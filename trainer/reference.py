@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..cache_specs.errors import UsageError
+from ..cache_specs.layout import layer_array
 from ..cache_specs.schema import FEATURES, ComponentSpec
 from .reader import CacheReader
 from .shards import OpenFiles, open_array
@@ -30,17 +31,19 @@ class Reference:
 
         reader = CacheReader(cache, autoencoder=autoencoder, encoder=encoder)
         (features,) = reader.features
-        group = reader.path / FEATURES / features.name
+        group = reader.path / FEATURES / features.group
         attributes: dict[str, Any] = dict(zarr.open_group(group, mode="r").attrs)
         self.component = ComponentSpec.from_attributes(attributes, group)
         layouts = {layout.name: layout for layout in self.component.arrays(reader.layout)}
-        if _ARRAYS[pooling] not in layouts:
+        array = layer_array(_ARRAYS[pooling], features.layer)
+        if array not in layouts:
             raise UsageError(f"{group} has no class token; compare mean-pooled tokens (mean)")
         self.name = features.name
+        self.layer = features.layer
         self.pooling = pooling
         self.width = features.width
         self.valid_rows = reader.valid_rows
-        self._array = open_array(group, layouts[_ARRAYS[pooling]], files=OpenFiles(), check_reads=True)
+        self._array = open_array(group, layouts[array], files=OpenFiles(), check_reads=True)
         reader.close()
 
     @property

@@ -109,13 +109,14 @@ class DirectArray:
         if path is None:
             path = self._paths[shard] = self.folder / self.layout.shard_file(shard)
         descriptor = self._files.get(path)
-        if descriptor is None:
+        known = shard in self._offsets
+        if descriptor is None or not known:  # open already, where another reader of this array (two layers) opened it
             try:
-                descriptor = self._files.open(path)
+                descriptor = self._files.open(path) if descriptor is None else descriptor
             except OSError as error:
                 raise self._error(shard, f"cannot be opened: {error.strerror}") from error
             file_bytes = os.fstat(descriptor).st_size
-            if shard not in self._offsets:
+            if not known:
                 self._offsets[shard] = self._read_index(shard, descriptor, file_bytes)
                 self._file_bytes[shard] = file_bytes
             elif file_bytes != self._file_bytes[shard]:
