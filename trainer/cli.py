@@ -113,7 +113,9 @@ def _evaluation(run: "Run") -> "Callable[[Run], None]":
     weights = [
         None if file is None else Path(file) for file in (settings.encoder_weights, settings.autoencoder_weights)
     ]
-    encode = load_vectors(reference.component, settings.pooling, weights=weights[0], device=device)
+    encode = load_vectors(
+        reference.component, settings.pooling, layer=reference.layer, weights=weights[0], device=device
+    )
     decode, decoder = load_decoder(latent_source(run.reader, run.norm), weights=weights[1], device=device)
     if decode is None:
         raise UsageError("evaluation compares pictures, and without diffusers there are none; set evaluation.every=0")
