@@ -38,6 +38,8 @@ class AutoencoderEntry:
     scale: float
     bias: float
     licence: str
+    params_m: float = 0.0
+    gmac: float = 0.0
 
     @property
     def has_weights(self) -> bool:

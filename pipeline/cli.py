@@ -11,6 +11,7 @@ import click
 
 from ..cache_specs.errors import JobError, UsageError, one_line_errors
 from ..cache_specs.schema import COMPRESSORS, PRECISIONS, STORAGE_DTYPES
+from .estimate_cli import estimate
 from .metrics_cli import COMMANDS
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 MAX_LISTED = 20  # bad files printed; the count is always said, and info lists them all
 
 
-@click.group(commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    commands=(*COMMANDS, estimate), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(package_name="repa-cache")
 def cli() -> None:
     """Precompute autoencoder latents and frozen-encoder tokens once; train from them many times."""
