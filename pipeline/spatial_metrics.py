@@ -4,9 +4,9 @@ In: tokens [B, T, E], row-major over a grid (h, w), any grid. Out: one float32 a
 so that a product is a cosine; distance is Manhattan's on the grid. A token of length 0 has cosine 0 to all others.
 
 LDS and CDS need the mean cosine at each distance up to 8 and the mean over all pairs, never a cosine by itself. So the
-Gram matrix is not made whole: the grid is cut into strips of some 32 tokens, only strips that can lie within distance 8
-of each other are multiplied, and the sum over strips at the same offset is part of the product's contraction. At
-256 x 768 that is 30 of 64 blocks and 5,120 sums an image in place of 65,536 cosines. The mean over far pairs follows
+Gram matrix is not made whole: the grid is cut into strips of some 64 tokens, each is multiplied with itself and the
+strips after it that can lie within distance 8, and the products of all strips are added up as they are made. At
+256 x 768 that is 9 of 16 blocks and 12,288 sums an image in place of 65,536 cosines. The mean over far pairs follows
 from |sum of all tokens|^2 less the near ones, and so does the contrast.
 """
 
@@ -21,9 +21,9 @@ from ..cache_specs.errors import UsageError
 
 FAR = 6  # distance from which a pair is far (LDS, SRSS)
 LAST = 8  # distance up to which similarity may decay (CDS)
-# Measured on one core at 256 x 768, the best of 16, 32, 64, 128 tokens and 1, 2, 4, 8 MiB.
-_STRIP_TOKENS = 32
-_WORKING_BYTES = 2**21  # of float32 tokens at a time: they and the products stay in a core's cache
+# Measured at 256 x 768 on one core and on two, the best of 16 to 128 tokens and 1 to 8 images of 0.75 MiB.
+_STRIP_TOKENS = 64
+_WORKING_BYTES = 2**23  # of float32 tokens at a time: they and the products stay in the processor's cache
 # 1 - |mean|^2 has an error of some 1e-6 in float32: below this square of the contrast the root would show it.
 _CANCELS = 0.01
 
@@ -142,7 +142,7 @@ def _similarity(tokens: Tensor, grid: tuple[int, int]) -> _Similarity:
     sums, totals, contrasts = [], [], []
     for part in tokens.split(_images_at_once(tokens)):
         unit = _unit(part)
-        sums.append(_sums_by_distance(unit, grid, plan))
+        sums.append(_sums_by_distance(unit, plan))
         totals.append(unit.sum(1).double().square().sum(-1))
         square = sums[-1][:, 0] / num - totals[-1] / num**2  # mean |x|^2 - |mean x|^2
         contrasts.append(square.sqrt() if (square > _CANCELS).all() else _contrast(unit))
@@ -159,15 +159,14 @@ def _similarity(tokens: Tensor, grid: tuple[int, int]) -> _Similarity:
 
 @dataclass(frozen=True, kw_only=True)
 class _Strips:
-    """How a grid is cut: strips of `rows` grid rows, `num` of them, multiplied at offsets 0 to `offsets` - 1.
+    """How a grid is cut: strips of M = `tokens` tokens, each multiplied with the K = `reach` tokens from its first on.
 
-    `pairs` [offsets * M * M, D + 1] float32, M tokens a strip: how many ordered pairs an entry of the products stands
-    for, at distance 0 to D. `num_pairs` [D + 1] float64: ordered pairs of the grid at each distance.
+    `pairs` [M * K, D + 1] float32: how many ordered pairs an entry of the products stands for, at distance 0 to D.
+    `num_pairs` [D + 1] float64: ordered pairs of the grid at each distance.
     """
 
-    rows: int
-    num: int
-    offsets: int
+    tokens: int
+    reach: int
     pairs: Tensor
     num_pairs: Tensor
 
@@ -176,32 +175,27 @@ class _Strips:
 def _strips(grid: tuple[int, int], device: torch.device) -> _Strips:
     height, width = grid
     rows = min(height, max(1, round(_STRIP_TOKENS / width)))
-    num = -(-height // rows)
-    offsets = min(num, (LAST + rows - 1) // rows + 1)  # strips k apart are at least (k - 1) * rows + 1 rows apart
+    # A strip k later starts k * rows rows below, and its nearest row is (k - 1) * rows + 1 away.
+    reached = rows * min(-(-height // rows), (LAST + rows - 1) // rows + 1)
     last = min(LAST, height + width - 2)
-    apart = distances((rows * (offsets + 1), width))[: rows * width, : offsets * rows * width]
-    by_offset = apart.unflatten(1, (offsets, -1)).transpose(0, 1)  # [offsets, M, M]
-    pairs = F.one_hot(by_offset.clamp(max=last + 1), last + 2)[..., :-1].float()
-    pairs[1:] *= 2  # a strip and a later one are multiplied once; their pairs have two orders
+    apart = distances((reached, width))[: rows * width]  # [M, K]
+    pairs = F.one_hot(apart.clamp(max=last + 1), last + 2)[..., :-1].float()
+    pairs[:, rows * width :] *= 2  # a strip and a later one are multiplied once; their pairs have two orders
     num_pairs = torch.bincount(distances(grid).flatten())[: last + 1].double()
     return _Strips(
-        rows=rows, num=num, offsets=offsets, pairs=pairs.flatten(0, 2).to(device), num_pairs=num_pairs.to(device)
+        tokens=rows * width,
+        reach=reached * width,
+        pairs=pairs.flatten(0, 1).to(device),
+        num_pairs=num_pairs.to(device),
     )
 
 
-def _sums_by_distance(unit: Tensor, grid: tuple[int, int], plan: _Strips) -> Tensor:
+def _sums_by_distance(unit: Tensor, plan: _Strips) -> Tensor:
     """Return the sum of cosines over ordered pairs at each distance, [b, D + 1] float64, of `unit` [b, T, E]."""
-    missing = (plan.rows * plan.num - grid[0]) * grid[1]  # rows of zeros fill the last strip: cosine 0, so no term
-    padded = F.pad(unit, (0, 0, 0, missing)) if missing else unit
-    width = unit.shape[2]
-    strips = padded.unflatten(1, (plan.num, -1)).transpose(1, 2).flatten(2)  # [b, M, strips * E]
-    products = torch.stack(
-        [
-            strips[:, :, : (plan.num - k) * width] @ strips[:, :, k * width :].transpose(1, 2)
-            for k in range(plan.offsets)
-        ],
-        dim=1,
-    )  # [b, offsets, M, M]
+    products = unit.new_zeros(len(unit), plan.tokens, plan.reach)
+    for start in range(0, unit.shape[1], plan.tokens):
+        strip, reached = unit[:, start : start + plan.tokens], unit[:, start : start + plan.reach]
+        products[:, : strip.shape[1], : reached.shape[1]].baddbmm_(strip, reached.transpose(1, 2))
     return (products.flatten(1) @ plan.pairs).double()
 
 
