@@ -16,7 +16,7 @@ from .metrics_cli import COMMANDS
 
 if TYPE_CHECKING:
     from .build import BuildOptions, BuildPlan, BuildReport
-    from .manifest import Manifest
+    from .manifest import ImageSource, Manifest
 
 MAX_LISTED = 20  # bad files printed; the count is always said, and info lists them all
 
@@ -102,6 +102,13 @@ def _manifest(data: str, labels: str | None) -> "Manifest":
     return scan_folder(Path(data), labels)
 
 
+def _source(data: str) -> "ImageSource":
+    """Return where pictures are read from, without listing them."""
+    from .manifest import FolderSource
+
+    return _manifest(data, None).source if data == "demo" else FolderSource(Path(data).absolute())
+
+
 def _weights(pairs: tuple[str, ...]) -> dict[str, Path]:
     from ..cache_specs.tables import encoder_name
 
@@ -183,17 +190,24 @@ def info(cache: Path) -> None:
 
 @cli.command()
 @click.argument("cache", type=click.Path(path_type=Path))
-def verify(cache: Path) -> None:
+@click.option("--recompute", "num", type=int, metavar="K", help="Also encode K samples again from their images.")
+@click.option("--data", metavar="PATH|demo", help="The images of --recompute.")
+@click.option("--weights", multiple=True, metavar="NAME=FILE", help="Local weights for --recompute, as at the build.")
+@click.option("--device", metavar="DEVICE", help="cpu or cuda, for --recompute. [default: cuda where there is one]")
+def verify(cache: Path, num: int | None, data: str | None, weights: tuple[str, ...], device: str | None) -> None:
     """Check every shard, chunk, checksum and value of a cache.
 
     \b
     repa-cache verify caches/in1k
+    repa-cache verify caches/in1k --recompute 64 --data imagenet/train     # do the images still give this?
     """
     from tqdm import tqdm
 
     from .info import human_bytes
     from .verify import verify as check
 
+    if (num is None) != (data is None):
+        raise UsageError("--recompute K encodes images again: it needs --data PATH, and --data is for it alone")
     with tqdm(unit=" shards", disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -210,6 +224,28 @@ def verify(cache: Path) -> None:
     click.echo(
         f"{cache}: {report.num_shards} shards, {human_bytes(report.num_bytes)}: all there, checksums and values hold"
     )
+    if num is not None and data is not None:
+        _recompute(cache, num, data, weights, device or _default_device())
+
+
+def _recompute(cache: Path, num: int, data: str, weights: tuple[str, ...], device: str) -> None:
+    from .recompute import recompute
+
+    problems = []
+    for agreement in recompute(cache, _source(data), num=num, weights=_weights(weights), device=device):
+        problems += agreement.problems
+        if agreement.cosines:
+            click.echo(
+                f"{agreement.path}: {agreement.num_samples} samples encoded again, cosine to what is stored: "
+                f"mean {agreement.mean:.6f}, min {agreement.min:.6f}"
+            )
+    for problem in problems:
+        click.echo(problem, err=True)
+    if problems:
+        raise JobError(
+            f"{cache}: {len(problems)} differences between the images in {data} and what is stored; put the old files "
+            "back, or build a new cache"
+        )
 
 
 @cli.command()
