@@ -35,11 +35,12 @@ class Panel:
     title: str
 
 
-def principal_components(tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
+def principal_components(tokens: Tensor, grid: tuple[int, int], like: np.ndarray | None = None) -> np.ndarray:
     """Return the first three principal components of `tokens` [T, E] as colours [h, w, 3] in [0, 1].
 
-    Each is scaled to its own range; its sign is the one with the larger half of the squares above the mean. A component
-    without variance (constant tokens, E < 3) is mid-grey.
+    Each is scaled to its own range. A component has no sign of its own: it takes the one that goes with the same colour
+    of `like` [h, w, 3], another picture of the sample, or puts its longer tail up. A component without variance
+    (constant tokens, E < 3) is mid-grey.
     """
     centred = tokens.double() - tokens.double().mean(0)
     left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -47,7 +48,9 @@ def principal_components(tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
     for k in range(min(3, len(singular))):
         if singular[k] <= 1e-6 * max(float(tokens.double().norm()), 1e-12):
             break
-        component = left[:, k] * (1.0 if (left[:, k] ** 3).sum() >= 0 else -1.0)
+        component = left[:, k]
+        guide = component**2 if like is None else torch.from_numpy(like[..., k]).flatten()
+        component = component * (1.0 if component @ (guide - guide.mean()) >= 0 else -1.0)
         low, high = torch.quantile(component, torch.tensor([_CLIP, 1 - _CLIP], dtype=torch.float64))
         colours[:, k] = ((component - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     return colours.view(*grid, 3).numpy()
@@ -102,10 +105,12 @@ def draw(panels: Sequence[Panel], file: Path, *, title: str, gamma: float) -> No
             0.03, 0.03, _caption(panel.title), transform=axes.transAxes, fontsize=6, color="white", va="bottom",
             bbox={"facecolor": "black", "alpha": 0.55, "pad": 1.2, "linewidth": 0},
         )  # fmt: skip
+        components: np.ndarray | None = None
         for half, column in first_columns.items():
             tokens: Tensor = getattr(panel, half)
             axes = _blank(figure.add_subplot(grid[row, column]))
-            axes.imshow(principal_components(tokens, panel.grid), interpolation="nearest")
+            components = principal_components(tokens, panel.grid, like=components)
+            axes.imshow(components, interpolation="nearest")
             _heading(axes, row, "principal components")
             for k, anchor in enumerate(anchors):
                 axes = _blank(figure.add_subplot(grid[row, column + 1 + k]), ANCHOR_COLOURS[k])

@@ -31,6 +31,8 @@ def test_colours_are_the_first_three_principal_components(tokens: torch.Tensor) 
     for k in range(3):
         component = centred @ vectors[:, -1 - k]
         assert abs(np.corrcoef(component, colours[..., k].ravel())[0, 1]) > 0.99, values
+    np.testing.assert_allclose(principal_components(-tokens, (5, 7), like=colours), colours, atol=1e-9)
+    np.testing.assert_allclose(principal_components(tokens, (5, 7), like=1 - colours), 1 - colours, atol=1e-9)
 
 
 def test_components_without_variance_are_grey() -> None:
