@@ -35,15 +35,22 @@ class AutoencoderEntry:
     factor: int
     kind: Literal["mean_std", "sample"]
     pixel_range: tuple[float, float]
-    scale: float
-    bias: float
+    scale: float | None
+    bias: float | None
     licence: str
+    library_class: str | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     params_m: float = 0.0
     gmac: float = 0.0
 
     @property
     def has_weights(self) -> bool:
         return self.loader != "builtin"
+
+    @property
+    def published(self) -> tuple[float, float] | None:
+        """The scale and bias of latent_norm: fixed, None where none are published as one number each."""
+        return None if self.scale is None or self.bias is None else (self.scale, self.bias)
 
     def resolve(self, *, resolution: int, random_weights: bool) -> dict[str, Any]:
         """Return the spec of this autoencoder's moments for square images of `resolution` pixels.
@@ -60,6 +67,8 @@ class AutoencoderEntry:
             "entry": self.name,
             "loader": self.loader,
             "model": self.model,
+            "library_class": self.library_class,
+            "config": dict(self.config),
             "kind": self.kind,
             "latent_channels": self.latent_channels,
             "moment_channels": self.latent_channels * (2 if self.kind == "mean_std" else 1),

@@ -1,7 +1,8 @@
 """Autoencoders: images to posterior moments, and latents back to images.
 
 `kind: mean_std` stores the posterior's mean and standard deviation, not a sample and not the log-variance, so that
-training draws a fresh latent at every epoch. diffusers is imported here and nowhere else.
+training draws a fresh latent at every epoch. `kind: sample` is for those that give the latent itself. diffusers is
+imported here and nowhere else.
 """
 
 import tempfile
@@ -24,20 +25,6 @@ from .weights import (
     wrong_weights_error,
 )
 
-# AutoencoderKL of Stable Diffusion 1.x, whose fine-tuned decoders are published as sd-vae-ft-mse and -ema.
-SD_VAE_CONFIG: dict[str, Any] = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "act_fn": "silu",
-    "sample_size": 256,
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Autoencoder:
@@ -57,8 +44,11 @@ class Autoencoder:
         if self.model is None:
             return pixels
         with autocast(self.device, self.precision):
-            posterior = self.model.encode(pixels).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1).float()
+            encoded = self.model.encode(pixels)
+        if self.spec["kind"] == "mean_std":
+            return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()
+        # The tiny autoencoder says latents, the deep compression one latent.
+        return (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -97,32 +87,34 @@ def _create_diffusers(spec: Mapping[str, Any], weights: Path | None) -> Any:
 
     diffusers.utils.logging.set_verbosity_error()
     name = spec["entry"]
+    cls = getattr(diffusers, spec["library_class"])
     if spec["random_weights"]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
-            return diffusers.AutoencoderKL(**SD_VAE_CONFIG)
+            return cls(**spec["config"])
     if weights is None:
+        owner, repository, *folder = spec["model"].split("/")
         try:
-            return _from_pretrained(diffusers.AutoencoderKL, spec["model"])
+            return _from_pretrained(cls, f"{owner}/{repository}", subfolder="/".join(folder) or None)
         except Exception as error:  # hub clients raise what they like; the cause is in the line
             raise no_weights_error(name, spec["model"], error) from error
     check_weights_file(name, weights)
     try:
         if weights.is_dir():
-            return _from_pretrained(diffusers.AutoencoderKL, weights)
+            return _from_pretrained(cls, weights)
         with tempfile.TemporaryDirectory() as folder:
             # A folder as save_pretrained makes it: the library's own loader then converts the names of old files.
-            diffusers.AutoencoderKL.from_config(SD_VAE_CONFIG).save_config(folder)
+            cls.from_config(dict(spec["config"])).save_config(folder)
             ending = ".safetensors" if weights.suffix == ".safetensors" else ".bin"
             (Path(folder) / f"diffusion_pytorch_model{ending}").symlink_to(weights.absolute())
-            return _from_pretrained(diffusers.AutoencoderKL, folder)
+            return _from_pretrained(cls, folder)
     except Exception as error:  # unpicklers and the library raise what they like; the cause is in the line
         raise wrong_weights_error(name, weights, error) from error
 
 
-def _from_pretrained(cls: Any, source: Any) -> Any:
+def _from_pretrained(cls: Any, source: Any, **options: Any) -> Any:
     with quiet_hub():
-        model, report = cls.from_pretrained(source, output_loading_info=True, low_cpu_mem_usage=False)
+        model, report = cls.from_pretrained(source, output_loading_info=True, low_cpu_mem_usage=False, **options)
     differing = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if differing:
         raise ValueError(f"{len(differing)} names differ, the first are {', '.join(map(str, differing[:3]))}")

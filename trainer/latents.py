@@ -89,7 +89,12 @@ class LatentSource:
         spec = entry.resolve(resolution=input_size * entry.factor, random_weights=False)
         if entry.latent_channels != channels:
             raise UsageError(f"{name} has latents of {entry.latent_channels} channels; the model draws {channels}")
-        norm = LatentNorm(scale=(entry.scale,) * channels, bias=(entry.bias,) * channels)
+        if entry.published is None:
+            raise UsageError(
+                f"{name} has no published scale; its latents' numbers are those of a run, so sample that run"
+            )
+        scale, bias = entry.published
+        norm = LatentNorm(scale=(scale,) * channels, bias=(bias,) * channels)
         return cls(name=name, spec=spec, weights=None, norm=norm)
 
 

@@ -151,15 +151,16 @@ def build_model(config: RunConfig, reader: CacheReader) -> SiT:
 def latent_norm(config: RunConfig, reader: CacheReader) -> LatentNorm:
     """Return the numbers between the cache's latents and the model's input."""
     entry = autoencoder_table().get(reader.latents.spec["entry"])
-    if config.latent_norm == "fixed" and entry is None:
+    published = entry.published if entry else None
+    if config.latent_norm == "fixed" and published is None:
         raise UsageError(
-            f"latent_norm=fixed: {reader.latents.name} is not in the table of autoencoders, so it has no published "
-            f"scale. Train with --set latent_norm=channel"
+            f"latent_norm=fixed: {reader.latents.name} has no published scale in the table of autoencoders. "
+            f"Train with --set latent_norm=channel"
         )
     return resolve_latent_norm(
         config.latent_norm,
         channels=reader.latents.channels,
-        published=(entry.scale, entry.bias) if entry else (1.0, 0.0),
+        published=published or (1.0, 0.0),
         mean=reader.latents.mean,
         std=reader.latents.std,
         where=f"{reader.path}/latents/{reader.latents.name}",

@@ -9,7 +9,7 @@ import torch
 
 import repa.pipeline.autoencoders
 from repa.cache_specs.errors import UsageError
-from repa.cache_specs.tables import resolve_autoencoder
+from repa.cache_specs.tables import autoencoder_table, resolve_autoencoder
 from repa.pipeline.autoencoders import load_autoencoder
 
 pytestmark = [
@@ -18,15 +18,28 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the autoencoder's wiring and its factor of 8 at a thousandth of its weights."""
-    narrow = {**repa.pipeline.autoencoders.SD_VAE_CONFIG, "block_out_channels": (32, 32, 32, 32)}
-    monkeypatch.setattr(repa.pipeline.autoencoders, "SD_VAE_CONFIG", narrow)
+NARROW: dict[str, dict[str, Any]] = {
+    "AutoencoderKL": {"block_out_channels": [32, 32, 32, 32]},
+    "AutoencoderTiny": {},
+    "AutoencoderDC": {
+        "encoder_block_out_channels": [32] * 6,
+        "decoder_block_out_channels": [32] * 6,
+        "encoder_layers_per_block": [0, 1, 1, 1, 1, 1],
+        "decoder_layers_per_block": [0, 1, 1, 1, 1, 1],
+    },
+}
+DIFFUSERS = {name: entry for name, entry in autoencoder_table().items() if entry.loader == "diffusers"}
+
+
+def narrow_spec(name: str, *, random_weights: bool = True) -> dict[str, Any]:
+    """Return a spec with the autoencoder's wiring and factor at a thousandth of its weights."""
+    spec = resolve_autoencoder(name, resolution=32, random_weights=random_weights).spec
+    spec["config"] = {**spec["config"], **NARROW[spec["library_class"]]}
+    return spec
 
 
 def sd_vae_spec(*, random_weights: bool = True) -> dict[str, Any]:
-    return resolve_autoencoder("sd-vae-ft-mse", resolution=32, random_weights=random_weights).spec
+    return narrow_spec("sd-vae-ft-mse", random_weights=random_weights)
 
 
 @pytest.fixture
@@ -34,13 +47,45 @@ def images() -> torch.Tensor:
     return torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_configuration_is_stable_diffusions(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_the_table_says_what_the_library_says(name: str) -> None:
     import diffusers
+    from torch.utils.flop_counter import FlopCounterMode
 
-    monkeypatch.undo()
+    entry = DIFFUSERS[name]
     with torch.device("meta"):
-        model = diffusers.AutoencoderKL(**repa.pipeline.autoencoders.SD_VAE_CONFIG)
-    assert sum(p.numel() for p in model.parameters()) == 83_653_863  # the published model's
+        model = getattr(diffusers, entry.library_class)(**entry.config).eval()
+        with FlopCounterMode(display=False) as counter:
+            encoded = model.encode(torch.empty(1, 3, 256, 256))
+    assert entry.params_m == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=0.0051)
+    assert entry.gmac == pytest.approx(counter.get_total_flops() / 2e9, abs=0.0051)
+    if entry.kind == "mean_std":
+        latent = encoded.latent_dist.mean
+    else:
+        latent = encoded.latents if name == "taesd" else encoded.latent
+    assert latent.shape == (1, entry.latent_channels, 256 // entry.factor, 256 // entry.factor)
+    # Published and tuned: a scale and bias of both, or of neither.
+    assert (entry.published is None) == name.startswith("e2e")
+
+
+@pytest.mark.parametrize("name", ["taesd", "dc-ae-f32c32"])
+def test_a_deterministic_autoencoder_stores_the_latent_itself(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    spec = narrow_spec(name)
+    autoencoder = load_autoencoder(spec)
+    moments = autoencoder.encode(images)
+    side = 64 // DIFFUSERS[name].factor
+    assert (moments.shape, moments.dtype) == ((2, DIFFUSERS[name].latent_channels, side, side), torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(moments, autoencoder.model.encoder(images.float() / 127.5 - 1), rtol=1e-4, atol=1e-5)
+    assert autoencoder.decode(moments).shape == (2, 64, 64, 3)
+    state = {key: tensor + 0.01 for key, tensor in autoencoder.model.state_dict().items() if tensor.is_floating_point()}
+    state = {**autoencoder.model.state_dict(), **state}
+    save_file(state, tmp_path / "w.safetensors")
+    loaded = load_autoencoder(narrow_spec(name, random_weights=False), weights=tmp_path / "w.safetensors")
+    assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.model.state_dict().items())
 
 
 def test_moments_are_mean_and_std_of_the_posterior(images: torch.Tensor) -> None:

@@ -56,3 +56,5 @@ def test_the_source_of_latents_survives_storage():
         LatentSource.published("sd-vae-ft-ms", input_size=32, channels=4)
     with pytest.raises(UsageError, match="latents of 4 channels; the model draws 3"):
         LatentSource.published("sd-vae-ft-mse", input_size=32, channels=3)
+    with pytest.raises(UsageError, match="e2e-sdvae has no published scale"):
+        LatentSource.published("e2e-sdvae", input_size=32, channels=4)
