@@ -39,8 +39,10 @@ def main() -> None:
     options = parser.parse_args()
     started = time.monotonic()
     out, cache = options.out, options.out / "cache"
-    if out.exists():
+    if (cache / "zarr.json").exists():
         shutil.rmtree(out)
+    elif out.exists() and any(out.iterdir()):
+        sys.exit(f"demo: {out} holds other things; name a new folder with --out")
 
     built = run(
         f"repa-cache build --data demo --cache {cache} --encoder hog:grid=8 --autoencoder pixels --resolution 32 --flip"
