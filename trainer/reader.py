@@ -5,6 +5,7 @@ Python objects; labels and the valid rows are two integer arrays. Bytes go from 
 no copy between (shards.py).
 """
 
+import hashlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -132,6 +133,8 @@ class CacheReader:
         self.valid_rows: NDArray = np.flatnonzero(self._valid)
         if len(self.valid_rows) == 0:
             raise CacheError(f"{self.path}: no sample is valid in every component that was asked for")
+        # The order of the data is a permutation of these rows: another image that failed to decode is other data.
+        self.fingerprints["valid_rows"] = f"sha256:{hashlib.sha256(np.packbits(self._valid)).hexdigest()}"
         self.labels = self._read_labels()
 
     @property

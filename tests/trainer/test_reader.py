@@ -91,7 +91,7 @@ def test_describes_the_cache(make_cache):
     assert reader.features[0].grid == (4, 4)
     assert reader.features[0].width == 16
     assert reader.latents.std == (1.0, 2.0, 0.5)
-    assert set(reader.fingerprints) == {"dataset", "latents/toy-ae", "features/toy"}
+    assert set(reader.fingerprints) == {"dataset", "latents/toy-ae", "features/toy", "valid_rows"}
     # What is not used is not asked for its valid rows.
     assert CacheReader(written.path, encoder=()).valid_rows.tolist() == [row for row in range(23) if row != 2]
 

@@ -82,6 +82,15 @@ def test_other_data_is_refused_by_name(finished, make_cache, repa_train):
     assert "was trained on other data: dataset, features/toy, latents/toy-ae" in outcome.error
 
 
+def test_other_valid_rows_are_other_data(finished, make_cache, repa_train):
+    """Same images, same components, but two images failed to decode: every epoch has another order."""
+    _, out = finished
+    other = make_cache(invalid={"features/toy": [4, 11]})
+    outcome = repa_train(other.path, out, "--resume", "auto", "--steps", "9", "--set", "save_every=3")
+    assert outcome.code == 2
+    assert "was trained on other data: valid_rows in" in outcome.error
+
+
 def test_what_may_change_does_and_a_finished_run_stays(finished, repa_train, tmp_path):
     written, out = finished
     again = repa_train(written.path, out, "--resume", "auto", "--steps", "6")
