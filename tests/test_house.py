@@ -25,8 +25,11 @@ OWNERS = {
     "transformers": {"pipeline/transformers_models.py"},
     "diffusers": {"pipeline/autoencoders.py"},
     "skimage": {"pipeline/demo_data.py"},
+    "sklearn": {"pipeline/probe.py"},
+    "matplotlib": {"pipeline/figures.py"},
+    "torch_fidelity": {"pipeline/inception.py"},
 }
-LAZY = {"ray", "timm", "diffusers", "transformers", "skimage", "matplotlib", "tensorboard"}
+LAZY = {*OWNERS, "tensorboard", "tqdm"}
 
 
 def imports(module: Path) -> Iterator[tuple[str, bool]]:
