@@ -134,7 +134,7 @@ class CacheReader:
         if len(self.valid_rows) == 0:
             raise CacheError(f"{self.path}: no sample is valid in every component that was asked for")
         # The order of the data is a permutation of these rows: another image that failed to decode is other data.
-        self.fingerprints["valid_rows"] = f"sha256:{hashlib.sha256(np.packbits(self._valid)).hexdigest()}"
+        self.fingerprints["valid_rows"] = f"sha256:{hashlib.sha256(np.packbits(self._valid).tobytes()).hexdigest()}"
         self.labels = self._read_labels()
 
     @property
