@@ -2,14 +2,19 @@
 
 In: `Batches` and the steps to serve. Out: `next()`, a micro-batch on the training device. Reading whole batches in
 one thread beats splitting a batch over threads, and worker processes, which copy every batch again, lose to both;
-fresh buffers cost page faults (measured for this project). On CUDA the buffers are pinned and the copies do not wait.
+fresh buffers cost page faults (measured for this project).
+
+On CUDA the buffers are pinned, and the thread copies each batch to the device as soon as it is read, on a stream of
+its own: on the compute stream a copy would stand behind every step that the host has queued, and the host would then
+wait for the device where it means to wait for data.
 """
 
+import collections
 import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -18,26 +23,37 @@ from torch import Tensor
 from .batches import Batches, MicroBatch
 from .reader import Batch
 
+RUN_AHEAD = 2  # micro-batches that the host may queue before the device has begun them
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """A micro-batch on the training device, the buffers that it was read into, and on CUDA the end of its copy."""
+
+    batch: MicroBatch
+    buffers: Batch
+    copied: torch.cuda.Event | None
+
 
 class ReadAhead:
     """Serves the micro-batches of steps `first` to `last` - 1 in order, `depth` of them read ahead.
 
     A batch is valid until the next `next()`: its buffers are then filled anew. What the thread raises is raised by
-    `next()`. `waited_s` is the time that `next()` has spent waiting, in seconds. Use it in a `with` block: leaving it
-    ends the thread.
+    `next()`. `waited_s` is the time that `next()` has spent waiting for the thread, in seconds. On CUDA the device
+    holds up to `depth` + 1 micro-batches beside those in use. Use it in a `with` block: leaving it ends the thread.
     """
 
     def __init__(self, batches: Batches, *, first: int, last: int, depth: int, device: torch.device) -> None:
         self._batches = batches
         self._steps = range(first, last)
-        self._device = device
+        self._copies = CopyStream(device) if device.type == "cuda" else None
         self.waited_s = 0.0
         self._in_use: Batch | None = None
         # A free buffer comes with the copy that last read from it: it may still be under way.
         self._free: queue.SimpleQueue[tuple[Batch, torch.cuda.Event | None] | None] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[MicroBatch | BaseException] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[_Ready | BaseException] = queue.SimpleQueue()
         for _ in range(depth + 1):
-            buffers = batches.reader.empty_batch(batches.place.micro_batch, pin_memory=device.type == "cuda")
+            buffers = batches.reader.empty_batch(batches.place.micro_batch, pin_memory=self._copies is not None)
             self._free.put((buffers, None))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="read-ahead", daemon=True)
@@ -53,7 +69,9 @@ class ReadAhead:
 
     def next(self) -> MicroBatch:
         """Return the next micro-batch on the device."""
-        if self._in_use is not None:
+        if self._copies is not None:
+            self._copies.pace()
+        elif self._in_use is not None:
             self._free.put((self._in_use, None))
             self._in_use = None
         start = time.perf_counter()
@@ -61,18 +79,17 @@ class ReadAhead:
         self.waited_s += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
-        if self._device.type == "cpu":
-            self._in_use = item.data
-            return item
-        moved = map_tensors(item, lambda tensor: tensor.to(self._device, non_blocking=True))
-        copied = torch.cuda.Event()
-        copied.record()
-        self._free.put((item.data, copied))
-        return moved
+        if item.copied is None or self._copies is None:
+            self._in_use = item.buffers
+            return item.batch
+        # Given back here and not by the thread: the ring also bounds how many batches wait on the device.
+        self._free.put((item.buffers, item.copied))
+        return self._copies.hand_over(item.batch, item.copied)
 
     def _read(self) -> None:
-        pin = self._device.type == "cuda"
         try:
+            if self._copies is not None:
+                torch.cuda.set_device(self._copies.device)  # of this thread; it starts at device 0
             for step in self._steps:
                 for micro in range(self._batches.place.accumulation):
                     free = self._free.get()
@@ -81,15 +98,56 @@ class ReadAhead:
                     buffers, copied = free
                     if copied is not None:
                         copied.synchronize()
-                    batch = self._batches.read(step, micro, out=buffers)
-                    if pin:
-                        batch = replace(batch, draws=map_tensors(batch.draws, Tensor.pin_memory))
-                    self._ready.put(batch)
+                    batch, copied = self._batches.read(step, micro, out=buffers), None
+                    if self._copies is not None:
+                        batch, copied = self._copies.begin(batch)
+                    self._ready.put(_Ready(batch=batch, buffers=buffers, copied=copied))
         except BaseException as error:  # whatever it is, the loop must hear of it
             self._ready.put(error)
 
 
-def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+class CopyStream:
+    """Copies of micro-batches to a CUDA device, beside the compute stream.
+
+    The reading thread calls `begin`; the loop calls `pace`, then `hand_over`, on the stream that it computes on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+        self._begun: collections.deque[torch.cuda.Event] = collections.deque()
+
+    def begin(self, batch: MicroBatch) -> tuple[MicroBatch, torch.cuda.Event]:
+        """Queue the copy of a micro-batch in pinned buffers; return the copy, and the event at which it is whole."""
+        batch = replace(batch, draws=map_tensors(batch.draws, Tensor.pin_memory))
+        with torch.cuda.stream(self._stream):
+            moved = map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
+            copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+            copied.record(self._stream)
+        return moved, copied
+
+    def pace(self) -> None:
+        """Wait until the device has begun all micro-batches handed over but the last RUN_AHEAD.
+
+        A batch holds memory until the device is through with it; this bounds how many do, and leaves the device
+        enough to do.
+        """
+        if len(self._begun) > RUN_AHEAD:
+            self._begun.popleft().synchronize()
+
+    def hand_over(self, moved: MicroBatch, copied: torch.cuda.Event) -> MicroBatch:
+        """Let the current stream wait for the copy, and keep the copy's memory until this stream has used it."""
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_event(copied)
+        # The allocator knows only the stream that the memory was allocated on.
+        map_tensors(moved, lambda tensor: tensor.record_stream(compute))
+        begun = torch.cuda.Event(blocking=True)
+        begun.record(compute)
+        self._begun.append(begun)
+        return moved
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     """Return a copy of nested dataclasses and lists with `change` applied to every tensor."""
     if isinstance(value, Tensor):
         return change(value)

@@ -1,6 +1,8 @@
 """The thread that reads micro-batches ahead of the step."""
 
+import contextlib
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,6 +60,84 @@ def test_an_error_while_reading_reaches_the_loop(make_cache):
         pytest.raises(CacheError, match="cannot be opened"),
     ):
         ahead.next()
+
+
+class FakeCuda:
+    """Streams, events and copies of a device that is the CPU; `log` is what was queued and waited for, in order."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple] = []
+        self.current = "compute"
+        fake, events = self, iter(range(10_000))
+
+        class Stream:
+            def __init__(self, _device: torch.device | None = None, name: str = "copies") -> None:
+                self.name = name
+
+            def wait_event(self, event: "Event") -> None:
+                fake.log.append(("wait", self.name, event.number))
+
+        class Event:
+            def __init__(self, blocking: bool) -> None:
+                self.number = next(events)
+
+            def record(self, stream: Stream) -> None:
+                fake.log.append(("record", stream.name, self.number))
+
+            def synchronize(self) -> None:
+                fake.log.append(("synchronize", threading.current_thread().name, self.number))
+
+        @contextlib.contextmanager
+        def stream(entered: Stream):
+            fake.current = entered.name
+            yield
+            fake.current = "compute"
+
+        def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool) -> torch.Tensor:
+            fake.log.append(("copy", fake.current, tensor.data_ptr()))
+            return tensor.clone()
+
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "stream", stream)
+        patch.setattr(torch.cuda, "current_stream", lambda _device: Stream(name="compute"))
+        patch.setattr(torch.cuda, "set_device", lambda device: self.log.append(("device", str(device))))
+        patch.setattr(torch.Tensor, "to", to)
+        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+        patch.setattr(torch.Tensor, "record_stream", lambda _, stream: self.log.append(("keep", stream.name)))
+
+
+def test_copies_run_beside_the_steps(batches, monkeypatch):
+    """On a device: copies on their own stream, each waited for before use; buffers come back by the copy's event."""
+    expected = [batches.read(step, micro) for step in range(6) for micro in range(2)]
+    empty = batches.reader.empty_batch
+    monkeypatch.setattr(batches.reader, "empty_batch", lambda num, pin_memory: empty(num))
+    cuda = FakeCuda(monkeypatch)
+    with ReadAhead(batches, first=0, last=6, depth=2, device=torch.device("cuda", 3)) as ahead:
+        for batch in expected:
+            got = ahead.next()
+            assert torch.equal(got.data.features[0].tokens, batch.data.features[0].tokens)
+            assert torch.equal(got.draws.noise, batch.draws.noise)
+            waited, *kept, begun = [entry for entry in cuda.log if entry[1] == "compute"][-14:]
+            copied = waited[2]
+            assert waited[0] == "wait"
+            assert kept == [("keep", "compute")] * 12  # every tensor of a batch
+            assert begun[0] == "record"
+            assert cuda.log.index(("record", "copies", copied)) < cuda.log.index(waited)
+    log = cuda.log
+    assert log[0] == ("device", "cuda:3")
+    assert {entry[1] for entry in log if entry[0] == "copy"} == {"copies"}
+
+    # A buffer is copied from again only once the thread has waited for its last copy.
+    tokens = [entry[2] for entry in log if entry[0] == "copy"][:1]
+    again = [at for at, entry in enumerate(log) if entry[0] == "copy" and entry[2] == tokens[0]]
+    for before, after in pairwise(again):
+        last_copy = next(entry[2] for entry in log[before:] if entry[:2] == ("record", "copies"))
+        assert ("synchronize", "read-ahead", last_copy) in log[before:after]
+    # The host keeps within two batches of the device, and waits for nothing else.
+    waits = [entry[2] for entry in log if entry[0] == "synchronize" and entry[1] != "read-ahead"]
+    begun = [entry[2] for entry in log if entry[:2] == ("record", "compute")]
+    assert waits == begun[: len(expected) - 3]
 
 
 def test_map_tensors_reaches_every_tensor(batches):
