@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from repa.trainer import loop
 from repa.trainer.batches import DrawSpec, SampleOrder
 from repa.trainer.checkpoint import load_checkpoint
-from repa.trainer.config import Layer, recipe_layer, resolve, set_layer
+from repa.trainer.config import Layer, RunConfig, recipe_layer, resolve, set_layer
 from repa.trainer.distributed import World
 from repa.trainer.prefetch import ReadAhead
 from repa.trainer.run import Run, prepare
+from repa.trainer.sit import SiT
 
 CPU = torch.device("cpu")
 
@@ -38,29 +39,17 @@ def one_step(run: Run) -> np.ndarray:
         return loop.train_step(run, ahead, run.norm.tensors(CPU)).numpy()
 
 
-def test_a_step_is_the_published_equations(make_cache, small_sit):
-    """Two micro-batches, posterior latents, channel normalisation, int8 tokens of two encoders, dropped labels."""
-    written = make_cache(
-        encoders={"toy": "int8", "wide": "float16"}, latents="mean_std", invalid={"latents/toy-ae": [3]}
+def published_losses(model: SiT, written, config: RunConfig, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two losses of a step of two micro-batches of 4, from the arrays that were written and the equations."""
+    spec = DrawSpec(
+        seed=0, num_views=2, latent_shape=(3, 8, 8), posterior=True, interpolant=config.interpolant, label_dropout=0.5
     )
-    run = make_run(
-        written.path, "accumulation=2", "latent_norm=channel", "label_dropout=0.5", "encoders=[toy-int8,wide]",
-        "interpolant.path=cosine", "alignment.proj_coeff=0.7", "optimizer.weight_decay=0.1", "optimizer.clip=0.2",
-        "ema_decay=0.9",
-    )  # fmt: skip
-    stir(run)
-    twin = make_run(written.path, "encoders=[toy-int8,wide]").model
-    twin.load_state_dict(run.model.state_dict())
-    trained = [parameter for parameter in twin.parameters() if parameter.requires_grad]
-
-    path = run.config.interpolant
-    spec = DrawSpec(seed=0, num_views=2, latent_shape=(3, 8, 8), posterior=True, interpolant=path, label_dropout=0.5)
     arrays = {name: torch.from_numpy(array) for name, array in written.arrays.items()}
     order = SampleOrder(np.array([row for row in range(23) if row != 3]), seed=0)
     denoising, alignment = torch.zeros(()), torch.zeros(())
     for micro in range(2):
-        draws = spec.draw(4, step=0, micro=micro, rank=0)
-        rows, views = torch.from_numpy(order.at(4 * micro, 4)), draws.views
+        draws = spec.draw(4, step=step, micro=micro, rank=0)
+        rows, views = torch.from_numpy(order.at(8 * step + 4 * micro, 4)), draws.views
         moments = arrays["latents/toy-ae/moments"][rows, views].float()
         z = moments[:, :3] + moments[:, 3:] * draws.posterior_noise
         x = (z - torch.tensor([0.1, -0.2, 0.3]).view(3, 1, 1)) / torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1)
@@ -69,7 +58,7 @@ def test_a_step_is_the_published_equations(make_cache, small_sit):
         velocity = torch.pi / 2 * (torch.cos(angle) * draws.noise - torch.sin(angle) * x)
         labels = arrays["label"][rows].long()
         labels[draws.dropped] = 3
-        predicted, projections = twin(x_t, draws.t, labels, return_projections=True)
+        predicted, projections = model(x_t, draws.t, labels, return_projections=True)
         denoising = denoising + ((predicted - velocity) ** 2).mean() / 2
         for name, tokens in zip(("toy-int8", "wide"), projections, strict=True):
             group = f"features/{name}"
@@ -79,22 +68,48 @@ def test_a_step_is_the_published_equations(make_cache, small_sit):
                 stored = stored * arrays[f"{group}/token_scale"][rows, views].float().unsqueeze(-1) * std + mean
             target = (stored - 0.6 * mean) / (std + 1e-6)
             alignment = alignment - F.cosine_similarity(tokens, target, dim=-1, eps=1e-12).mean() / 2 / 2
-    (denoising + 0.7 * alignment).backward()
-    norm = torch.sqrt(sum((parameter.grad**2).sum() for parameter in trained))
+    return denoising, alignment
 
-    np.testing.assert_allclose(one_step(run), [denoising.item(), alignment.item(), norm.item()], rtol=2e-5)
-    assert norm.item() > 0.2  # so that it is clipped
-    for before, after, average in zip(
-        twin.parameters(), run.model.parameters(), run.ema.model.parameters(), strict=True
-    ):
-        expected = before.detach()
-        if before.requires_grad:
-            gradient = before.grad * 0.2 / (norm + 1e-6)
-            # AdamW's first step: its corrected moments are the gradient and its square.
-            expected = expected * (1 - 1e-4 * 0.1) - 1e-4 * gradient / (gradient.abs() + 1e-8)
-        torch.testing.assert_close(after.detach(), expected, rtol=0, atol=2e-6)
-        torch.testing.assert_close(average, 0.9 * before.detach() + 0.1 * after.detach(), rtol=0, atol=1e-6)
-    assert run.step == 1
+
+def test_steps_are_the_published_equations(make_cache, small_sit):
+    """Two micro-batches, posterior latents, channel normalisation, int8 tokens of two encoders, dropped labels.
+
+    Three steps: AdamW's first, from moments of zero, is the same whatever its betas.
+    """
+    written = make_cache(
+        encoders={"toy": "int8", "wide": "float16"}, latents="mean_std", invalid={"latents/toy-ae": [3]}
+    )
+    run = make_run(
+        written.path, "accumulation=2", "latent_norm=channel", "label_dropout=0.5", "encoders=[toy-int8,wide]",
+        "interpolant.path=cosine", "alignment.proj_coeff=0.7", "optimizer.weight_decay=0.1", "optimizer.clip=0.2",
+        "optimizer.beta1=0.6", "optimizer.beta2=0.8", "ema_decay=0.9",
+    )  # fmt: skip
+    stir(run)
+    twin, averages = (make_run(written.path, "encoders=[toy-int8,wide]").model for _ in range(2))
+    twin.load_state_dict(run.model.state_dict())
+    averages.load_state_dict(run.model.state_dict())
+    trained = [parameter for parameter in twin.parameters() if parameter.requires_grad]
+    first, second = ([torch.zeros_like(parameter) for parameter in trained] for _ in range(2))
+
+    for step in range(3):
+        denoising, alignment = published_losses(twin, written, run.config, step)
+        gradients = torch.autograd.grad(denoising + 0.7 * alignment, trained)
+        norm = torch.sqrt(sum((gradient**2).sum() for gradient in gradients))
+        np.testing.assert_allclose(one_step(run), [denoising.item(), alignment.item(), norm.item()], rtol=2e-5)
+        assert norm.item() > 0.2  # so that it is clipped
+        with torch.no_grad():
+            for parameter, gradient, m, v in zip(trained, gradients, first, second, strict=True):
+                gradient = gradient * 0.2 / (norm + 1e-6)
+                m.copy_(0.6 * m + 0.4 * gradient)
+                v.copy_(0.8 * v + 0.2 * gradient**2)
+                m_hat, v_hat = m / (1 - 0.6 ** (step + 1)), v / (1 - 0.8 ** (step + 1))
+                parameter.mul_(1 - 1e-4 * 0.1).sub_(1e-4 * m_hat / (v_hat.sqrt() + 1e-8))
+            for average, parameter in zip(averages.parameters(), twin.parameters(), strict=True):
+                average.copy_(0.9 * average + 0.1 * parameter)
+        for ours, expected in ((run.model, twin), (run.ema.model, averages)):
+            for parameter, other in zip(ours.parameters(), expected.parameters(), strict=True):
+                torch.testing.assert_close(parameter, other, rtol=0, atol=2e-6)
+        assert run.step == step + 1
 
 
 def test_without_alignment_no_tokens_are_read(make_cache, small_sit):
