@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ class BuildOptions:
     weights: Mapping[str, Path] = field(default_factory=dict)
     random_weights: bool = False
     batch_size: int = 32
-    device: str = "cpu"
+    device: str | None = None
     threads: int | None = None
     workers: int | None = None
     address: str | None = None
@@ -95,13 +95,17 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     found = None if attributes is None else CacheLayout.from_attributes(attributes, options.cache)
     layout = _layout(options, found)
     requests = tuple(_requests(options, layout))
-    store = CacheStore(options.cache, layout)
+    missing = _missing(CacheStore(options.cache, layout), requests)
+    return BuildPlan(layout=layout, requests=requests, missing=missing, exists=found is not None)
+
+
+def _missing(store: CacheStore, requests: Sequence[ModelRequest]) -> dict[str, list[int]]:
     missing: dict[str, list[int]] = {}
     for request in requests:
-        asked = request.component("")
-        on_disk = store.component(asked.path)
-        missing[asked.path] = list(range(layout.num_ranges)) if on_disk is None else store.missing_ranges(on_disk)
-    return BuildPlan(layout=layout, requests=requests, missing=missing, exists=found is not None)
+        path = request.component("").path
+        on_disk = store.component(path)
+        missing[path] = list(range(store.layout.num_ranges)) if on_disk is None else store.missing_ranges(on_disk)
+    return missing
 
 
 def run_build(
@@ -118,7 +122,8 @@ def run_build(
     with contextlib.ExitStack() as locks:
         for path in sorted(plan.missing):
             locks.enter_context(store.lock(path))
-        plan = plan_build(options)  # again, now that no other build can change what is missing
+        # Again, now that no other build can change it: what is missing, never what is asked, which is what is locked.
+        plan = replace(plan, missing=_missing(store, plan.requests))
         _check_on_disk(store, plan, options)
         work = plan.work()
         sizes = [stop - start for start, stop in map(store.layout.sample_range, range(store.layout.num_ranges))]
@@ -223,7 +228,7 @@ def _check_on_disk(store: CacheStore, plan: BuildPlan, options: BuildOptions) ->
         if found is not None:
             weights = found.weights
             if request.weights_file is not None and not plan.missing[found.path]:
-                _, weights = load_model(request, options.device)
+                _, weights = load_model(request, options.device or "cpu")
             store.create_component(request.component(weights))
 
 
@@ -257,18 +262,20 @@ def _requests(options: BuildOptions, layout: CacheLayout) -> Iterator[ModelReque
         return resolver(name, resolution=layout.resolution, random_weights=options.random_weights)
 
     autoencoder = options.autoencoder
+    begun: list[ComponentSpec] = []
     if autoencoder is None:
-        has_latents = any(path.startswith(LATENTS) for path in CacheStore(options.cache, layout).components())
-        autoencoder = "none" if has_latents else DEFAULT_AUTOENCODER
+        begun = _latents(options, layout)
+        autoencoder = "none" if begun else DEFAULT_AUTOENCODER
     if autoencoder != "none":
         resolved.append((LATENTS, "float16", resolve(resolve_autoencoder, autoencoder)))
     resolved += [(FEATURES, options.dtype, resolve(resolve_encoder, request)) for request in options.encoders]
-    if not resolved:
+    if not resolved and not begun:
         raise UsageError("nothing to build: name at least one --encoder or an --autoencoder")
-    entries = {model.entry.name for _, _, model in resolved}
+    entries = {model.entry.name for _, _, model in resolved} | {component.spec["entry"] for component in begun}
     for name in options.weights:
         if name not in entries:
             raise UsageError(f"--weights {name}=...: {name} is not asked for; {nearest(name, entries)}")
+    yield from filter(None, (_as_begun(component, options, layout) for component in begun))
     seen = set()
     for kind, dtype, model in resolved:
         if (kind, model.name) in seen:
@@ -283,6 +290,30 @@ def _requests(options: BuildOptions, layout: CacheLayout) -> Iterator[ModelReque
             compressor=options.compressor,
             weights_file=None if model.spec["random_weights"] else options.weights.get(model.entry.name),
         )
+
+
+def _latents(options: BuildOptions, layout: CacheLayout) -> list[ComponentSpec]:
+    store = CacheStore(options.cache, layout)
+    found = [store.component(path) for path in store.components() if path.startswith(LATENTS)]
+    return [component for component in found if component is not None]
+
+
+def _as_begun(component: ComponentSpec, options: BuildOptions, layout: CacheLayout) -> ModelRequest | None:
+    """Return the request that finishes latents as they were begun, None where they are whole."""
+    store = CacheStore(options.cache, layout)
+    if store.is_complete(component.path) and not store.missing_ranges(component):
+        return None
+    random_weights = component.spec["random_weights"]
+    entry = component.spec["entry"]
+    return ModelRequest(
+        kind=LATENTS,
+        name=component.name,
+        spec=resolve_autoencoder(entry, resolution=layout.resolution, random_weights=random_weights).spec,
+        dtype=component.dtype,
+        precision=component.precision,
+        compressor=component.compressor,
+        weights_file=None if random_weights else options.weights.get(entry),
+    )
 
 
 def describe(component: ComponentSpec, layout: CacheLayout) -> list[tuple[str, str, int]]:

@@ -228,8 +228,9 @@ class CacheStore:
         file = self.partial / (name.replace("/", ".") + ".lock")
         descriptor = _acquire(file, wait=wait)
         if descriptor is None:
+            without = ", or leave it to that build with --autoencoder none" if name.startswith(LATENTS) else ""
             raise JobError(
-                f"{self.path}: another build of {name} is running; wait for it, then run this again if needed"
+                f"{self.path}: another build of {name} is running; wait for it, then run this again if needed{without}"
             )
         try:
             _remove_partials(self.partial_folder(name))

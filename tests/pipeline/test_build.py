@@ -38,6 +38,24 @@ def test_adding_a_component_or_asking_again_touches_no_file(
     assert {"features/hog-grid3", "features/hog-grid4-int8"} <= groups
 
 
+def test_a_build_that_names_no_autoencoder_finishes_the_latents_that_were_begun(
+    images: Path, tmp_path: Path, build: Callable[..., Any], repa_cache: Callable[..., Any]
+) -> None:
+    cache = tmp_path / "cache"
+    build(images, cache, "--compressor", "zstd")
+    (cache / "latents/pixels/valid/c.1").unlink()
+    command = ("build", "--data", images, "--cache", cache, "--workers", 0)
+    # As they were begun, whatever the encoder of this build is stored like.
+    again = repa_cache(*command, "--encoder", "hog:grid=3")
+    assert again.code == 0, again.err
+    assert (cache / "latents/pixels/valid/c.1").exists()
+    assert not (cache / "latents/sd-vae-ft-mse").exists()
+    assert repa_cache("verify", cache).code == 0
+    # Nothing is left to do, and that is no mistake of the one who asks; a weights file may be repeated as well.
+    done = repa_cache(*command, "--weights", "pixels=none.pth")
+    assert (done.code, done.out) == (0, f"{cache}: everything asked for is there and complete\n")
+
+
 def test_the_order_in_which_components_are_added_leaves_no_trace(
     images: Path, tmp_path: Path, build: Callable[..., Any], tree: Callable[[Path], dict[str, bytes]]
 ) -> None:
