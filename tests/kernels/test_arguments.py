@@ -6,15 +6,17 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from repa.kernels import cosine_alignment
+from repa.kernels.arguments import check
 
 HALF, INT8 = torch.float16, torch.int8
 WRONG = [
     ({"z": torch.zeros(2, 5, 24, dtype=HALF)}, "z is float16 [2, 5, 24] on cpu; expected bfloat16 or float32.", "86 %"),
     ({"z": torch.zeros(2, 5, 24, dtype=torch.float64)}, "z is float64 [2, 5, 24]", "reference.cosine_alignment"),
     ({"z": torch.zeros(2, 24, 5, 1)}, "z is float32 [2, 24, 5, 1] on cpu; expected [B, T, E]", "transpose(1, 2)"),
-    ({"z": torch.zeros(2, 5, 40000)}, "expected a width E of 1 to 32768", ""),
+    ({"z": torch.zeros(2, 5, 0)}, "expected a width E of 1 or more", ""),
     ({"tokens": torch.zeros(2, 5, 24, dtype=torch.uint8)}, "tokens is uint8 [2, 5, 24]", "int8 with token_scale"),
     ({"tokens": torch.zeros(2, 24)}, "tokens is float32 [2, 24] on cpu; expected [2, T, 24]", ""),
     ({"tokens": torch.zeros(2, 5, 32)}, "tokens is float32 [2, 5, 32] on cpu; expected [2, T, 24]", "encoder"),
@@ -68,3 +70,15 @@ def test_one_clear_error(make_case, changes, found, advice):
     assert str(error.value).startswith("cosine_alignment: ")
     assert advice in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("width", "where", "fits"), [(4096, "cuda", True), (4097, "cuda", False), (4097, "cpu", True)])
+def test_only_the_fused_kernel_has_a_largest_width(width, where, fits):
+    with FakeTensorMode():  # a CUDA tensor without a GPU
+        z = torch.empty(2, 5, width, device=where)
+    arguments = (z, z, None, None, None, None, 1.0, None, None)
+    if fits:
+        check(*arguments)
+    else:
+        with pytest.raises(ValueError, match=r"expected a width E of 1 to 4096 on a GPU\. repa\.kernels\.reference"):
+            check(*arguments)
