@@ -125,17 +125,21 @@ def run_build(
         # Again, now that no other build can change it: what is missing, never what is asked, which is what is locked.
         plan = replace(plan, missing=_missing(store, plan.requests))
         _check_on_disk(store, plan, options)
-        work = plan.work()
-        sizes = [stop - start for start, stop in map(store.layout.sample_range, range(store.layout.num_ranges))]
-        on_start(sum(sizes) - sum(sizes[k] for k in work), sum(sizes))
-        if work:
-            _encode(store, plan, options, report, on_progress)
+        if plan.work():
+            _encode(store, plan, options, report, on_start, on_progress)
+        else:
+            on_start(store.layout.num_samples, store.layout.num_samples)
         _complete(store, plan, options, report)
     return report
 
 
 def _encode(
-    store: CacheStore, plan: BuildPlan, options: BuildOptions, report: BuildReport, on_progress: Callable[[int], None]
+    store: CacheStore,
+    plan: BuildPlan,
+    options: BuildOptions,
+    report: BuildReport,
+    on_start: Callable[[int, int], None],
+    on_progress: Callable[[int], None],
 ) -> None:
     pending = tuple(request for request in plan.requests if plan.missing[request.component("").path])
     job = JobOptions(
@@ -151,8 +155,13 @@ def _encode(
     with open_pool(job, workers=options.workers, address=options.address) as pool:
         for component in pool.components:
             store.create_component(component)
+            store.reopen_component(component)
+        # Once more: where a component's record was deleted, its shards could be told to be its own only by now.
+        work = replace(plan, missing=_missing(store, plan.requests)).work()
+        ranges = [store.layout.sample_range(index) for index in work]
+        on_start(store.layout.num_samples - sum(stop - start for start, stop in ranges), store.layout.num_samples)
         started = time.monotonic()
-        for result in pool.run(_range_works(store, plan.work(), options.manifest)):
+        for result in pool.run(_range_works(store, work, options.manifest)):
             report.num_images += result.num_samples
             report.bad.update(result.bad)
             on_progress(result.num_samples)

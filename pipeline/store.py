@@ -7,6 +7,7 @@ the old file or the new one. Metadata holds no time, host, path or job state.
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -77,6 +78,8 @@ def component_files(
 ) -> dict[str, bytes]:
     """Return the metadata files of a component, by path relative to its group, the group's own last."""
     arrays = {layout.name: _array_options(layout, component.compressor) for layout in component.arrays(cache)}
+    # Beside the group's own record: whose shards these are is still known where that one was deleted.
+    arrays["valid"]["attributes"] = {"component_fingerprint": component.fingerprint(cache)}
     files = _render({**component.attributes(cache), **(results or {})}, arrays)
     group = files.pop(METADATA)
     return {**files, METADATA: group}
@@ -169,8 +172,10 @@ class CacheStore:
     def create_component(self, spec: ComponentSpec) -> None:
         """Add the empty component, or check that the one on disk is the same; raise `CacheError` naming the field.
 
-        Metadata that was deleted from it is written again.
+        Metadata that was deleted from it is written again. Shards without the component's own record are kept where
+        `valid` says that they are this component's, and removed where not: they would pass as its own.
         """
+        files = component_files(spec, self.layout)
         found = self.component(spec.path)
         if found is not None:
             difference = found.difference(spec)
@@ -183,7 +188,26 @@ class CacheStore:
                 raise CacheError(
                     f"{self.path}: {spec.path}: the fingerprint does not match its spec; run repa-cache verify"
                 )
-        self._write_missing(self.path / spec.path, component_files(spec, self.layout))
+        elif not self._owns_shards(self.path / spec.path, files):
+            try:
+                shutil.rmtree(self.path / spec.path)
+            except FileNotFoundError:
+                pass  # nothing was ever there
+            except OSError as error:
+                raise disk_error(self.path / spec.path, error) from error
+        self._write_missing(self.path / spec.path, files)
+
+    def _owns_shards(self, folder: Path, files: Mapping[str, bytes]) -> bool:
+        name = f"valid/{METADATA}"  # its fingerprint, and its codecs: a compressor is no part of that
+        try:
+            return bool(json.loads((folder / name).read_bytes()) == json.loads(files[name]))
+        except (OSError, ValueError):
+            return False
+
+    def reopen_component(self, spec: ComponentSpec) -> None:
+        """Take back `complete` and its results from a component that has lost a range: both will be made anew."""
+        if self.is_complete(spec.path) and self.missing_ranges(spec):
+            write_file(self.path / spec.path / METADATA, component_files(spec, self.layout)[METADATA])
 
     def complete_component(self, spec: ComponentSpec, results: Mapping[str, Any]) -> None:
         """Write `results` and, last, `complete` into the component's attributes, by one rename."""

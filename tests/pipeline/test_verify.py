@@ -157,6 +157,43 @@ def test_deleting_what_verify_names_and_building_again_mends_it(
     assert tree(copy) == tree(cache)
 
 
+@pytest.mark.parametrize("asked", [(), ("--precision", "bf16"), ("--compressor", "zstd")])
+def test_shards_without_their_component_s_record_are_kept_only_if_they_are_its_own(
+    cache: Path, tmp_path: Path, build: Callable[..., Any], repa_cache: Callable[..., Any], asked: tuple[str, ...]
+) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    features = copy / "features/hog-grid4"
+    shards = [features / "patch_tokens/c.0.0.0.0", features / "valid/c.2"]
+    before = [file.stat().st_ino for file in shards]
+    (features / "zarr.json").unlink()
+    (features / "patch_tokens/c.1.0.0.0").unlink()
+    outcome = build(cache.parent / "images", copy, "--autoencoder", "none", *asked)
+    assert outcome.code == 0, outcome.err
+    kept = [file.stat().st_ino for file in shards] == before
+    assert kept == (not asked)
+    assert f"encoded {10 if asked else 4} images" in outcome.out
+    assert repa_cache("verify", copy).code == 0
+
+
+def test_a_component_that_lost_a_range_is_completed_anew(
+    cache: Path, tmp_path: Path, build: Callable[..., Any], tree: Callable[[Path], dict[str, bytes]]
+) -> None:
+    images, copy = tmp_path / "images", tmp_path / "cache"
+    shutil.copytree(cache.parent / "images", images)
+    picture = images / "class 0/001.png"
+    good = picture.read_bytes()
+    picture.write_text("not a picture")
+    assert build(images, copy, "--skip-bad").code == 0
+    picture.write_bytes(good)
+    for component in ("latents/pixels", "features/hog-grid4"):
+        assert "bad_files" in zarr.open_group(copy / component, mode="r").attrs
+        (copy / component / "valid/c.0").unlink()
+    assert build(images, copy).code == 0
+    whole = tree(cache)
+    assert tree(copy) == {name: data for name, data in whole.items() if "int8" not in name}
+
+
 def test_a_build_refuses_a_changed_attribute(cache: Path, tmp_path: Path, build: Callable[..., Any]) -> None:
     copy = tmp_path / "cache"
     shutil.copytree(cache, copy)
