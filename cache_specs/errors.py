@@ -6,8 +6,10 @@ what was expected and the next step.
 
 import contextlib
 import difflib
+import errno
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
 class RepaError(Exception):
@@ -36,6 +38,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Known: {', '.join(names) if names else '(none)'}"
+
+
+@contextlib.contextmanager
+def writing(path: Path, *, then: str) -> Iterator[None]:
+    """Turn an OSError into a JobError that says what could not be written, and what to do: mend it, `then` this."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "Make room" if full else "See that it can be written"
+        raise JobError(f"{path} cannot be written ({error.strerror or error}). {remedy}, then {then}") from error
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..cache_specs.errors import writing
+from .metrics import RESUME
 from .run import Run
 from .sample import Decoder, SampleRequest, draw_samples, labels_of, save_grid
 from .samplers import SamplerConfig
@@ -21,7 +23,10 @@ MOST_CLASS_ROWS = 16  # up to here a sheet has one row a class
 
 
 def draw_training_grid(run: Run, decode: Decoder | None) -> Path:
-    """Draw `grid.num` samples of the EMA at this step into RUN/samples; return the file."""
+    """Draw `grid.num` samples of the EMA at this step into RUN/samples; return the file.
+
+    Raises JobError where the disk refuses it.
+    """
     settings = run.config.grid
     request = SampleRequest(
         num=settings.num,
@@ -39,13 +44,18 @@ def draw_training_grid(run: Run, decode: Decoder | None) -> Path:
             decode=decode,
         )
     path = run.folder / FOLDER / f"{run.step:07d}.png"
-    return write_sheet(images, path, request=request, num_classes=run.model.config.num_classes)
+    with writing(path, then=RESUME):
+        return write_sheet(images, path, request=request, num_classes=run.model.config.num_classes)
 
 
 def sheet_of_file(npz: Path, *, request: SampleRequest, num_classes: int) -> Path:
-    """Write the first images of a finished file of samples beside it, as one sheet; return its path."""
-    images = first_rows(npz, min(GRID_IMAGES, request.num))
-    return write_sheet(images, npz.with_suffix(".png"), request=request, num_classes=num_classes)
+    """Write the first images of a finished file of samples beside it, as one sheet; return its path.
+
+    Raises JobError where the disk refuses it.
+    """
+    images, path = first_rows(npz, min(GRID_IMAGES, request.num)), npz.with_suffix(".png")
+    with writing(path, then="give the same command again"):
+        return write_sheet(images, path, request=request, num_classes=num_classes)
 
 
 def first_rows(npz: Path, num: int) -> np.ndarray:

@@ -101,7 +101,12 @@ def train(
                 save_state(run)
                 saved = run.step
             if grid and draw_grid is not None and world.is_main:
-                draw_grid(run)
+                try:
+                    draw_grid(run)
+                except JobError:
+                    if run.step > saved:
+                        save_state(run)  # the picture failed, not the training
+                    raise
             if evaluation and evaluate is not None:
                 evaluate(run)
             if last:

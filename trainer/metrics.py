@@ -5,6 +5,7 @@ over micro-batches and ranks. The last step of each log also carries samples_per
 time since the last log that was spent waiting for data.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -12,76 +13,93 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from ..cache_specs.errors import JobError
+from ..cache_specs.errors import JobError, writing
+from .checkpoint import write_all
 
 Record = Mapping[str, float | int]
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+RESUME = "continue with --resume auto"
 
 
 class MetricsFile:
     """metrics.jsonl of a run, continued after step `done`: later lines are cut, as their steps will run again.
 
-    Raises JobError where a line up to `done` is missing or damaged, or the disk refuses a write.
+    A file that was lost begins anew at step `done` + 1, and says so. Raises JobError where a line up to `done` is
+    missing or damaged, or the disk refuses a write.
     """
 
     def __init__(self, folder: Path, *, done: int) -> None:
         self.path = folder / METRICS_FILE
-        self._file = self.path.open("r+b" if self.path.exists() else "w+b")
-        try:
-            self._file.truncate(self._end_of(done))
-            self._file.seek(0, os.SEEK_END)
-        except BaseException:
-            self._file.close()
-            raise
+        with writing(self.path, then=RESUME):
+            first, end = self._lines_of(done) if self.path.exists() else (done + 1, 0)
+            # Unbuffered: what a full disk refused must not be tried again when the file is closed.
+            self._file = self.path.open("ab", buffering=0)
+            self._file.truncate(end)
+        if first > 1:
+            print(f"{self.path} begins at step {first}: the steps before it were lost", file=sys.stderr)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # `write` has made durable what it wrote
+            self._file.close()
 
     def write(self, records: Sequence[Record]) -> None:
         """Append records and make them durable: a checkpoint saved after this finds its steps here."""
-        try:
-            self._file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
-            self._file.flush()
+        with writing(self.path, then=RESUME):
+            write_all(self._file.fileno(), b"".join(json.dumps(record).encode() + b"\n" for record in records))
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise JobError(
-                f"{self.path} cannot be written ({error.strerror}). Make room, then continue with --resume auto"
-            ) from error
 
-    def _end_of(self, done: int) -> int:
-        """Return the offset after the line of step `done`."""
-        end = 0
-        for step in range(1, done + 1):
-            line = self._file.readline()
-            try:
-                found = json.loads(line)["step"] if line else None
-            except (ValueError, KeyError, TypeError):
-                found = "a damaged line"
-            if found != step:
-                raise JobError(
-                    f"{self.path}: line {step} should be step {step}, found {found}; the run is at step {done}. "
-                    f"Restore the file, or move the run's last checkpoint to a new --out"
-                )
-            end += len(line)
-        return end
+    def _lines_of(self, done: int) -> tuple[int, int]:
+        """Return the first step of the file and the offset after the line of step `done`, with no holes between."""
+        first, step, end = 1, 0, 0
+        with self.path.open("rb") as file:
+            for number in range(1, done + 1):
+                line = file.readline()
+                found = _step_of(line)
+                if number == 1 and isinstance(found, int):
+                    first = min(found, done + 1)
+                step = first + number - 1
+                if step > done:
+                    break
+                if found != step:
+                    raise JobError(
+                        f"{self.path}: line {number} should be step {step}, found {found}; the run is at step {done}. "
+                        f"Restore the file, or move it away: a new one then begins at step {done + 1}"
+                    )
+                end += len(line)
+        return first, end
+
+
+def _step_of(line: bytes) -> int | str:
+    """Return the step of a line of the file, or what the line is instead."""
+    if not line:
+        return "the end of the file"
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else "a line that was cut"
+    except (ValueError, KeyError, TypeError):
+        return "a damaged line"
 
 
 class Board(Protocol):
     """What is used of a TensorBoard writer."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
+    def flush(self) -> Any: ...
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """The same records as TensorBoard scalars, where tensorboard is installed; says once where it is not."""
+    """The same records as TensorBoard scalars, where tensorboard is installed; says once where it is not.
+
+    Raises JobError where the disk refuses a write.
+    """
 
     def __init__(self, folder: Path, *, done: int) -> None:
+        self._folder = folder / TENSORBOARD_FOLDER
         self._board: Board | None = None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -89,22 +107,26 @@ class TensorBoard:
             print(f"tensorboard is not installed: scalars are in {METRICS_FILE} only", file=sys.stderr)
             return
         # Steps after the checkpoint run again: the events of an interrupted run past it are hidden.
-        self._board = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=done + 1)
+        with writing(self._folder, then=RESUME):
+            self._board = SummaryWriter(str(self._folder), purge_step=done + 1)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # `write` has flushed what it wrote
+                self._board.close()
 
     def write(self, records: Sequence[Record]) -> None:
         if self._board is None:
             return
-        for record in records:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(record["step"]))
+        with writing(self._folder, then=RESUME):
+            for record in records:
+                for name, value in record.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, int(record["step"]))
+            self._board.flush()
 
 
 class Progress:

@@ -1,9 +1,14 @@
 """Sheets of samples, and that drawing them leaves a run as it was."""
 
+import errno
+import os
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from repa.cache_specs.errors import JobError
 from repa.trainer import grids
 from repa.trainer.checkpoint import load_checkpoint
 from repa.trainer.sample import SampleRequest
@@ -39,6 +44,25 @@ def test_without_a_decoder_latents_are_kept_and_it_is_said(make_cache, repa_trai
     latents = np.load(tmp_path / "run/samples/0000002.npy")
     assert latents.shape == (6, 3, 8, 8)
     assert latents.dtype == np.float32
+
+
+def test_a_disk_that_refuses_a_grid_costs_no_steps(make_cache, repa_train, tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cache, out = make_cache().path, tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        outcome = repa_train(cache, out, "--steps", "5", *GRID)
+        np.savez(tmp_path / "rows.npz", np.zeros((1, 4, 4, 3), dtype=np.uint8))
+        with pytest.raises(JobError, match=r"rows.png cannot be written \(No space left.*give the same command again"):
+            grids.sheet_of_file(tmp_path / "rows.npz", request=SampleRequest(num=1), num_classes=3)
+    assert outcome.code == 1
+    assert "0000002.png cannot be written (No space left on device). Make room, then continue with" in outcome.error
+    assert outcome.error.count("\n") == 1
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["0000002.pt"]
+    rest = repa_train(cache, out, "--steps", "5", "--resume", "auto", *GRID)
+    assert rest.losses() == repa_train(cache, tmp_path / "whole", "--steps", "5").losses()
 
 
 def test_a_class_is_a_row_where_that_fits():

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+import threading
 
 import pytest
 
@@ -40,14 +41,57 @@ def test_a_history_with_holes_is_refused(tmp_path, damage):
     assert (tmp_path / "metrics.jsonl").read_bytes() == damage
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    def full(_descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with MetricsFile(tmp_path, done=0) as metrics:
-        monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(JobError, match=r"metrics.jsonl cannot be written \(No space left on device\)"):
+
+def test_a_lost_file_begins_anew_and_says_so(tmp_path, capsys):
+    with MetricsFile(tmp_path, done=4) as metrics:
+        metrics.write(records(5, 8))
+    assert "metrics.jsonl begins at step 5: the steps before it were lost" in capsys.readouterr().err
+    with MetricsFile(tmp_path, done=6) as metrics:
+        metrics.write(records(7, 7))
+    assert read(tmp_path / "metrics.jsonl") == records(5, 7)
+    with MetricsFile(tmp_path, done=3) as metrics:  # an older checkpoint is resumed
+        metrics.write(records(4, 4))
+    assert read(tmp_path / "metrics.jsonl") == records(4, 4)
+    assert "begins at step 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("refused", ["write", "fsync"])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, refused):
+    """It stays full while the block is left: closing the file must not replace the error by its own."""
+    message = (
+        r"metrics.jsonl cannot be written \(No space left on device\). Make room, then continue with --resume auto"
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(os, refused, full)
+        with pytest.raises(JobError, match=message), MetricsFile(tmp_path, done=0) as metrics:
             metrics.write(records(1, 1))
+
+
+def test_what_is_not_a_file_is_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(JobError, match=r"metrics.jsonl cannot be written \(Is a directory\). See that it can be"):
+        MetricsFile(tmp_path, done=0)
+
+
+def test_a_full_disk_under_tensorboard_is_one_line(tmp_path, monkeypatch):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    before = set(threading.enumerate())
+    board = TensorBoard(tmp_path, done=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordWriter, "write", full)
+        patch.setattr(RecordWriter, "flush", full)
+        patch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread would print its traceback
+        with pytest.raises(JobError, match=r"tensorboard cannot be written \(No space left on device\)"), board:
+            board.write(records(1, 3))
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+    (tmp_path / "file").touch()
+    with pytest.raises(JobError, match="tensorboard cannot be written"):
+        TensorBoard(tmp_path / "file", done=0)
 
 
 def test_tensorboard_holds_the_scalars_and_is_not_needed(tmp_path, monkeypatch, capsys):
