@@ -1,8 +1,8 @@
 """The fused alignment kernel: z and the stored tokens are read once, dz is written once.
 
 A program takes ROWS tokens of one image, keeps that image's channel statistics in registers and goes through its
-tokens one at a time. A row of E elements lies across the program's threads, 8 elements each up to E = 4096, which is
-one 128-bit load of bfloat16. The next row is fetched before the present one is reduced, so that two rows are in
+tokens one at a time. A row of E elements lies across the program's threads, 8 elements each, which is one 128-bit
+load of bfloat16. The next row is fetched before the present one is reduced, so that two rows are in
 flight: 64 registers, no spills, 1,024 threads on a multiprocessor of sm_90 (counted; tests/kernels/test_compile.py).
 
 Every program writes its own partial loss, which torch then sums: no atomics, the same bits each time.
@@ -74,7 +74,7 @@ def alignment_kernel(
     row_weight_ptr,  # [B,K] fp32 if WEIGHTED
     row_index_ptr,  # [B,K] int32 or int64 if INDEXED
     total_ptr,  # [] fp32, the sum of the row weights, if WEIGHTED
-    loss_ptr,  # [B, cdiv(K, ROWS)] fp32
+    loss_ptr,  # [B * cdiv(K, ROWS)] fp32
     dz_ptr,  # [B,K,E] if NEEDS_DZ
     gamma,
     scale,  # weight / (B K), or weight if WEIGHTED
@@ -91,8 +91,9 @@ def alignment_kernel(
     STD_EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
 ):
-    block = tl.program_id(0)
-    image = tl.program_id(1)
+    blocks = tl.cdiv(K, ROWS)
+    image = tl.program_id(0) // blocks  # one dimension: the others end at 65,535
+    block = tl.program_id(0) % blocks
     columns = tl.arange(0, BLOCK_E)
     in_row = columns < E
 
@@ -151,7 +152,7 @@ def alignment_kernel(
             dz = f * along_f + z * along_z
             place = image.to(tl.int64) * K + row
             tl.store(dz_ptr + place * E + columns, dz.to(dz_ptr.dtype.element_ty), mask=in_row)
-    tl.store(loss_ptr + image * tl.num_programs(0) + block, -scale * sum_cos)
+    tl.store(loss_ptr + tl.program_id(0), -scale * sum_cos)
 
 
 @triton.jit
@@ -171,8 +172,8 @@ def scale_unless_one_kernel(
 
 
 def num_warps(width: int, warp_size: int = 32) -> int:
-    """Return the warps for rows of `width`: 8 elements a thread, at most 16 warps."""
-    return max(1, min(16, triton.next_power_of_2(width) // (ELEMENTS_PER_THREAD * warp_size)))
+    """Return the warps for rows of `width`: 8 elements a thread."""
+    return max(1, triton.next_power_of_2(width) // (ELEMENTS_PER_THREAD * warp_size))
 
 
 def launchable(kernel: Any, tensor: Tensor) -> Any:
@@ -207,15 +208,15 @@ def fused(
     if row_weight is not None:
         row_weight = row_weight.to(torch.float32).contiguous()
         total, scale = row_weight.sum(), weight
-    blocks = triton.cdiv(K, ROWS)
-    partial = torch.empty((B, blocks), dtype=torch.float32, device=z.device)
+    programs = B * triton.cdiv(K, ROWS)
+    partial = torch.empty(programs, dtype=torch.float32, device=z.device)
 
     width = int(E)  # a constant of the kernel: torch.compile makes one for each
 
     def given(t: Tensor | None) -> Tensor:
         return z if t is None else t  # an address that the kernel does not touch
 
-    launchable(alignment_kernel, z)[(blocks, B)](
+    launchable(alignment_kernel, z)[(programs,)](
         z,
         tokens,
         given(token_scale),

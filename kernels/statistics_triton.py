@@ -28,8 +28,9 @@ def statistics_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    channels = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    image = tl.program_id(1).to(tl.int64)
+    blocks: tl.constexpr = tl.cdiv(E, BLOCK_E)
+    channels = tl.program_id(0) % blocks * BLOCK_E + tl.arange(0, BLOCK_E)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
     in_row = channels < E
     rows = tl.arange(0, BLOCK_T)
     # Everything is relative to the image's first token: the mean of a constant channel is that constant to the bit,
@@ -61,7 +62,7 @@ def channel_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
     tokens = tokens.contiguous()
     mean = torch.empty((B, E), dtype=torch.float32, device=tokens.device)
     std = torch.empty_like(mean)
-    launchable(statistics_kernel, tokens)[(triton.cdiv(E, BLOCK_E), B)](
+    launchable(statistics_kernel, tokens)[(B * triton.cdiv(E, BLOCK_E),)](
         tokens, mean, std, T, E=E, BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, num_warps=4
     )
     return mean, std

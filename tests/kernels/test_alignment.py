@@ -177,6 +177,13 @@ def test_nothing_waits_for_the_gpu(make_case, on):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device; torch finds none")
+def test_more_images_than_a_grid_has_rows(make_case, truth, assert_close, on):
+    case = make_case(B=70_000, T=2, E=8) | {"channel_mean": None, "channel_std": None}
+    assert_close(*loss_and_dz(on("cuda", case)), truth(case))
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_torch_compile_keeps_it_whole(make_case, on, device, kind):
     case = on(device, make_case(T=19, **kind))
