@@ -6,17 +6,18 @@ It runs in a process of its own because Triton compiles nothing once it has been
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # registers and spills of the very code that Triton would launch
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -33,17 +34,22 @@ TARGETS = {
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "i8": 1}
 # width, z, tokens, gamma given, row weights, row index
 ALIGNMENT = [
+    (384, "bf16", "fp16", True, False, False),
     (768, "bf16", "fp16", True, False, False),
     (768, "bf16", "i8", True, False, False),
+    (1024, "fp32", "fp32", True, False, False),
+    (1152, "bf16", "fp16", True, True, True),
+    (1280, "bf16", "bf16", True, False, False),
     (1536, "fp32", "fp32", False, False, False),
     (4096, "bf16", "i8", True, True, True),
+    (4096, "fp32", "fp32", True, True, True),
 ]
 
 
 def compile_kernel(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: set[str], arch: str, warps: int
-) -> Any:
-    """Compile one kernel; the pointers and the sizes in `aligned` are taken to be multiples of 16."""
+) -> dict[str, int]:
+    """Compile one kernel and return its resources; pointers and the sizes in `aligned` are multiples of 16."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     attributes = {
@@ -52,11 +58,16 @@ def compile_kernel(
         if kind.startswith("*") or name in aligned
     }
     source = ASTSource(kernel, signature, {places[n]: v for n, v in constants.items()}, attributes)
-    return triton.compile(source, target=TARGETS[arch], options={"num_warps": warps})
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        compiled = triton.compile(source, target=TARGETS[arch], options={"num_warps": warps})
+    return resources(compiled, arch, log.getvalue())
 
 
-def resources(compiled: Any, arch: str) -> dict[str, int]:
-    """Return registers and spills of a thread and the number of 128-bit global loads and stores in the code."""
+def resources(compiled: Any, arch: str, log: str) -> dict[str, int]:
+    """Return registers and spills of a thread and the number of 128-bit global loads and stores in the code.
+
+    `log` is what ptxas printed; AMD's numbers stand in the assembly.
+    """
     if arch.startswith("gfx"):
         asm = compiled.asm["amdgcn"]
         return {
@@ -65,17 +76,7 @@ def resources(compiled: Any, arch: str) -> dict[str, int]:
             "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", asm)),
             "wide_stores": len(re.findall(r"(?:global|buffer)_store_dwordx4", asm)),
         }
-    from triton.backends.nvidia.compiler import get_ptxas
-
     ptx = compiled.asm["ptx"]
-    number = int(arch.removeprefix("sm_"))
-    # The architecture of the PTX's own header: from sm_90 on it carries the suffix a.
-    target = re.findall(r"\.target (sm_\w+)", ptx)[0]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [get_ptxas(number).path, "-v", "--gpu-name", target, str(path), "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {
         "registers": int(re.findall(r"Used (\d+) registers", log)[0]),
         "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
@@ -100,7 +101,7 @@ def alignment_line(
     }  # fmt: skip
     warp_size = TARGETS[arch].warp_size
     warps = alignment_triton.num_warps(width, warp_size)
-    compiled = compile_kernel(alignment_triton.alignment_kernel, types, constants, {"K", "T"}, arch, warps)
+    found = compile_kernel(alignment_triton.alignment_kernel, types, constants, {"K", "T"}, arch, warps)
     per_thread = constants["BLOCK_E"] // (warps * warp_size)
     return {
         "kernel": "alignment", "arch": arch, "width": width, "z": z, "tokens": tokens, "gamma": normalised,
@@ -110,13 +111,12 @@ def alignment_line(
         "token_loads_expected": 2 * (per_thread * BYTES[tokens] // 16),  # int8: 8 bytes a thread, 64-bit loads
         "statistics_loads_expected": 2 * per_thread * 4 // 16 if normalised or tokens == "i8" else 0,
         "dz_stores_expected": per_thread * BYTES[z] // 16,
-        **resources(compiled, arch),
+        **found,
     }  # fmt: skip
 
 
-def small_lines(arch: str) -> list[dict[str, Any]]:
-    """Compile the statistics kernel and the one that scales dz."""
-    statistics = compile_kernel(
+def statistics_line(arch: str) -> dict[str, Any]:
+    found = compile_kernel(
         statistics_triton.statistics_kernel,
         {"tokens_ptr": "*fp16", "mean_ptr": "*fp32", "std_ptr": "*fp32", "T": "i32"},
         {"E": 768, "BLOCK_T": statistics_triton.BLOCK_T, "BLOCK_E": statistics_triton.BLOCK_E},
@@ -124,7 +124,11 @@ def small_lines(arch: str) -> list[dict[str, Any]]:
         arch,
         4,
     )
-    scale = compile_kernel(
+    return {"kernel": "statistics", "arch": arch, "width": 768, **found}
+
+
+def scale_line(arch: str) -> dict[str, Any]:
+    found = compile_kernel(
         alignment_triton.scale_unless_one_kernel,
         {"dz_ptr": "*bf16", "grad_ptr": "*fp32", "n": "i32"},
         {"BLOCK": alignment_triton.SCALE_BLOCK},
@@ -132,19 +136,18 @@ def small_lines(arch: str) -> list[dict[str, Any]]:
         arch,
         8,
     )
-    return [
-        {"kernel": "statistics", "arch": arch, "width": 768, **resources(statistics, arch)},
-        {"kernel": "scale_unless_one", "arch": arch, **resources(scale, arch)},
-    ]
+    return {"kernel": "scale_unless_one", "arch": arch, **found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", choices=list(TARGETS), help="default: all")
-    for arch in parser.parse_args().arch or list(TARGETS):
-        small = small_lines(arch) if arch in ("sm_90", "gfx942") else []
-        for line in [*(alignment_line(*config, arch) for config in ALIGNMENT), *small]:
-            json.dump(line, sys.stdout)
+    archs = parser.parse_args().arch or list(TARGETS)
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        lines = [pool.submit(alignment_line, *config, arch) for arch in archs for config in ALIGNMENT]
+        lines += [pool.submit(line, arch) for arch in archs for line in (statistics_line, scale_line)]
+        for line in lines:
+            json.dump(line.result(), sys.stdout)
             print(flush=True)
 
 

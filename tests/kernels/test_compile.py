@@ -33,8 +33,10 @@ def test_table(lines, capsys):
                 f"{x.get('tokens', '-'):<7} {x['registers']:>9}  {x['spills']:>6}  "
                 f"{x['wide_loads']:>13}, {x['wide_stores']}"
             )
-    assert {x["arch"] for x in lines} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert {x["kernel"] for x in lines} == {"alignment", "statistics", "scale_unless_one"}
+    for kernel in ("alignment", "statistics", "scale_unless_one"):
+        assert {x["arch"] for x in lines if x["kernel"] == kernel} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    widths = {384, 768, 1024, 1152, 1280, 1536, 4096}
+    assert {x["width"] for x in lines if x["kernel"] == "alignment"} == widths
 
 
 def test_nothing_spills_and_registers_are_few(lines):
@@ -44,8 +46,10 @@ def test_nothing_spills_and_registers_are_few(lines):
 
 
 def test_1024_threads_fit_a_multiprocessor_of_sm_90(lines):
-    """They share its 65,536 registers: 64 each."""
-    assert all(x["registers"] <= 64 for x in lines if x["arch"] == "sm_90")
+    """They share its 65,536 registers: 64 each. Caches hold no float32 tokens, which take more."""
+    stored = [x for x in lines if x["arch"] == "sm_90" and x.get("tokens") != "fp32"]
+    assert len(stored) > 5
+    assert all(x["registers"] <= 64 for x in stored)
 
 
 def test_rows_are_loaded_and_stored_in_128_bits(lines):
@@ -67,7 +71,8 @@ with FakeTensorMode():
 def op(z, tokens):
     return alignment._loss_and_dz(z, tokens, None, None, None, None, None, 0.6, 0.5, True)
 graph = make_fx(op, tracing_mode="fake")(z, tokens)
-print(json.dumps([node.target.__name__ for node in graph.graph.nodes if node.op == "call_function"]))
+calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+print(json.dumps([[node.target.__name__, node.kwargs.get("grid")] for node in calls]))
 """
 
 
@@ -76,6 +81,8 @@ def test_the_cuda_path_is_two_launches_and_a_sum_of_partials():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
     done = subprocess.run([sys.executable, "-c", GRAPH], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    calls = [name for name in json.loads(done.stdout) if not name.startswith("empty")]
+    calls = [call for call in json.loads(done.stdout) if not call[0].startswith("empty")]
     launch = "triton_kernel_wrapper_mutation"  # channel statistics, then the alignment
-    assert calls == [launch, launch, "sum.default"]
+    assert [name for name, _ in calls] == [launch, launch, "sum.default"]
+    # One dimension each, for 4 images: the second and third end at 65,535.
+    assert [grid for _, grid in calls[:2]] == [[[4 * 1, 1, 1]], [[4 * 2, 1, 1]]]
