@@ -5,7 +5,6 @@ or after the final norm, is in the spec. The libraries' models are made and read
 transformers_models.py.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +81,9 @@ class Encoder:
         return tokens.float().contiguous(), cls_token
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which a model of this precision runs: bf16 autocast, or float32 as it is."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context in which a model of this precision runs, whatever autocast the caller is under."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 _LOADERS: dict[str, Callable[[Mapping[str, Any], Path | None], Features]] = {

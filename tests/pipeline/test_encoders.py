@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from repa.cache_specs.errors import UsageError
 from repa.cache_specs.tables import encoder_table, resolve_encoder
-from repa.pipeline.encoders import Encoder, load_encoder
+from repa.pipeline.encoders import Encoder, autocast, load_encoder
 from repa.pipeline.preprocess import encoder_input
 
 from .small_encoders import FAMILIES, small_spec
@@ -151,3 +151,13 @@ def test_hog_takes_no_weights_and_no_tiny_pictures(tmp_path: Path) -> None:
     spec = {**resolve_encoder("hog:grid=2", resolution=8).spec, "input_size": [4, 4]}
     with pytest.raises(UsageError, match="at least 8 pixels"):
         load_encoder(spec)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_models_precision_is_its_own_under_a_callers_autocast(outer):
+    linear, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        with autocast(torch.device("cpu"), "fp32"):
+            assert linear(x).dtype == torch.float32
+        with autocast(torch.device("cpu"), "bf16"):
+            assert linear(x).dtype == torch.bfloat16
