@@ -104,6 +104,15 @@ def test_what_may_change_does_and_a_finished_run_stays(finished, repa_train, tmp
     assert longer.losses() == repa_train(written.path, tmp_path / "whole", "--steps", "8").losses()
 
 
+def test_a_run_that_lost_its_metrics_goes_on(finished, repa_train, tmp_path):
+    written, out = finished
+    (out / "metrics.jsonl").unlink()
+    outcome = repa_train(written.path, out, "--resume", "auto", "--steps", "8", "--set", "save_every=3")
+    assert outcome.code == 0
+    assert outcome.error.count("metrics.jsonl begins at step 7: the steps before it were lost") == 1
+    assert outcome.losses() == repa_train(written.path, tmp_path / "whole", "--steps", "8").losses()[6:]
+
+
 def test_resume_auto_starts_where_there_is_nothing(make_cache, repa_train, tmp_path):
     cache, out = make_cache().path, tmp_path / "run"
     # A run that was killed before its first checkpoint left some metrics.
