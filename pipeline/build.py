@@ -12,20 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from ..cache_specs.errors import UsageError, nearest
+from ..cache_specs.errors import JobError, UsageError, nearest
 from ..cache_specs.fingerprint import transform_fingerprint
-from ..cache_specs.layout import BAD_FILES, CROP, DEFAULT_SHARD_SAMPLES, VIEWS, CacheLayout
+from ..cache_specs.layout import CROP, DEFAULT_SHARD_SAMPLES, VIEWS, CacheLayout
 from ..cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ..cache_specs.tables import ResolvedModel, resolve_autoencoder, resolve_encoder
-from .decode import decode_batch
-from .encode import ModelRequest, load_model
+from .complete import complete_component
+from .encode import ModelRequest, RangeResult, load_model
 from .job import JobOptions, RangeWork, open_pool
 from .manifest import Manifest
-from .statistics import component_statistics
+from .records import known_bytes
 from .store import CacheStore, read_attributes
 
 DEFAULT_RESOLUTION = 256
 DEFAULT_AUTOENCODER = "sd-vae-ft-mse"
+MAX_LISTED = 1000  # bad images named while they are found: where a whole disk is gone, the rest are the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +81,36 @@ class BuildPlan:
 
 @dataclass(kw_only=True)
 class BuildReport:
-    """What a build did. `bad` gives the reason by sample row; `statistics` what completion wrote, by component path."""
+    """What a build did.
+
+    `bad` gives the reason by sample row, `not_finite` the same by component path, `passing` the rows of `bad` that
+    another try may well read; `statistics` is what completion wrote, by component path.
+    """
 
     num_images: int = 0
     seconds: float = 0.0
     bad: dict[int, str] = field(default_factory=dict)
+    passing: set[int] = field(default_factory=set)
+    not_finite: dict[str, dict[int, str]] = field(default_factory=dict)
     completed: list[str] = field(default_factory=list)
     statistics: dict[str, dict[str, object]] = field(default_factory=dict)
+
+    def add(self, result: RangeResult) -> None:
+        """Take up one range."""
+        self.num_images += result.num_samples
+        self.bad.update(result.bad)
+        self.passing.update(result.passing)
+        for path, reasons in result.not_finite.items():
+            self.not_finite.setdefault(path, {}).update(reasons)
+
+    def reasons(self, path: str) -> dict[int, str]:
+        """Return why rows of one component could not be used."""
+        return {**self.not_finite.get(path, {}), **self.bad}
+
+    @property
+    def unusable(self) -> set[int]:
+        """The rows that some component could not use."""
+        return set(self.bad).union(*self.not_finite.values())
 
 
 def plan_build(options: BuildOptions) -> BuildPlan:
@@ -109,12 +133,17 @@ def _missing(store: CacheStore, requests: Sequence[ModelRequest]) -> dict[str, l
 
 
 def run_build(
-    options: BuildOptions, *, on_start: Callable[[int, int], None], on_progress: Callable[[int], None]
+    options: BuildOptions,
+    *,
+    on_start: Callable[[int, int], None],
+    on_progress: Callable[[int], None],
+    on_message: Callable[[str], None] = lambda line: None,
 ) -> BuildReport:
     """Build what is missing and complete every component that has all its ranges.
 
-    `on_start(done, total)` and `on_progress(samples)` count samples of ranges. Raises `RepaError` for what cannot be
-    built; bad images are no error here but entries of the report.
+    `on_start(done, total)` and `on_progress(samples)` count samples of ranges; `on_message` gets a line for each bad
+    image when it is found, and before each component that is completed. Raises `RepaError` for what cannot be built;
+    bad images are no error here but entries of the report.
     """
     plan = plan_build(options)
     store = CacheStore.create_or_open(options.cache, plan.layout, options.manifest)
@@ -126,10 +155,10 @@ def run_build(
         plan = replace(plan, missing=_missing(store, plan.requests))
         _check_on_disk(store, plan, options)
         if plan.work():
-            _encode(store, plan, options, report, on_start, on_progress)
+            _encode(store, plan, options, report, on_start, on_progress, on_message)
         else:
             on_start(store.layout.num_samples, store.layout.num_samples)
-        _complete(store, plan, options, report)
+        _complete(store, plan, options, report, on_message)
     return report
 
 
@@ -140,6 +169,7 @@ def _encode(
     report: BuildReport,
     on_start: Callable[[int, int], None],
     on_progress: Callable[[int], None],
+    on_message: Callable[[str], None],
 ) -> None:
     pending = tuple(request for request in plan.requests if plan.missing[request.component("").path])
     job = JobOptions(
@@ -162,10 +192,20 @@ def _encode(
         on_start(store.layout.num_samples - sum(stop - start for start, stop in ranges), store.layout.num_samples)
         started = time.monotonic()
         for result in pool.run(_range_works(store, work, options.manifest)):
-            report.num_images += result.num_samples
-            report.bad.update(result.bad)
+            _list_bad(result, len(report.unusable), options.manifest, on_message)
+            report.add(result)
             on_progress(result.num_samples)
         report.seconds = time.monotonic() - started
+
+
+def _list_bad(result: RangeResult, listed: int, manifest: Manifest, on_message: Callable[[str], None]) -> None:
+    reasons = dict(result.bad)
+    for by_row in result.not_finite.values():
+        reasons |= {row: "; ".join(filter(None, [reasons.get(row), reason])) for row, reason in by_row.items()}
+    for row in sorted(reasons)[: max(0, MAX_LISTED - listed)]:
+        on_message(f"bad image: {manifest.sample_ids[row]}: {reasons[row]}")
+    if listed < MAX_LISTED < listed + len(reasons):
+        on_message("bad image: further ones are only counted")
 
 
 def _range_works(store: CacheStore, work: Mapping[int, tuple[str, ...]], manifest: Manifest) -> Iterator[RangeWork]:
@@ -180,50 +220,32 @@ def _range_works(store: CacheStore, work: Mapping[int, tuple[str, ...]], manifes
             index=index,
             paths=paths,
             sample_ids=tuple(manifest.sample_ids[start:stop].tolist()),
-            expected_bytes=_known_bytes(store, [path for path in done if index in done[path]], start, stop),
+            expected_bytes=known_bytes(store, [path for path in done if index in done[path]], start, stop),
         )
 
 
-def _known_bytes(store: CacheStore, paths: Sequence[str], start: int, stop: int) -> np.ndarray:
-    """Return the file sizes [b] int64 that built components of this range recorded, 0 where none did.
-
-    One component is enough where it has every sample; the others only fill the gaps that its bad images left.
-    """
-    known = np.zeros(stop - start, dtype=np.int64)
-    for path in paths:
-        if known.all():
-            break
-        known = np.where(known == 0, store.read(f"{path}/source_bytes", start, stop), known)
-    return known
-
-
-def _complete(store: CacheStore, plan: BuildPlan, options: BuildOptions, report: BuildReport) -> None:
-    for path in plan.missing:
+def _complete(
+    store: CacheStore, plan: BuildPlan, options: BuildOptions, report: BuildReport, on_message: Callable[[str], None]
+) -> None:
+    """Complete what has all its ranges; raise `JobError` for what was asked and is not whole, unless by bad images."""
+    unfinished: list[str] = []
+    for path, missing in _missing(store, plan.requests).items():
+        reasons = report.reasons(path)
+        explained = {row // store.layout.shard_samples for row in (report.passing if options.skip_bad else reasons)}
         component = store.component(path)
-        if component is None or store.is_complete(path) or store.missing_ranges(component):
-            continue
-        results = component_statistics(store, component)
-        bad = _bad_files(store, path, options.manifest)
-        if bad:
-            results[BAD_FILES] = bad
-        store.complete_component(component, results)
-        report.completed.append(path)
-        report.statistics[path] = results
-
-
-def _bad_files(store: CacheStore, path: str, manifest: Manifest) -> dict[str, str]:
-    """Return the reason by sample id of every row that is not valid.
-
-    The files are looked at once more: the reason survives a build that was killed between its range and completion.
-    """
-    reasons = {}
-    for row in np.flatnonzero(~store.read(f"{path}/valid", 0, store.layout.num_samples)).tolist():
-        sample_id = str(manifest.sample_ids[row])
-        others = [other for other in store.components() if other != path and store.is_complete(other)]
-        expected = _known_bytes(store, others, row, row + 1)
-        bad = decode_batch(manifest.source, [sample_id], store.layout.resolution, expected).bad
-        reasons[sample_id] = bad.get(0, "it could not be used when it was encoded; it can be now")
-    return reasons
+        lost = sorted(set(missing) - explained)
+        if lost:
+            start, stop = store.layout.sample_range(lost[0])
+            unfinished.append(f"{path}: {len(lost)} ranges are missing, first samples {start} to {stop - 1}")
+        elif component is not None and not missing and not store.is_complete(path):
+            on_message(f"{path}: every range is there; reading {store.layout.num_ranges} shards to complete it")
+            try:
+                report.statistics[path] = complete_component(store, component, options.manifest, reasons)
+                report.completed.append(path)
+            except JobError as error:
+                unfinished.append(str(error))
+    if unfinished:
+        raise JobError(f"{store.path}: not finished: {'; '.join(unfinished)}. Run the same command again")
 
 
 def _check_on_disk(store: CacheStore, plan: BuildPlan, options: BuildOptions) -> None:

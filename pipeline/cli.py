@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .build import BuildOptions, BuildPlan, BuildReport
     from .manifest import ImageSource, Manifest
 
-MAX_LISTED = 20  # bad files printed; the count is always said, and info lists them all
+MAX_LISTED = 20  # damaged files in the line that removes them; verify has named them all above it
 
 
 @click.group(
@@ -78,13 +78,17 @@ def build(data: str, weights: tuple[str, ...], labels: str | None, dry_run: bool
 
     def start(done: int, total: int) -> None:
         bar.reset(total=total)
-        bar.update(done)
+        bar.n = bar.last_print_n = bar.initial = done  # what was there before has no part in the rate
+        bar.refresh()
 
     def advance(samples: int) -> None:
         bar.update(samples)
+    def say(line: str) -> None:
+        bar.write(line, file=sys.stderr)
+
 
     try:
-        report = run_build(options, on_start=start, on_progress=advance)
+        report = run_build(options, on_start=start, on_progress=advance, on_message=say)
     finally:
         bar.close()
     _print_report(options, report)
@@ -159,19 +163,20 @@ def _print_report(options: "BuildOptions", report: "BuildReport") -> None:
             click.echo(f"  float16 moves a channel's mean by at most {error:.2g} of its std{advice}")
     if not report.num_images and not report.completed:
         click.echo(f"{options.cache}: everything asked for is there and complete")
-    bad = {str(options.manifest.sample_ids[row]): reason for row, reason in sorted(report.bad.items())}
-    for sample_id, reason in list(bad.items())[:MAX_LISTED]:
-        click.echo(f"bad image: {sample_id}: {reason}", err=True)
-    if len(bad) > MAX_LISTED:
-        click.echo(f"... and {len(bad) - MAX_LISTED} more", err=True)
+    bad, passing = len(report.unusable), len(report.passing)
+    if passing:
+        raise JobError(
+            f"{passing} images could not be read (listed above) for a reason of the disk, the network or the memory, "
+            "not of the file, so the ranges with them were not written; see to it and run the same command again"
+        )
     if bad and not options.skip_bad:
         raise JobError(
-            f"{len(bad)} of {len(options.manifest)} images could not be used (listed above), so the ranges with them "
+            f"{bad} of {len(options.manifest)} images could not be used (listed above), so the ranges with them "
             "were not written and the cache is incomplete; mend the files and run the same command again, "
             "or add --skip-bad to leave them out"
         )
     if bad:
-        click.echo(f"{len(bad)} bad images were left out (--skip-bad); training does not see them")
+        click.echo(f"{bad} bad images were left out (--skip-bad); training does not see them")
 
 
 @cli.command()

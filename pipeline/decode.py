@@ -5,6 +5,7 @@ alpha is dropped, as the field's own tools do. EXIF rotation is applied. What ca
 reason; it never stops the others.
 """
 
+import errno
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .manifest import ImageSource
+
+# What the operating system says of a file that will be no better tomorrow. Anything else (EIO, ESTALE, ETIMEDOUT,
+# ENOMEM) is the disk's, the network's or the machine's, and passes.
+LASTING_ERRORS = frozenset(
+    [errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG]
+)
 
 
 class BadImage(Exception):
@@ -24,12 +31,13 @@ class DecodedBatch:
     """A sub-batch of consecutive rows.
 
     `images` [b, H, W, 3] uint8, zeros where bad; `source_bytes` [b] int64, the size of each file, 0 where bad;
-    `bad` gives the reason by offset in the batch.
+    `bad` gives the reason by offset in the batch; `passing` are those of them that are not the file's own fault.
     """
 
     images: np.ndarray
     source_bytes: np.ndarray
     bad: dict[int, str]
+    passing: frozenset[int] = frozenset()
 
 
 def decode_batch(
@@ -43,6 +51,7 @@ def decode_batch(
     images = np.zeros((len(sample_ids), resolution, resolution, 3), dtype=np.uint8)
     source_bytes = np.zeros(len(sample_ids), dtype=np.int64)
     bad: dict[int, str] = {}
+    passing = set()
     for i, sample_id in enumerate(sample_ids):
         try:
             data = source.read(sample_id)
@@ -55,9 +64,11 @@ def decode_batch(
             source_bytes[i] = len(data)
         except OSError as error:
             bad[i] = f"cannot be read ({error.strerror or error})"
+            if error.errno not in LASTING_ERRORS:
+                passing.add(i)
         except BadImage as error:
             bad[i] = str(error)
-    return DecodedBatch(images=images, source_bytes=source_bytes, bad=bad)
+    return DecodedBatch(images=images, source_bytes=source_bytes, bad=bad, passing=frozenset(passing))
 
 
 def decode(data: bytes, resolution: int) -> np.ndarray:

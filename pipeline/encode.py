@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cache_specs.errors import CacheError
 from ..cache_specs.layout import ArrayLayout, CacheLayout, layer_array
 from ..cache_specs.schema import FEATURES, ComponentSpec, stored_layers
 from .autoencoders import load_autoencoder
@@ -52,12 +51,19 @@ class ModelRequest:
 
 @dataclass(kw_only=True)
 class RangeResult:
-    """What became of one range: `written` component paths, `bad` reasons by sample row."""
+    """What became of one range.
+
+    `written` are component paths; `bad` gives the reason by sample row where the image could not be used, and
+    `not_finite` by component path and row where what a model made of it could not; `passing` are the rows of `bad`
+    that another try may well read.
+    """
 
     index: int
     num_samples: int
     written: list[str] = field(default_factory=list)
     bad: dict[int, str] = field(default_factory=dict)
+    passing: set[int] = field(default_factory=set)
+    not_finite: dict[str, dict[int, str]] = field(default_factory=dict)
 
 
 class Worker:
@@ -85,9 +91,10 @@ class Worker:
     ) -> RangeResult:
         """Encode one range into the components at `paths` and commit it.
 
-        A range with a bad image is not written, unless `skip_bad`: then its row is zero and `valid` false. Every
-        sub-batch is looked at in either case, so that every bad file is listed. Raises `CacheError` where the disk
-        refuses, or naming component and sample where a stored value is not finite.
+        A range with a bad image is not written, unless `skip_bad`: then its row is zero and `valid` false. The same
+        holds, for one component alone, of a sample whose stored values are not finite. An image that could not be read
+        for a reason that passes keeps its range from being written in either case. Every sub-batch is looked at, so
+        that every bad file is listed. Raises `CacheError` where the disk refuses.
         """
         start, stop = self._store.layout.sample_range(index)
         result = RangeResult(index=index, num_samples=stop - start)
@@ -98,15 +105,19 @@ class Worker:
             row = start
             for batch in batches:
                 result.bad.update({row + offset: reason for offset, reason in batch.bad.items()})
-                if skip_bad or not result.bad:
+                result.passing.update(row + offset for offset in batch.passing)
+                if not result.passing and (skip_bad or not result.bad):
                     for writer in writers:
-                        writer.append(row, batch, self._encoders[writer.component.path])
+                        path = writer.component.path
+                        for offset, reason in writer.append(batch, self._encoders[path]).items():
+                            result.not_finite.setdefault(path, {})[row + offset] = reason
                 row += len(batch.images)
             assert row == stop, (row, stop)
-            if skip_bad or not result.bad:
-                for writer in writers:
+            for writer in writers:
+                path = writer.component.path
+                if not result.passing and (skip_bad or not (result.bad or path in result.not_finite)):
                     writer.commit()
-                    result.written.append(writer.component.path)
+                    result.written.append(path)
         finally:
             for writer in writers:
                 writer.abandon()
@@ -151,19 +162,29 @@ class _ComponentWriter:
         except OSError as error:
             raise disk_error(self._folder, error) from error
 
-    def append(self, row: int, batch: DecodedBatch, encode: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> None:
+    def append(self, batch: DecodedBatch, encode: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> dict[int, str]:
+        """Encode and append a sub-batch; rows that are not finite become zeros: return their reasons by offset."""
         images = torch.tensor(batch.images).permute(0, 3, 1, 2)
         views = [encode(images)] + [encode(images.flip(-1)) for _ in range(self._views - 1)]
-        for name in views[0]:
-            # [b, V, ...]: chunks lie in C order over (sample, view)
-            values = torch.stack([view[name] for view in views], dim=1).cpu().numpy()
-            values[list(batch.bad)] = 0
-            self._check_finite(name, row, values)
+        # [b, V, ...]: chunks lie in C order over (sample, view)
+        arrays = {name: torch.stack([view[name] for view in views], dim=1).cpu().numpy() for name in views[0]}
+        not_finite: dict[int, str] = {}
+        for name, values in arrays.items():
+            if values.dtype.kind != "f":
+                continue
+            finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+            for offset in np.flatnonzero(~finite).tolist():
+                if offset not in batch.bad:
+                    not_finite.setdefault(offset, self._not_finite(name, values.dtype))
+        unusable = [*batch.bad, *not_finite]
+        for name, values in arrays.items():
+            values[unusable] = 0
             self._writer(name).append(values.reshape(-1, *values.shape[2:]))
         valid = np.ones(len(batch.images), dtype=bool)
-        valid[list(batch.bad)] = False
+        valid[unusable] = False
         self._records["valid"].append(valid)
-        self._records["source_bytes"].append(batch.source_bytes)
+        self._records["source_bytes"].append(np.where(valid, batch.source_bytes, 0))
+        return not_finite
 
     def commit(self) -> None:
         for name, pieces in self._records.items():
@@ -189,12 +210,8 @@ class _ComponentWriter:
             self._writers[name] = ShardWriter(self._folder / name, layout, self.component.compressor)
         return self._writers[name]
 
-    def _check_finite(self, name: str, row: int, values: np.ndarray) -> None:
-        if values.dtype.kind != "f" or np.isfinite(values).all():
-            return
-        offset = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(axis=1)))
-        sample_id = self._store.read("sample_id", row + offset, row + offset + 1)[0]
-        raise CacheError(
-            f"{self._store.path}: {self.component.path}: {name} of sample {row + offset} ({sample_id}) is not finite "
-            f"after rounding to {values.dtype}; store this encoder with --dtype int8, or leave the image out"
-        )
+    def _not_finite(self, name: str, dtype: np.dtype[Any]) -> str:
+        # Statistics of the unrounded tokens come first among the arrays: where they are finite, rounding it was.
+        rounded = self.component.kind == FEATURES and name.startswith("patch_tokens")
+        advice = "; --dtype int8 can store it" if rounded else ""
+        return f"{self.component.path}: its {name} is not finite as {dtype}{advice}"

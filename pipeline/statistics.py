@@ -8,6 +8,7 @@ import numpy as np
 from ..cache_specs.errors import CacheError
 from ..cache_specs.layout import layer_array
 from ..cache_specs.schema import LATENTS, ComponentSpec, stored_layers
+from .records import read_valid
 from .shards import read_shard
 from .store import CacheStore
 
@@ -71,5 +72,5 @@ def _valid_rows(store: CacheStore, component: ComponentSpec, name: str) -> Itera
         chunks, problems = read_shard(path, layout, component.compressor, num_chunks=rows)
         if problems:
             raise CacheError(f"{path}: {next(iter(problems.values()))}; delete this file and run the build again")
-        valid = store.read(f"{component.path}/valid", start, stop)
+        valid = read_valid(store, component, index)
         yield chunks[:rows][np.repeat(valid, store.layout.num_views)]

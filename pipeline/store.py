@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,12 @@ class CacheStore:
         """Write `results` and, last, `complete` into the component's attributes, by one rename."""
         files = component_files(spec, self.layout, {**results, COMPLETE: True})
         write_file(self.path / spec.path / METADATA, files[METADATA])
+
+    def take_back(self, spec: ComponentSpec, ranges: Iterable[int]) -> None:
+        """Make `ranges` missing again, by the shards of `valid` that record them as done."""
+        layout = spec.arrays(self.layout)[-1]
+        for index in ranges:
+            (self.path / spec.path / layout.name / layout.shard_file(index)).unlink()
 
     def is_complete(self, path: str) -> bool:
         return bool((read_attributes(self.path / path) or {}).get(COMPLETE))
