@@ -71,7 +71,8 @@ def join(device: str) -> Iterator[World]:
     if size == 1:
         yield World(rank=0, size=1, device=place)
         return
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    # NCCL must know the device: it would otherwise guess it at the first barrier, and warn.
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=place if device == "cuda" else None)
     try:
         yield World(rank=rank, size=size, device=place)
     except RuntimeError as error:
@@ -91,14 +92,15 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def settle_buckets(wrapped: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Run one step whose gradients are thrown away.
+def settle_buckets(wrapped: nn.Module, inputs: tuple[Tensor, ...], *, autocast: torch.autocast) -> None:
+    """Run one step whose gradients are thrown away, under the autocast of all that follow.
 
     DistributedDataParallel regroups its buckets after the first backward pass it sees. With three ranks or more the
     order of a ring's additions depends on them, and the first step after a resume would differ in the last bit from
     the same step of an uninterrupted run. After this, every step of either uses the same buckets.
     """
-    velocity, projections = wrapped(*inputs, return_projections=True)
+    with autocast:
+        velocity, projections = wrapped(*inputs, return_projections=True)
     sum((tokens.float().mean() for tokens in projections), start=velocity.float().mean()).backward()
     wrapped.zero_grad(set_to_none=True)
 

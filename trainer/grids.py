@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..cache_specs.errors import writing
 from .metrics import RESUME
@@ -34,7 +33,7 @@ def draw_training_grid(run: Run, decode: Decoder | None) -> Path:
         labels="balanced",
         sampler=SamplerConfig(sampler=settings.sampler, steps=settings.steps, cfg_scale=settings.cfg_scale),
     )
-    with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+    with run.autocast():
         images = draw_samples(
             run.ema.model,
             range(settings.num),

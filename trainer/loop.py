@@ -27,7 +27,7 @@ def train_step(run: Run, ahead: ReadAhead, norm: tuple[Tensor, Tensor]) -> Tenso
     """
     config, accumulation = run.config, run.config.accumulation
     coefficient = config.alignment.proj_coeff
-    autocast = torch.autocast(run.world.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    autocast = run.autocast()
     losses = torch.zeros(2, device=run.world.device)
 
     for micro in range(accumulation):
@@ -75,7 +75,7 @@ def train(
     """
     config, world = run.config, run.world
     if world.size > 1:
-        settle_buckets(run.wrapped, dummy_inputs(run))
+        settle_buckets(run.wrapped, dummy_inputs(run), autocast=run.autocast())
     norm = run.norm.tensors(world.device)
     saved = run.step
     with (

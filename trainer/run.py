@@ -45,6 +45,10 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.out)
 
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the model runs forward: bf16 autocast, or float32 as it is."""
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
     def record(self) -> dict[str, Any]:
         """Return what is stored in config.json and in checkpoints: the settings and what the cache made of them."""
         return record(self.config, self.reader, self.norm)

@@ -18,8 +18,8 @@ from repa.trainer import loop
 from repa.trainer.batches import Batches, Place
 from repa.trainer.checkpoint import load_checkpoint
 from repa.trainer.config import Layer, recipe_layer, resolve, set_layer
-from repa.trainer.distributed import World, join
-from repa.trainer.run import prepare
+from repa.trainer.distributed import World, join, settle_buckets
+from repa.trainer.run import dummy_inputs, prepare
 
 SCRIPT = Path(__file__).with_name("small_train.py")
 
@@ -80,3 +80,24 @@ def test_a_missing_device_is_named(monkeypatch):
         monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
     with pytest.raises(UsageError, match=r"wants cuda:\d.*--device cpu"), join("cuda"):
         pass
+
+
+def test_buckets_are_settled_in_the_precision_of_the_run(make_cache, small_sit):
+    run = prepare(settings(make_cache().path, "precision=bf16"), World(rank=0, size=1, device=torch.device("cpu")))
+    seen = []
+    with run.model.projectors[0].register_forward_hook(lambda _module, _inputs, out: seen.append(out.dtype)):
+        settle_buckets(run.model, dummy_inputs(run), autocast=run.autocast())
+    assert seen == [torch.bfloat16]
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
+def test_nccl_is_told_its_device(monkeypatch):
+    told = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: told.update(options))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "2"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    with join("cuda") as world:
+        assert told == {"device_id": world.device} == {"device_id": torch.device("cuda", 2)}
