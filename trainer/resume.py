@@ -40,7 +40,8 @@ def enter_folder(run: Run, *, resume: bool) -> None:
 
 def restore(run: Run, path: Path) -> None:
     """Load model, EMA, optimizer and step from a checkpoint of this very run."""
-    stored = load_checkpoint(path)
+    # Mapped, not loaded: eight ranks of a machine would each hold all of it, 11 GB for SiT-XL, beside what they copy.
+    stored = load_checkpoint(path, mmap=True)
     if "config" not in stored:
         raise CheckpointError(f"{path} is not a checkpoint of repa-train; it cannot be resumed, only sampled from")
     check_same(stored["config"], run.record(), where=str(path))
