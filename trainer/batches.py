@@ -100,8 +100,9 @@ class DrawSpec:
 
     def draw(self, num: int, *, step: int, micro: int, rank: int) -> Draws:
         """Return the random numbers of `num` samples, a function of the arguments alone."""
-        # torch's CPU generator keeps 32 bits of a seed: of 400,000 steps some 20 pairs share their noise, on other
-        # samples. Harmless, and the price of one generator that every device agrees on.
+        # torch's CPU generator keeps 32 bits of a seed: of n = steps x micro-batches x ranks draws, n^2 / 2^33 pairs
+        # share their noise, on other samples: 19 for 400,000 steps of one rank, 1,200 for those of eight. numpy's
+        # PCG64 keeps all bits and takes twice as long: 25 ms against 12 for 256 latents of 4 x 32 x 32 with posterior.
         sequence = np.random.SeedSequence(self.seed, spawn_key=(_DRAWS, step, micro, rank))
         generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
         views = torch.randint(self.num_views, (num,), generator=generator)
