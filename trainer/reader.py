@@ -55,7 +55,7 @@ class FeatureBatch:
     """One encoder's rows as stored. E channels, T tokens.
 
     tokens [B,T,E] float16 | int8; token_scale [B,T] float16 with int8 only; channel_mean, channel_std [B,E] float32;
-    cls_token [B,E] float16 where the encoder has one.
+    cls_token [B,E] float16 where the encoder has one and the reader was asked for it.
     """
 
     tokens: Tensor
@@ -94,6 +94,7 @@ class CacheReader:
     autoencoder  name of a group in latents/; None where there is only one
     encoder      names of groups in features/, or one; None for the only one. () reads no tokens. A name may end in
                  :layer=9, which picks one layer of a group that holds several: its arrays then stand for the group's
+    cls_token    read it too, where the encoder has one
     check_reads  also verify each row's crc32c, which `repa-cache verify` otherwise does
 
     Raises CacheError for what is missing, incomplete, damaged or of another format, and UsageError for a name that
@@ -106,6 +107,7 @@ class CacheReader:
         *,
         autoencoder: str | None = None,
         encoder: str | Sequence[str] | None = None,
+        cls_token: bool = True,
         check_reads: bool = False,
     ) -> None:
         self.path = Path(path)
@@ -117,6 +119,7 @@ class CacheReader:
             )
         self.layout = CacheLayout.from_attributes(attributes, self.path)
         self._files = OpenFiles()
+        self._fields = {k: v for k, v in _FEATURE_FIELDS.items() if cls_token or k != "cls_token"}
         self._check_reads = check_reads
         self._lock = threading.Lock()
 
@@ -279,7 +282,7 @@ class CacheReader:
             group=group,
             layer=layer,
         )
-        picked = {name: arrays.get(layer_array(name, layer)) for name in _FEATURE_FIELDS}
+        picked = {name: arrays.get(layer_array(name, layer)) for name in self._fields}
         return spec, {name: array for name, array in picked.items() if array is not None}
 
     def _read_labels(self) -> NDArray:

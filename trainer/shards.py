@@ -100,7 +100,7 @@ class DirectArray:
                 out[i] = 0
             elif self._check:
                 self._read_checked(shard, descriptor, row, offset)
-            elif os.preadv(descriptor, [row], offset) != row_bytes:
+            elif self._preadv(shard, descriptor, row, offset) != row_bytes:
                 self._read_whole(shard, descriptor, row, offset)
 
     def _descriptor(self, shard: int) -> int:
@@ -113,9 +113,9 @@ class DirectArray:
         if descriptor is None or not known:  # open already, where another reader of this array (two layers) opened it
             try:
                 descriptor = self._files.open(path) if descriptor is None else descriptor
+                file_bytes = os.fstat(descriptor).st_size
             except OSError as error:
                 raise self._error(shard, f"cannot be opened: {error.strerror}") from error
-            file_bytes = os.fstat(descriptor).st_size
             if not known:
                 self._offsets[shard] = self._read_index(shard, descriptor, file_bytes)
                 self._file_bytes[shard] = file_bytes
@@ -143,10 +143,16 @@ class DirectArray:
         """Fill `buffer`: a read may return less than asked, and less for ever means that the file was cut."""
         filled = 0
         while filled < len(buffer):
-            got = os.preadv(descriptor, [buffer[filled:]], offset + filled)
+            got = self._preadv(shard, descriptor, buffer[filled:], offset + filled)
             if got == 0:
                 raise self._error(shard, f"ends at byte {offset + filled}, inside a row that its index places there")
             filled += got
+
+    def _preadv(self, shard: int, descriptor: int, buffer: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(descriptor, [buffer], offset)
+        except OSError as error:  # a failing disk, a file server that has lost the file
+            raise self._error(shard, f"cannot be read at byte {offset}: {error.strerror}") from error
 
     def _read_checked(self, shard: int, descriptor: int, row: memoryview, offset: int) -> None:
         stored = memoryview(bytearray(self._row_bytes + CHECKSUM_BYTES))

@@ -1,5 +1,6 @@
 """CacheReader against the arrays that zarr-python wrote, and against damage of every kind."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -188,6 +189,27 @@ def test_a_read_that_ends_early_is_refused(make_cache):
     os.truncate(written.shard("latents/toy-ae/moments", 0), 100)
     with pytest.raises(CacheError, match="ends at byte 100"):
         reader.rows([0])
+
+
+def test_a_read_that_the_system_refuses_is_named(make_cache, monkeypatch):
+    reader = CacheReader(make_cache().path)
+    reader.rows([0])
+
+    def refuse(_descriptor: int, _buffers: list[memoryview], _offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    with pytest.raises(CacheError, match=r"moments/c\.0.*\(samples 0 to 4\) cannot be read at byte \d+: Input/output"):
+        reader.rows([0])
+
+
+def test_cls_tokens_are_read_where_they_are_asked_for(make_cache):
+    written = make_cache()
+    batch = CacheReader(written.path, cls_token=False).rows(ORDER, VIEWS)
+    assert batch.features[0].cls_token is None
+    whole = CacheReader(written.path).rows(ORDER, VIEWS).features[0].tensors()
+    assert list(whole) == [*batch.features[0].tensors(), "cls_token"]
+    assert all(torch.equal(whole[name], tensor) for name, tensor in batch.features[0].tensors().items())
 
 
 def test_check_reads_finds_a_flipped_byte(make_cache):
