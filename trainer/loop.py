@@ -53,8 +53,9 @@ def train_step(run: Run, ahead: ReadAhead, norm: tuple[Tensor, Tensor]) -> Tenso
             else:
                 alignment = torch.zeros_like(denoising)
 
-            # Backward
-            (denoising + alignment).backward()
+            # Backward; the gate judges the gradient, which ranks share: a loss that is not finite must show in it
+            loss = denoising + alignment
+            loss.backward(torch.where(torch.isfinite(loss), 1.0, torch.nan))
         losses += torch.stack([denoising.detach(), alignment.detach() / coefficient])
 
     # Clip and finiteness, optimizer, EMA, step count
@@ -116,10 +117,11 @@ def train(
 def not_finite(run: Run, step: int, numbers: dict[str, float]) -> str:
     """Return the one line for a run that stopped being finite at `step`."""
     values = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    kept = f", and the state of step {step - 1} is saved" if step > 1 else ""
+    precision = ", or with --set precision=fp32" if run.config.precision == "bf16" else ""
     return (
-        f"{run.folder}: step {step} is not finite ({values}); nothing was updated by it or after it, and the state of "
-        f"step {step - 1} is saved. Start a run with a smaller optimizer.learning_rate or optimizer.clip, or with "
-        f"--set precision=fp32"
+        f"{run.folder}: step {step} is not finite ({values}); nothing was updated by it or after it{kept}. Start a "
+        f"run with a smaller optimizer.learning_rate or optimizer.clip{precision}"
     )
 
 

@@ -174,6 +174,37 @@ def test_a_step_that_is_not_finite_stops_the_run_at_the_state_before(make_cache,
         assert all(torch.equal(state[name], ours["opt"]["state"][index][name]) for name in state)
 
 
+def test_a_loss_that_overflows_updates_nothing_though_its_gradient_is_finite(
+    make_cache, repa_train, tmp_path, monkeypatch
+):
+    cache, out, calls = make_cache().path, tmp_path / "run", iter(range(1, 100))
+    real = loop.denoising_loss
+
+    def overflowing(*tensors):
+        return real(*tensors) + (torch.inf if next(calls) == 3 else 0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "denoising_loss", overflowing)
+        outcome = repa_train(cache, out, "--steps", "9", "--set", "log_every=9")
+    assert "step 3 is not finite (denoising_loss inf" in outcome.error
+    assert "the state of step 2 is saved" in outcome.error
+    clean = repa_train(cache, tmp_path / "clean", "--steps", "2")
+    assert outcome.losses() == clean.losses()
+    ours, theirs = (load_checkpoint(run / "checkpoints/0000002.pt")["model"] for run in (out, tmp_path / "clean"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_first_step_that_is_not_finite_promises_nothing(make_cache, repa_train, tmp_path, precision):
+    cache = make_cache(nan_rows=tuple(range(23))).path
+    outcome = repa_train(cache, tmp_path / "run", "--steps", "5", "--set", f"precision={precision}")
+    assert outcome.code == 1
+    assert "step 1 is not finite" in outcome.error
+    assert "saved" not in outcome.error
+    assert not (tmp_path / "run/checkpoints").exists()
+    assert ("precision=fp32" in outcome.error) == (precision == "bf16")
+
+
 def test_sigterm_saves_at_the_next_step_and_ends_well(make_cache, repa_train, tmp_path, monkeypatch):
     step = loop.train_step
 
