@@ -132,7 +132,13 @@ def _walk(root: Path) -> Iterator[str]:
                 raise UsageError(
                     f"--data {root}: the name {os.fsencode(path)!r} is not UTF-8; rename it, sample ids are UTF-8 text"
                 ) from error
-            if entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # a link that leads back to itself, for one; a broken link is only no folder
+                raise UsageError(
+                    f"--data {root}: {path} cannot be followed ({error.strerror}); mend or remove this link"
+                ) from error
+            if is_folder:
                 stack.append((path, above | {identity}))
             else:
                 yield path

@@ -316,6 +316,12 @@ def _acquire(file: Path, *, wait: bool) -> int | None:
         except BlockingIOError:
             os.close(descriptor)
             return None
+        except OSError as error:
+            os.close(descriptor)
+            raise CacheError(
+                f"{file.parent.parent}: the file system cannot lock files ({error.strerror}), so two builds could not "
+                "be kept apart; mount it with locks (flock), or name a --cache on another"
+            ) from error
         with contextlib.suppress(FileNotFoundError):
             if os.stat(file).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor

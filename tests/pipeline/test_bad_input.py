@@ -1,6 +1,7 @@
 """Whatever a user gets wrong is one line that names it and the way out, an exit code that is not 0, nothing lost."""
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -215,6 +216,11 @@ def test_links_are_followed_but_not_in_a_circle(images: Path, tmp_path: Path, bu
     ]
 
 
+def test_a_link_to_itself_is_named(images: Path, tmp_path: Path, build: Callable[..., Any]) -> None:
+    (images / "class 0/loop").symlink_to("loop")
+    refuse(build(images, tmp_path / "cache"), 2, "class 0/loop cannot be followed (Too many levels of symbolic links)")
+
+
 # Requests
 
 
@@ -359,6 +365,22 @@ def test_a_place_where_no_cache_can_be(images: Path, tmp_path: Path, build: Call
     assert [entry.name for entry in (tmp_path / "full").iterdir()] == ["thesis.tex"]
     zarr.open_group(tmp_path / "other.zarr", mode="w")
     refuse(build(images, tmp_path / "other.zarr"), 1, "not a cache")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ESTALE])
+def test_a_file_system_without_locks(
+    images: Path, tmp_path: Path, build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    tried: list[int] = []
+
+    def flock(descriptor: int, operation: int) -> None:
+        tried.append(descriptor)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    refuse(build(images, tmp_path / "cache"), 1, str(tmp_path / "cache"), os.strerror(number), "cannot lock files")
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(tried[0])
 
 
 AS_ANOTHER = """
