@@ -4,6 +4,7 @@ A component's group carries this whole record as attributes, and its fingerprint
 stored value. The compressor is kept beside it, outside the fingerprint: it changes bytes on disk, no value.
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,13 +83,13 @@ class ComponentSpec:
             side, layers = self.spec["grid"][0], self.spec.get("layers")
             request += f":grid={side}" if f"-grid{side}" in self.name else ""
             request += "" if layers is None else f":layers={','.join(map(str, layers))}"
-            options = [f"--encoder {request}", "--autoencoder none"]
+            options = [f"--encoder {shlex.quote(request)}", "--autoencoder none"]
         for option, default in (("dtype", "float16"), ("precision", "fp32"), ("compressor", "none")):
             if getattr(self, option) != default:
                 options.append(f"--{option} {getattr(self, option)}")
         if self.spec["random_weights"]:
             options.append("--random-weights")
-        return f"repa-cache build --data PATH --cache {cache} {' '.join(options)}"
+        return f"repa-cache build --data PATH --cache {shlex.quote(str(cache))} {' '.join(options)}"
 
     def attributes(self, cache: CacheLayout) -> dict[str, Any]:
         """Return the group's attributes before completion, in the order in which they are written."""

@@ -3,6 +3,7 @@
 Modules that load torch, timm or ray are imported inside the commands: `--help` answers at once.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,10 +83,10 @@ def build(data: str, weights: tuple[str, ...], labels: str | None, dry_run: bool
         bar.refresh()
 
     def advance(samples: int) -> None:
+
         bar.update(samples)
     def say(line: str) -> None:
         bar.write(line, file=sys.stderr)
-
 
     try:
         report = run_build(options, on_start=start, on_progress=advance, on_message=say)
@@ -223,8 +224,12 @@ def verify(cache: Path, num: int | None, data: str | None, weights: tuple[str, .
     for problem in report.problems:
         click.echo(problem, err=True)
     if report.problems:
-        files = " ".join(str(file) for file in report.damaged_files[:MAX_LISTED])
-        way_out = f"delete the damaged files and run the build again: rm {files}" if files else "run the build again"
+        damaged = list(report.damaged_files)
+        files = " ".join(shlex.quote(str(file)) for file in damaged[:MAX_LISTED])
+        more = f" (and {len(damaged) - MAX_LISTED} more, which verify names then)" if len(damaged) > MAX_LISTED else ""
+        way_out = (
+            f"delete the damaged files{more} and run the build again: rm {files}" if files else "run the build again"
+        )
         raise JobError(f"{cache}: {len(report.problems)} problems in {report.num_shards} shards; {way_out}")
     click.echo(
         f"{cache}: {report.num_shards} shards, {human_bytes(report.num_bytes)}: all there, checksums and values hold"

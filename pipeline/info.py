@@ -48,6 +48,7 @@ def _component_lines(store: CacheStore, component: ComponentSpec) -> Iterator[st
             samples = _ranges(store.layout, missing)
             yield f"  {len(missing)} of {store.layout.num_ranges} ranges missing: samples {samples}"
         yield f"  finish it: {component.build_command(store.path)}"
+        yield "    with --labels and --weights as at the first build, if they were given"
 
 
 def human_bytes(size: float) -> str:

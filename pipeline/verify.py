@@ -7,8 +7,9 @@ makes them anew, are said at the end.
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..cache_specs.errors import CacheError
 from ..cache_specs.fingerprint import digest, manifest_fingerprint, transform_fingerprint
 from ..cache_specs.layout import METADATA_CHUNK, ArrayLayout
 from ..cache_specs.schema import FEATURES, LATENTS, ComponentSpec
-from .shards import read_shard
+from .shards import iter_chunks
 from .statistics import component_statistics
 from .store import DIGEST, METADATA, CacheStore, component_files, read_attributes, root_files
 
@@ -31,19 +32,19 @@ class VerifyReport:
     num_shards: int = 0
     num_bytes: int = 0
     problems: list[str] = field(default_factory=list)
-    damaged_files: list[Path] = field(default_factory=list)
+    damaged_files: dict[Path, None] = field(default_factory=dict)  # a set in the order in which they were found
 
     def add(self, problem: str, file: Path) -> None:
         """Note a problem of one file."""
         self.problems.append(problem)
-        if file.exists() and file not in self.damaged_files:
-            self.damaged_files.append(file)
+        if file not in self.damaged_files and file.exists():
+            self.damaged_files[file] = None
 
 
 def verify(path: Path, *, on_progress: Callable[[int, int], None]) -> VerifyReport:
     """Check a whole cache; `on_progress(shards done, shards)` is called as it goes.
 
-    Memory is one shard a CPU core. Raises `CacheError` only where there is no cache to look at.
+    Memory is one inner chunk a CPU core. Raises `CacheError` only where there is no cache to look at.
     """
     store = CacheStore.open(path)
     report = VerifyReport()
@@ -51,20 +52,14 @@ def verify(path: Path, *, on_progress: Callable[[int, int], None]) -> VerifyRepo
     _check_files(report, path, root_files(store.layout))
     sample_ids = _check_samples(report, store)
     components = list(_readable_components(report, store))
-    jobs = [
-        (component, layout, index)
-        for component in components
-        for layout in component.arrays(store.layout)
-        for index in range(store.layout.num_ranges)
-    ]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
-        checks = threads.map(lambda job: _check_shard(store, sample_ids, *job), jobs)
-        for done, (num_bytes, file, problems) in enumerate(checks, start=1):
-            report.num_shards += 1
-            report.num_bytes += num_bytes
-            for problem in problems:
-                report.add(problem, file)
-            on_progress(done, len(jobs))
+    arrays = [(component, layout) for component in components for layout in component.arrays(store.layout)]
+    num_shards = len(arrays) * store.layout.num_ranges
+    for num_bytes, file, problems in _shard_checks(store, sample_ids, arrays):
+        report.num_shards += 1
+        report.num_bytes += num_bytes
+        for problem in problems:
+            report.add(problem, file)
+        on_progress(report.num_shards, num_shards)
     if not report.problems:
         for component in components:
             report.problems += _check_statistics(store, component)
@@ -143,6 +138,22 @@ def _readable_components(report: VerifyReport, store: CacheStore) -> Iterator[Co
         yield component
 
 
+def _shard_checks(
+    store: CacheStore, sample_ids: list[str] | None, arrays: list[tuple[ComponentSpec, ArrayLayout]]
+) -> Iterator[tuple[int, Path, list[str]]]:
+    """Yield what `_check_shard` returns for every shard of `arrays`, in order, checked on every CPU core."""
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(max_workers=cores) as threads:
+        ahead: deque[Future[tuple[int, Path, list[str]]]] = deque()
+        for component, layout in arrays:
+            for index in range(store.layout.num_ranges):
+                ahead.append(threads.submit(_check_shard, store, sample_ids, component, layout, index))
+                if len(ahead) == 2 * cores:  # not all at once: a large cache has a million shards
+                    yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
 def _check_shard(
     store: CacheStore, sample_ids: list[str] | None, component: ComponentSpec, layout: ArrayLayout, index: int
 ) -> tuple[int, Path, list[str]]:
@@ -151,26 +162,35 @@ def _check_shard(
     where = f"{component.path}/{layout.name}"
     if not file.exists():
         return 0, file, [f"{where}: samples {start} to {stop - 1}: {file.name} is missing"]
-    try:
-        chunks, damaged = read_shard(file, layout, component.compressor, num_chunks=layout.num_chunks(stop - start))
-    except CacheError as error:
-        return 0, file, [f"{where}: samples {start} to {stop - 1}: {error}"]
-    num_bytes = file.stat().st_size
-    if len(layout.inner) == 1:
-        return num_bytes, file, [f"{where}: samples {start} to {stop - 1}: {reason}" for reason in damaged.values()]
 
     def name(chunk: int) -> str:
+        if len(layout.inner) == 1:
+            return f"{where}: samples {start} to {stop - 1}"
         sample, view = divmod(chunk, store.layout.num_views)
         row = start + sample
         known = "" if sample_ids is None else f" ({sample_ids[row]})"
         return f"{where}: sample {row}{known}, view {store.layout.views[view]}"
 
     rows = layout.num_chunks(stop - start)
-    problems = [f"{name(chunk)}: {reason}" for chunk, reason in damaged.items()]
-    if chunks.dtype.kind == "f":
-        finite = np.isfinite(chunks[:rows]).reshape(rows, -1).all(axis=1)
-        problems += [f"{name(int(chunk))}: values are not finite" for chunk in np.flatnonzero(~finite)]
-    return num_bytes, file, problems
+    problems = []
+    try:
+        for chunk, found in iter_chunks(file, layout, component.compressor, num_chunks=rows):
+            if isinstance(found, str):
+                problems.append(f"{name(chunk)}: {found}")
+            elif chunk < rows and not all_finite(found):
+                problems.append(f"{name(chunk)}: values are not finite")
+    except CacheError as error:
+        return 0, file, [*problems, f"{where}: samples {start} to {stop - 1}: {error}"]
+    return file.stat().st_size, file, problems
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Return whether no value of the contiguous array `values` is NaN or infinite; integers always are finite."""
+    if values.dtype == np.float16:
+        # numpy has no float16 arithmetic: looking at the exponent, all ones where not finite, is several times faster.
+        exponent = np.uint16(0x7C00)
+        return bool((values.view(np.uint16) & exponent).max() != exponent)
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
 
 
 def _check_statistics(store: CacheStore, component: ComponentSpec) -> Iterator[str]:

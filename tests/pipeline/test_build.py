@@ -1,12 +1,14 @@
 """Many components in one cache: adding one changes none, builds beside each other, what the commands say of it."""
 
 import fcntl
+import io
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tqdm
 
 from repa.pipeline.store import CacheStore
 
@@ -54,6 +56,24 @@ def test_a_build_that_names_no_autoencoder_finishes_the_latents_that_were_begun(
     # Nothing is left to do, and that is no mistake of the one who asks; a weights file may be repeated as well.
     done = repa_cache(*command, "--weights", "pixels=none.pth")
     assert (done.code, done.out) == (0, f"{cache}: everything asked for is there and complete\n")
+
+
+def test_ranges_that_were_there_have_no_part_in_the_bar_s_rate(
+    images: Path, tmp_path: Path, build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(images, tmp_path / "cache")
+    (tmp_path / "cache/features/hog-grid4/valid/c.1").unlink()
+    bars: list[tqdm.tqdm] = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{**options, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    assert build(images, tmp_path / "cache").code == 0
+    (bar,) = bars
+    assert (bar.initial, bar.n, bar.total) == (4, 6, 6)
 
 
 def test_the_order_in_which_components_are_added_leaves_no_trace(

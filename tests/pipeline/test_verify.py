@@ -2,6 +2,7 @@
 
 import random
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_deleting_what_verify_names_and_building_again_mends_it(
     outcome = repa_cache("verify", copy)
     assert outcome.code == 1
     told = re.search(r"run the build again: rm (.*)", outcome.err)
-    for file in told[1].split() if told else []:
+    for file in shlex.split(told[1]) if told else []:
         Path(file).unlink()
     if how == "flip":
         assert told, outcome.err
@@ -202,6 +203,31 @@ def test_a_build_refuses_a_changed_attribute(cache: Path, tmp_path: Path, build:
     outcome = build(cache.parent / "images", copy)
     assert outcome.code == 1
     assert "interpolation: found bicubic, asked bilinear" in outcome.err
+
+
+def test_what_verify_and_info_say_can_be_typed_as_it_stands(
+    cache: Path, tmp_path: Path, build: Callable[..., Any], repa_cache: Callable[..., Any]
+) -> None:
+    copy = tmp_path / "it's a cache; (really)"
+    shutil.copytree(cache, copy)
+    shards = sorted(copy.glob("*/*/*/c.*"))
+    for file in shards[:22]:
+        file.write_bytes(flipped(file.read_bytes(), 5))
+    outcome = repa_cache("verify", copy)
+    said, _, files = outcome.err.splitlines()[-1].partition("run the build again: rm ")
+    assert "delete the damaged files (and 2 more, which verify names then) and " in said
+    assert set(map(Path, shlex.split(files))) < set(shards[:22])
+    assert len(shlex.split(files)) == 20
+    for file in shards[:22]:
+        file.unlink()
+    info = repa_cache("info", copy).out.splitlines()
+    commands = [line.partition("finish it: repa-cache ")[2] for line in info if "finish it: " in line]
+    for command in commands:
+        images = str(cache.parent / "images")
+        outcome = repa_cache(*(images if word == "PATH" else word for word in shlex.split(command)), "--workers", 0)
+        assert outcome.code == 0, outcome.err
+    assert "    with --labels and --weights as at the first build, if they were given" in info
+    assert repa_cache("verify", copy).code == 0
 
 
 def test_an_index_that_points_outside_its_file_is_refused() -> None:
