@@ -2,6 +2,12 @@
 
 A resume is exact: parameters, EMA and optimizer come from the newest checkpoint, every other number of the run is a
 function of the step. So settings and data must be those of the checkpoint (config.MAY_CHANGE names what may differ).
+
+On the CPU that holds to the bit, for the same hardware, versions, threads and number of ranks. On CUDA the state, the
+samples and the noise are as exact, but not every gradient: the backward passes of flash and memory-efficient attention
+add in the order in which blocks finish, so that two equal steps differ by a rounding, resumed or not. Convolutions are
+deterministic (run.settle_convolutions), the alignment loss and its gradient too; with PyTorch's math attention a test
+asks a GPU for equal bits.
 """
 
 import json

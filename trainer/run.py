@@ -97,6 +97,8 @@ def open_cache(config: RunConfig, world: World) -> tuple[RunConfig, CacheReader]
 def prepare(config: RunConfig, world: World) -> Run:
     """Build the parts of a run at step 0; raises as `open_cache`, and UsageError where the model does not fit."""
     config, reader = open_cache(config, world)
+    if world.device.type == "cuda":
+        settle_convolutions(config.precision)
     model = build_model(config, reader).to(world.device)
     ema = EMA(model, config.ema_decay)
     if config.compile:
@@ -195,6 +197,15 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" else "fp32"
+
+
+def settle_convolutions(precision: str) -> None:
+    """Have cuDNN, in this process, take algorithms that give the same bits each time, and no TF32 in an fp32 run.
+
+    PyTorch's default for convolutions is TF32 even where matrix products are float32.
+    """
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
 def dummy_inputs(run: Run) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repa.trainer import checkpoint, loop
 
@@ -43,6 +44,19 @@ def test_sigkill_and_resume_equal_an_uninterrupted_run(make_cache, repa_train, r
     assert ours["steps"] == saved + 20
     for part in ("model", "ema"):
         assert all(torch.equal(ours[part][name], theirs[part][name]) for name in theirs[part])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device; torch finds none")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_resume_on_a_gpu_is_exact_with_math_attention(make_cache, repa_train, tmp_path, precision):
+    cache, settings = make_cache().path, ("--device", "cuda", "--set", f"precision={precision}")
+    with sdpa_kernel(SDPBackend.MATH):  # the others add up a gradient in any order
+        whole = repa_train(cache, tmp_path / "whole", "--steps", "12", *settings)
+        assert repa_train(cache, tmp_path / "run", "--steps", "5", *settings).code == 0
+        resumed = repa_train(cache, tmp_path / "run", "--steps", "12", "--resume", "auto", *settings)
+    assert len(whole.records) == 12
+    assert resumed.losses() == whole.losses()
 
 
 @pytest.fixture
