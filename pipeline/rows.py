@@ -63,7 +63,7 @@ class ComponentRows:
                 raw = np.frombuffer(stored, dtype=np.uint8)[:-CHECKSUM_BYTES]
                 if checksum(raw) != stored[-CHECKSUM_BYTES:]:
                     raise CacheError(_damaged(path, row, "its checksum does not hold"))
-                data = self._decode(raw)  # type: ignore[arg-type]  # decoders take any buffer
+                data = self._decode(raw)
                 if len(data) != layout.inner_bytes:
                     raise CacheError(_damaged(path, row, f"{len(data)} bytes, expected {layout.inner_bytes}"))
                 values[place] = np.frombuffer(data, dtype=layout.dtype).reshape(values.shape[1:])
