@@ -68,7 +68,6 @@ def build(data: str, weights: tuple[str, ...], labels: str | None, dry_run: bool
     manifest = _manifest(data, labels)
     if manifest.left_out:
         click.echo(f"{manifest.where}: {manifest.left_out} files without an image ending are left out", err=True)
-    asked["device"] = asked["device"] or _default_device()
     options = BuildOptions(manifest=manifest, weights=_weights(weights), **asked)
     if dry_run:
         _print_plan(options, plan_build(options))

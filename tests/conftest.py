@@ -28,7 +28,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray
 with tempfile.TemporaryDirectory() as folder:
     os.chdir(folder)
-    context = ray.init(num_cpus=2, object_store_memory=2**28, include_dashboard=False, logging_level="ERROR")
+    context = ray.init("local", num_cpus=2, object_store_memory=2**28, include_dashboard=False, logging_level="ERROR")
     print(context.address_info["gcs_address"], flush=True)
     sys.stdin.read()
     ray.shutdown()

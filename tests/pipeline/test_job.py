@@ -6,15 +6,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from repa.cache_specs.errors import JobError
+from repa.pipeline import job
 from repa.pipeline.build import BuildOptions, plan_build, run_build
-from repa.pipeline.job import JobOptions, RangeWork, RayPool
+from repa.pipeline.job import JobOptions, RangeWork, RayPool, gpu_share
 from repa.pipeline.manifest import scan_folder
 
 # Ray's own files and sockets, and what its protocol libraries deprecate.
@@ -55,6 +58,21 @@ def options(images: Path, cache: Path, **asked: Any) -> BuildOptions:
     )
 
 
+def job_options(asked: BuildOptions) -> JobOptions:
+    """Return what the workers of this build are told, for a pool of its own."""
+    plan = plan_build(asked)
+    return JobOptions(
+        cache=asked.cache,
+        layout=plan.layout,
+        requests=plan.requests,
+        source=asked.manifest.source,
+        batch_size=4,
+        device=None,
+        threads=1,
+        skip_bad=False,
+    )
+
+
 def descendants(ancestor: int, title: str) -> list[int]:
     """Return the processes below `ancestor` whose command line starts with `title`."""
     parents, titled = {}, []
@@ -92,6 +110,7 @@ def test_two_workers_give_the_bytes_of_this_process(
 ) -> None:
     outcome = build(images, tmp_path / "cache", "--workers", 2, "--address", ray_head[0])
     assert outcome.code == 0, outcome.err
+    assert "2 Ray workers on cpu" in outcome.err
     assert tree(tmp_path / "cache") == in_process
 
 
@@ -169,16 +188,6 @@ def pool(images: Path, tmp_path: Path, ray_head: tuple[str, int]) -> Iterator[tu
     """Yield one worker on the shared Ray, and what makes the work of a range."""
     asked = options(images, tmp_path / "cache")
     plan = plan_build(asked)
-    job = JobOptions(
-        cache=tmp_path / "cache",
-        layout=plan.layout,
-        requests=plan.requests,
-        source=asked.manifest.source,
-        batch_size=4,
-        device="cpu",
-        threads=1,
-        skip_bad=False,
-    )
     run_build(
         options(images, tmp_path / "cache", workers=0), on_start=lambda done, total: None, on_progress=lambda n: None
     )
@@ -188,7 +197,7 @@ def pool(images: Path, tmp_path: Path, ray_head: tuple[str, int]) -> Iterator[tu
         known = np.zeros(4, dtype=np.int64) if sizes is None else sizes
         return RangeWork(index=index, paths=tuple(plan.missing), sample_ids=ids, expected_bytes=known)
 
-    with RayPool(job, num_workers=1, address=ray_head[0]) as opened:
+    with RayPool(job_options(asked), num_workers=1, address=ray_head[0]) as opened:
         yield opened, work
 
 
@@ -220,6 +229,83 @@ def test_a_range_that_kills_its_worker_twice_is_reported_and_the_others_are_done
     assert "1 ranges were not encoded, first samples 8 to 11: its images killed a decoder" in said
 
 
+def test_work_goes_on_with_the_workers_that_live(
+    pool: tuple[RayPool, Callable[..., RangeWork]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray  # after `ray_head` has set its token, which Ray reads when it is imported
+
+    ray_pool, work = pool
+    get, failures = ray.get, [ray.exceptions.OutOfMemoryError("killed for memory"), None]
+
+    def get_or_fail(ref: Any) -> Any:
+        if failures and (failure := failures.pop(0)):
+            raise failure
+        return get(ref)
+
+    # Ray's memory monitor has an error that is not a RayActorError.
+    with monkeypatch.context() as patched:
+        patched.setattr(ray, "get", get_or_fail)
+        assert run_all(ray_pool, [work(0), work(1)]) == ([0, 1], "")
+    assert not failures
+
+    # As where a node was lost: the replacement waits for a GPU that nobody has.
+    ray_pool._actor = ray.remote(num_gpus=1)(job._RayWorker)
+    ray_pool._start_worker()
+    assert run_all(ray_pool, [work(0), work(1), work(2)]) == ([0, 1, 2], "")
+    monkeypatch.setattr(job, "REPLACEMENT_TIMEOUT_S", 1)
+    done, said = run_all(ray_pool, [work(0), work(_DeadlyIndex(1)), work(2)])
+    assert 2 not in done
+    assert "no worker is left, and no new one was ready in 1 s" in said
+
+
+@pytest.mark.parametrize(("workers", "gpus"), [(1, 1), (1, 8), (3, 2), (6, 1), (7, 3), (16, 8), (17, 8)])
+def test_the_gpu_shares_of_all_workers_fit(workers: int, gpus: int) -> None:
+    a_gpu = 10_000 // round(10_000 * gpu_share(workers, gpus))  # Ray counts in units of 1e-4; none spans two GPUs
+    assert (a_gpu - 1) * gpus < workers <= a_gpu * gpus
+
+
+def test_the_device_is_that_of_the_cluster_not_of_the_driver(
+    images: Path,
+    tmp_path: Path,
+    ray_head: tuple[str, int],
+    build: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outcome = build(images, tmp_path / "cache", "--workers", 1, "--address", ray_head[0], "--device", "cuda")
+    assert outcome.code == 1
+    assert "--device cuda: Ray has no GPU here" in outcome.err
+
+    import ray
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    monkeypatch.setattr(RayPool, "_start_worker", lambda pool: None)
+    for num_workers, said in ((3, "3 Ray workers on cuda, 0.5 GPU each"), (None, "2 Ray workers on cuda, 1 GPU each")):
+        with RayPool(job_options(options(images, tmp_path / "cache")), num_workers=num_workers, address=ray_head[0]):
+            assert said in capsys.readouterr().err
+
+
+def test_a_local_ray_has_memory_for_a_worker_on_each_gpu(
+    images: Path, tmp_path: Path, ray_head: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    settings: dict[str, Any] = {}
+
+    def init(**asked: Any) -> None:
+        settings.update(asked)
+        raise ConnectionError("not started by this test")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    asked = job_options(replace(options(images, tmp_path / "cache"), resolution=256, shard_samples=256))
+    with pytest.raises(JobError, match="Ray did not start"), RayPool(asked, num_workers=None, address=None):
+        pass
+    assert settings["num_gpus"] == 8
+    # Two ranges in flight a worker.
+    assert settings["object_store_memory"] >= 8 * 2 * 256 * (256 * 256 * 3)
+
+
 def test_a_bad_file_is_reported_through_ray_too(
     images: Path, tmp_path: Path, ray_head: tuple[str, int], build: Callable[..., Any]
 ) -> None:
@@ -230,12 +316,12 @@ def test_a_bad_file_is_reported_through_ray_too(
     outcome = build(tmp_path / "images", tmp_path / "cache", "--workers", 1, "--address", ray_head[0])
     assert outcome.code == 1
     assert "bad image: class 0/005.png: not an image" in outcome.err
-    # An error of the worker's own reaches the user as the same one line.
+    # An error of the worker's own reaches the user as the same one line, after the one that says where.
     outcome = build(
         *(tmp_path / "images", tmp_path / "cache", "--encoder", "dinov2-vit-s:grid=2"),
         *("--workers", 1, "--address", ray_head[0]),
     )
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1), outcome.err
+    assert (outcome.code, outcome.err.count("\n")) == (2, 2), outcome.err
     assert "could not be had from the hub" in outcome.err
 
 
