@@ -5,6 +5,7 @@ latents into pictures, the encoder that evaluation needs, and CKNNA, which lives
 is imported when a command runs, not for its help.
 """
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .run import Run
     from .sample import Decoder, SampleRequest
 
+MOST_LABEL_CHARACTERS = 60  # in a file's name, of which file systems take 255 bytes
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -330,6 +332,8 @@ def samples_file(trained: "TrainedModel", request: "SampleRequest", weights: str
     """Return where samples go by default: RUN/samples, or beside a lone checkpoint, named by what was asked."""
     sampler = request.sampler
     labels = request.labels if isinstance(request.labels, str) else "-".join(map(str, request.labels))
+    if len(labels) > MOST_LABEL_CHARACTERS:
+        labels = f"{len(request.labels)}labels{hashlib.sha256(labels.encode()).hexdigest()[:12]}"
     name = f"{trained.path.stem}-{weights}-{precision}-{sampler.sampler}{sampler.steps}-cfg{sampler.cfg_scale:g}"
     if sampler.cfg_scale > 1:
         name += f"-t{sampler.guidance_low:g}to{sampler.guidance_high:g}"

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cache_specs.errors import JobError, UsageError
+from ..cache_specs.errors import JobError, UsageError, writing
 from ..cache_specs.fingerprint import weights_digest
 from .distributed import World
 from .interpolant import Interpolant
@@ -55,19 +55,23 @@ def sample_to_npz(
     precision) and the weights' digest are part of the request on disk. `progress` is told how many rows are done by
     each batch of this rank. Every rank calls this. Without a decoder `arr_0` is [num,C,h,w] float32.
 
-    Raises UsageError where `out` or what is left of it belongs to another request, JobError where the disk is full or
-    a rank's rows are missing; what is done is kept and the same call continues.
+    Raises UsageError where `out` or what is left of it belongs to another request, JobError where the disk refuses a
+    write or a rank's rows are missing; what is done is kept and the same call continues.
     """
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; expected 1 or more")
     request.check_labels(model.config.num_classes)
     if out.suffix != ".npz":
         raise UsageError(f"{out}: expected a name that ends in .npz")
     asked = _identity(model, request, interpolant, norm, decoder, about or {})
+    partial = out.with_name(f"{out.name}.partial")
     if out.exists():
-        _check_same(_read_json(out.with_suffix(".json")), asked, out)
+        _check_same(out.with_suffix(".json"), asked, out)
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run killed once `out` was whole
         return out
 
-    partial = out.with_name(f"{out.name}.partial")
-    try:
+    with writing(out, then="give the same command again: it goes on where it was"):
         if world.is_main:
             _enter(partial, asked, _row(model, norm, decode), request.num)
         world.wait()
@@ -86,11 +90,6 @@ def sample_to_npz(
         if world.is_main:
             _pack(partial, out, asked, request.num)
         world.wait()
-    except OSError as error:
-        raise JobError(
-            f"{out}: samples could not be written: {error.strerror}. What is done is kept in {partial}: "
-            f"make room and give the same command again"
-        ) from error
     return out
 
 
@@ -132,7 +131,7 @@ def _enter(partial: Path, asked: dict[str, Any], row: np.ndarray, num: int) -> N
     """Make the folder of an unfinished file, or check that the one there belongs to this request."""
     request = partial / "request.json"
     if request.exists():
-        _check_same(_read_json(request), asked, partial)
+        _check_same(request, asked, partial)
         return
     shutil.rmtree(partial, ignore_errors=True)  # of a run killed before its request was written
     partial.mkdir(parents=True)
@@ -203,20 +202,25 @@ def _pack(partial: Path, out: Path, asked: dict[str, Any], num: int) -> None:
     shutil.rmtree(partial)
 
 
-def _check_same(found: dict[str, Any], asked: dict[str, Any], where: Path) -> None:
+def _check_same(record: Path, asked: dict[str, Any], where: Path) -> None:
+    """Raise UsageError where `record`, the request on disk of the samples at `where`, is not what is asked."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a request")
+    except FileNotFoundError:
+        found = {}
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{record} cannot be read ({error}), so nobody knows which request {where} belongs to. Choose another "
+            f"name, or delete both"
+        ) from error
     for key in sorted(found.keys() | asked.keys()):
         if found.get(key) != asked.get(key):
             raise UsageError(
                 f"{where} belongs to another request: {key} was {found.get(key)!r}, asked {asked.get(key)!r}. "
                 f"Choose another name, or delete it"
             )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

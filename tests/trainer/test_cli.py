@@ -142,6 +142,10 @@ def test_repa_sample_draws_from_a_run_whatever_the_batch_size(make_cache, repa_t
     run_sample(capsys, *request, "--batch-size", 7, "--out", tmp_path / "other.npz")
     difference = np.abs(np.load(tmp_path / "other.npz")["arr_0"].astype(int) - images)
     assert difference.max() <= 1  # another batch size rounds matrix products differently
+    for last in (0, 1):  # labels too long for a file's name, which must still tell them apart
+        labels = ",".join(["2"] * 199 + [str(last)])
+        assert run_sample(capsys, run, "--num", 1, "--steps", 1, "--labels", labels)[0] == 0
+    assert len(list((run / "samples").glob("*-200labels*-seed0-1.npz"))) == 2
     newest = run / "checkpoints/0000002.pt"
     run_sample(capsys, newest, *request[1:], "--weights", "model", "--out", tmp_path / "model.npz")
     assert not np.array_equal(np.load(tmp_path / "model.npz")["arr_0"], images)

@@ -273,12 +273,28 @@ def test_a_full_disk_keeps_what_is_done(model: SiT, tmp_path: Path, monkeypatch)
         write_at(descriptor, data, offset)
 
     monkeypatch.setattr(sample_file, "write_at", full)
-    with pytest.raises(JobError, match=r"No space left on device\. What is done is kept in .*a\.npz\.partial"):
+    with pytest.raises(JobError, match=r"a\.npz cannot be written \(No space left on device\)\. Make room, then"):
         write(model, out)
     monkeypatch.undo()
     assert (tmp_path / "a.npz.partial" / "done").read_bytes() == b"\1" * 8 + b"\0" * 14
     write(model, out)
     assert out.read_bytes() == whole
+
+
+def test_what_is_in_the_way_is_one_line(model: SiT, tmp_path: Path):
+    with pytest.raises(UsageError, match="batch_size is 0; expected 1 or more"):
+        write(model, tmp_path / "a.npz", batch_size=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(JobError, match=r"cannot be written \(Not a directory\)\. See that it can be written, then"):
+        write(model, tmp_path / "file" / "a.npz")
+    out = write(model, tmp_path / "a.npz")
+    (tmp_path / "a.npz.partial").mkdir()  # a kill between the last rename and the removal
+    write(model, out)
+    assert not (tmp_path / "a.npz.partial").exists()
+    for damage in ('{"num": 2', "[]", ""):
+        out.with_suffix(".json").write_text(damage)
+        with pytest.raises(UsageError, match=r"a\.json cannot be read .*which request .*a\.npz belongs to"):
+            write(model, out)
 
 
 def test_50000_images_need_the_memory_of_a_batch(model: SiT, tmp_path: Path, monkeypatch):
