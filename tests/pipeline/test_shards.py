@@ -1,5 +1,6 @@
 """Shard files written by hand are what zarr-python reads, and what it writes is what our own code reads."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from repa.cache_specs.errors import CacheError
 from repa.cache_specs.layout import ArrayLayout
-from repa.pipeline.shards import ShardWriter, read_shard
+from repa.pipeline.shards import ShardWriter, iter_chunks, read_shard
 
 LAYOUT = ArrayLayout(name="x", shape=(7, 2, 3, 5), dtype="float16", inner=(1, 1, 3, 5), shard=(4, 2, 3, 5))
 
@@ -75,3 +76,23 @@ def test_rows_of_another_dtype_are_not_taken(tmp_path: Path, rows: np.ndarray) -
 def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"gone: cannot be read \(No such file"):
         read_shard(tmp_path / "gone", LAYOUT, "none", num_chunks=8)
+
+
+@pytest.mark.parametrize("compressor", ["none", "zstd"])
+def test_a_shard_is_read_in_the_memory_of_a_chunk(tmp_path: Path, compressor: str) -> None:
+    layout = ArrayLayout(
+        name="x", shape=(64, 1, 64, 512), dtype="float16", inner=(1, 1, 64, 512), shard=(64, 1, 64, 512)
+    )
+    rows = np.random.default_rng(0).standard_normal((64, 64, 512)).astype(np.float16)
+    writer = ShardWriter(tmp_path / "shard", layout, compressor)
+    writer.append(rows)
+    writer.close()
+    list(iter_chunks(tmp_path / "shard", layout, compressor, num_chunks=64))  # what is imported on the way
+    tracemalloc.start()
+    for i, chunk in iter_chunks(tmp_path / "shard", layout, compressor, num_chunks=64):
+        assert isinstance(chunk, np.ndarray)
+        assert np.array_equal(chunk, rows[i])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Stored, decoded, the one before while it is replaced, and what the comparison takes: of 64.
+    assert peak < 5 * layout.inner_bytes

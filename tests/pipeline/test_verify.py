@@ -16,7 +16,7 @@ from repa.cache_specs.errors import CacheError
 from repa.cache_specs.layout import ArrayLayout
 from repa.cache_specs.shard_index import pack_index, unpack_index
 from repa.pipeline.store import CacheStore
-from repa.pipeline.verify import VerifyReport, verify
+from repa.pipeline.verify import VerifyReport, all_finite, verify
 
 SECOND = ("--autoencoder", "none", "--dtype", "int8", "--compressor", "zstd")
 
@@ -106,6 +106,16 @@ def test_values_that_are_not_finite_are_named(cache: Path, tmp_path: Path) -> No
     zarr.open_array(copy / "features/hog-grid4/channel_std", mode="r+")[9, 1, 3] = np.nan  # by zarr: checksums hold
     (problem,) = problems_of(copy)
     assert problem == "features/hog-grid4/channel_std: sample 9 (class 1/009.png), view flip: values are not finite"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_finite_values_are_told_from_the_others(dtype: str) -> None:
+    limits = np.finfo(dtype)
+    values = np.array([0, -0.0, limits.max, limits.min, limits.tiny, -limits.smallest_subnormal], dtype=dtype)
+    assert all_finite(values)
+    for other in (np.nan, -np.nan, np.inf, -np.inf):
+        assert not all_finite(np.append(values, np.array(other, dtype=dtype)))
+    assert all_finite(np.arange(-128, 128, dtype=np.int8))
 
 
 def test_a_chunk_that_is_absent_is_named(cache: Path, tmp_path: Path) -> None:
