@@ -22,8 +22,8 @@ from repa.trainer import grids, loop  # noqa: F401  # everything that a run need
 from repa.trainer.cli import train_command
 from repa.trainer.sit import SIZES
 
-ARGUMENTS = ["--model", "SiT-Ti/2", "--recipe", "irepa", "--batch-size", "8", "--steps", "9", "--device", "cpu"]
-SETTINGS = ("accumulation=2", "alignment.encoder_depth=1", "save_every=3", "log_every=1")
+ARGUMENTS = ["--model", "SiT-Ti/2", "--recipe", "irepa", "--batch-size", "8", "--steps", "11", "--device", "cpu"]
+SETTINGS = ("accumulation=2", "alignment.encoder_depth=1", "save_every=3", "log_every=2")
 ARGUMENTS += [f"--set={setting}" for setting in SETTINGS]
 
 

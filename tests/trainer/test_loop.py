@@ -14,7 +14,7 @@ from repa.trainer.checkpoint import load_checkpoint
 from repa.trainer.config import Layer, RunConfig, recipe_layer, resolve, set_layer
 from repa.trainer.distributed import World
 from repa.trainer.prefetch import ReadAhead
-from repa.trainer.run import Run, prepare
+from repa.trainer.run import Run, prepare, settle_convolutions
 from repa.trainer.sit import SiT
 
 CPU = torch.device("cpu")
@@ -136,6 +136,15 @@ def test_bf16_trains_float32_parameters(make_cache, small_sit):
     np.testing.assert_allclose(ours, reference, rtol=0.01, atol=0.003)
     assert not np.array_equal(ours, reference)
     assert all(parameter.dtype == torch.float32 for parameter in low.model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_convolutions_are_deterministic_and_in_fp32_without_tf32(monkeypatch, precision):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "fp32")
+    settle_convolutions(precision)
+    assert torch.backends.cudnn.deterministic
+    assert torch.backends.cudnn.allow_tf32 == (precision == "bf16")
 
 
 def test_a_run_learns(make_cache, repa_train, tmp_path):
