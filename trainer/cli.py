@@ -44,7 +44,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
     "--resume", type=click.Choice(["auto"]), help="Continue the run in --out, or start it where there is none."
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
-@click.option("--dry-run", is_flag=True, help="Check everything and say what would run; write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check settings, cache and --out; say what would run; write nothing.")
 def train_command(
     files: tuple[Path, ...],
     assignments: tuple[str, ...],
@@ -69,7 +69,7 @@ def train_command(
         config = resolve_flags(files, assignments, flags)
         with join(device or default_device()) as world:
             if dry_run:
-                _explain(config, world)
+                _explain(config, world, resume=resume == "auto")
             else:
                 _train(config, world, resume=resume == "auto")
 
@@ -149,12 +149,16 @@ def _inception(run: "Run") -> "Scorer | None":
     return lambda npz: inception_figures(npz, weights=weights, real=real, device=str(run.world.device))
 
 
-def _explain(config: "RunConfig", world: "World") -> None:
-    from .run import describe, latent_norm, open_cache
+def _explain(config: "RunConfig", world: "World", *, resume: bool) -> None:
+    from .resume import check_folder
+    from .run import describe, latent_norm, open_cache, record
 
     config, reader = open_cache(config, world)
+    norm = latent_norm(config, reader)
+    stored = check_folder(Path(config.out), record(config, reader, norm), reader, resume=resume)
     if world.is_main:
-        click.echo(describe(config, reader, latent_norm(config, reader)))
+        click.echo(describe(config, reader, norm))
+        click.echo(f"start: step {stored['steps'] if stored else 0}")
         click.echo("dry run: nothing was trained or written")
 
 

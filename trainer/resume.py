@@ -20,6 +20,7 @@ from ..cache_specs.errors import JobError, UsageError
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from .config import differences
 from .metrics import METRICS_FILE
+from .reader import CacheReader
 from .run import Run
 
 CONFIG_FILE = "config.json"
@@ -28,30 +29,45 @@ CONFIG_FILE = "config.json"
 def enter_folder(run: Run, *, resume: bool) -> None:
     """Take the run's folder: restore its newest checkpoint if `resume`, then write config.json.
 
-    Raises UsageError where the folder holds a run and `resume` is false, or the checkpoint is of another run;
-    CheckpointError where the newest checkpoint is damaged (an older one is never taken silently).
+    Raises as `check_folder`.
     """
-    latest = latest_checkpoint(run.folder)
-    if not resume and (latest is not None or (run.folder / METRICS_FILE).exists()):
-        raise UsageError(
-            f"{run.folder} already holds a run{f' at {latest.name}' if latest else ''}. Continue it with "
-            f"--resume auto, or choose another --out"
-        )
-    if latest is not None:
-        restore(run, latest)
+    stored = check_folder(run.folder, run.record(), run.reader, resume=resume)
+    if stored is not None:
+        restore(run, stored)
     run.world.wait()  # every rank has looked before rank 0 writes
     if run.world.is_main:
         write_config(run.folder, run.record())
 
 
-def restore(run: Run, path: Path) -> None:
-    """Load model, EMA, optimizer and step from a checkpoint of this very run."""
+def check_folder(
+    folder: Path, record: Mapping[str, Any], reader: CacheReader, *, resume: bool
+) -> dict[str, Any] | None:
+    """Return the newest checkpoint of a run, its tensors still on disk, or None where the run would begin.
+
+    Raises UsageError where the folder holds a run and `resume` is false, or the checkpoint is of another run or past
+    the steps asked for; CheckpointError where it is damaged (an older one is never taken silently).
+    """
+    path = latest_checkpoint(folder)
+    if not resume and (path is not None or (folder / METRICS_FILE).exists()):
+        raise UsageError(
+            f"{folder} already holds a run{f' at {path.name}' if path else ''}. Continue it with --resume auto, or "
+            f"choose another --out"
+        )
+    if path is None:
+        return None
     # Mapped, not loaded: eight ranks of a machine would each hold all of it, 11 GB for SiT-XL, beside what they copy.
     stored = load_checkpoint(path, mmap=True)
     if "config" not in stored:
         raise CheckpointError(f"{path} is not a checkpoint of repa-train; it cannot be resumed, only sampled from")
-    check_same(stored["config"], run.record(), where=str(path))
-    check_same_data(stored["fingerprints"], run.reader.fingerprints, where=str(path), cache=str(run.reader.path))
+    check_same(stored["config"], record, where=str(path))
+    check_same_data(stored["fingerprints"], reader.fingerprints, where=str(path), cache=str(reader.path))
+    if stored["steps"] > record["steps"]:
+        raise UsageError(f"{path} has done {stored['steps']} steps, and --steps asks for {record['steps']} in all")
+    return stored
+
+
+def restore(run: Run, stored: Mapping[str, Any]) -> None:
+    """Take model, EMA, optimizer and step from a checkpoint of this very run."""
     run.model.load_state_dict(stored["model"])
     run.ema.model.load_state_dict(stored["ema"])
     run.optimizer.adamw.load_state_dict(stored["opt"])

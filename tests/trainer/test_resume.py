@@ -77,6 +77,28 @@ def test_without_resume_a_run_is_never_overwritten(finished, repa_train):
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
+def test_fewer_steps_than_done_are_refused(finished, repa_train):
+    written, out = finished
+    outcome = repa_train(written.path, out, "--resume", "auto", "--steps", "4")
+    assert outcome.code == 2
+    assert "0000006.pt has done 6 steps, and --steps asks for 4 in all" in outcome.error
+    assert len(outcome.records) == 6
+
+
+def test_a_dry_run_checks_the_folder_as_a_run_does(finished, repa_train):
+    written, out = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    for arguments, message in (
+        ((), "already holds a run at 0000006.pt"),
+        (("--resume", "auto", "--set", "seed=3"), "seed: stored 0, asked 3"),
+    ):
+        outcome = repa_train(written.path, out, "--steps", "9", "--dry-run", *arguments)
+        assert outcome.code == 2
+        assert message in outcome.error
+    assert "start: step 6" in repa_train(written.path, out, "--steps", "9", "--dry-run", "--resume", "auto").output
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
 def test_another_configuration_is_refused_by_name(finished, repa_train):
     written, out = finished
     outcome = repa_train(
