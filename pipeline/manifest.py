@@ -75,7 +75,11 @@ def scan_folder(root: Path, labels_file: str | None = None) -> Manifest:
     ambiguous, or holds a name that is not UTF-8.
     """
     root = root.absolute()
-    if not root.is_dir():
+    try:
+        found = root.is_dir()
+    except OSError as error:  # a folder above it is closed to this user
+        raise UsageError(f"--data {root}: cannot be read ({error.strerror}); mend its permissions") from error
+    if not found:
         raise UsageError(f"--data {root}: no such folder; give a folder of images, or the word demo")
     images: list[str] = []
     left_out = 0

@@ -409,4 +409,7 @@ def test_what_another_user_may_not_read_or_write(images: Path, tmp_path: Path, s
     (images / "class 1").chmod(0)
     assert f"--data {images / 'class 1'}: cannot be read (Permission denied)" in run(tmp_path / "cache")
     (images / "class 1").chmod(0o755)
+    images.parent.chmod(0o700)
+    assert f"--data {images}: cannot be read (Permission denied)" in run(Path("/") / "nowhere")
+    images.parent.chmod(0o755)
     assert f"{tmp_path / 'readonly/cache'}: cannot be written (Permission denied)" in run(tmp_path / "readonly/cache")
