@@ -8,7 +8,7 @@ In: a run's state. Out: RUN/checkpoints/0000500.pt, a dict of
     steps         optimizer steps done
     architecture  our addition: what `SiT` is built from
     config        our addition: the resolved configuration of the run
-    fingerprints  our addition: sha256 of every cache component that the run reads
+    fingerprints  our addition: sha256 of every cache component that the run reads, and of its valid rows
 
 REPA's generate.py loads "ema" strictly where the run has an MLP projector, its only kind.
 
