@@ -82,8 +82,8 @@ def build(data: str, weights: tuple[str, ...], labels: str | None, dry_run: bool
         bar.refresh()
 
     def advance(samples: int) -> None:
-
         bar.update(samples)
+
     def say(line: str) -> None:
         bar.write(line, file=sys.stderr)
 
