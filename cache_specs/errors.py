@@ -32,12 +32,18 @@ class JobError(RepaError, RuntimeError):
     """The job ran and could not finish everything."""
 
 
+MAX_LISTED = 40  # known names in one line of an error: a run's settings, not every encoder
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known name was probably meant: `did you mean 'x'? Known: a, b, x`."""
+    """Say which known name was probably meant: `did you mean 'x'? Known: a, b, x`; of many, the nearest few."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Known: {', '.join(names) if names else '(none)'}"
+    if len(names) <= MAX_LISTED:
+        return f"{hint}Known: {', '.join(names) if names else '(none)'}"
+    shown = difflib.get_close_matches(name, names, n=6, cutoff=0) or names[:6]
+    return f"{hint}Known: {', '.join(shown)}, ... ({len(names)} in all)"
 
 
 @contextlib.contextmanager
