@@ -21,7 +21,7 @@ from ..cache_specs.errors import CacheError, UsageError, nearest
 from ..cache_specs.layout import COMPLETE, ArrayLayout, CacheLayout, layer_array
 from ..cache_specs.schema import FEATURES, LATENTS, ComponentSpec, stored_layers
 from ..cache_specs.tables import pick_layer, stored_encoder
-from .shards import NDArray, OpenFiles, RowArray, open_array
+from .shards import NDArray, OpenFiles, RowArray, open_array, read_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +180,10 @@ class CacheReader:
         with self._lock:
             batch.rows.numpy()[:] = rows
             np.take(self.labels, rows, out=batch.labels.numpy(), mode="clip")
-            self._moments.read(rows, chosen, batch.moments.numpy())
+            reads = [(self._moments, batch.moments)]
             for arrays, features in zip(self._feature_arrays, batch.features, strict=True):
-                for name, array in arrays.items():
-                    array.read(rows, chosen, getattr(features, _FEATURE_FIELDS[name]).numpy())
+                reads += [(array, getattr(features, _FEATURE_FIELDS[name])) for name, array in arrays.items()]
+            read_all([(array, tensor.numpy()) for array, tensor in reads], rows, chosen)
         return batch
 
     def empty_batch(self, num: int, *, pin_memory: bool = False) -> Batch:
@@ -318,7 +318,7 @@ def _read_column(array: RowArray) -> NDArray:
     (num,), (shard,) = array.layout.shape, array.layout.shard
     starts = np.arange(0, num, shard)
     out = np.zeros((len(starts), shard), dtype=array.layout.dtype)
-    array.read(starts, np.zeros_like(starts), out)
+    read_all([(array, out)], starts, np.zeros_like(starts))
     return out.reshape(-1)[:num]
 
 

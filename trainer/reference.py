@@ -13,7 +13,7 @@ from ..cache_specs.errors import UsageError
 from ..cache_specs.layout import layer_array
 from ..cache_specs.schema import FEATURES, ComponentSpec
 from .reader import CacheReader
-from .shards import OpenFiles, open_array
+from .shards import OpenFiles, open_array, read_all
 
 Pooling = Literal["mean", "cls"]
 _ARRAYS: dict[str, str] = {"mean": "channel_mean", "cls": "cls_token"}
@@ -62,5 +62,5 @@ class Reference:
         """Return the vectors [n, E] float32 of samples `rows`."""
         layout = self._array.layout
         values = np.empty((len(rows), *layout.shape[2:]), dtype=layout.dtype)
-        self._array.read(rows, np.zeros_like(rows), values)
+        read_all([(self._array, values)], rows, np.zeros_like(rows))
         return values.astype(np.float32)

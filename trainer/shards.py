@@ -1,6 +1,6 @@
 """Rows of one cached array, by global index, from disk into a caller's buffer.
 
-Two readers with one interface, `read(rows, views, out)`:
+Two readers with one interface, `begin(rows, views, out)`, which starts a read and returns what waits for its end:
 
     DirectArray   our own shards, stored raw: the index of a shard is parsed once, then each row is one positioned
                   read straight into the buffer, with the GIL released. The crc32c after each row is left to
@@ -10,9 +10,11 @@ Two readers with one interface, `read(rows, views, out)`:
 The index is described in cache_specs/shard_index.py. A chunk that is not stored reads as the fill value, zero.
 """
 
+import functools
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,12 +36,32 @@ class RowArray(Protocol):
 
     layout: ArrayLayout
 
-    def read(self, rows: NDArray, views: NDArray, out: NDArray) -> None:
-        """Fill `out` [B, *row], C-contiguous, with inner chunk (rows[i], views[i]) of the array.
+    def begin(self, rows: NDArray, views: NDArray, out: NDArray) -> Callable[[], None]:
+        """Begin to fill `out` [B, *row], C-contiguous, with inner chunk (rows[i], views[i]) of the array.
 
-        Raises CacheError naming file and samples where a stored row cannot be read whole.
+        The reader begins the arrays of a batch one after the other and then calls what each returned, which comes
+        back once `out` is whole and nothing writes into it any more. Either raises CacheError naming file and samples
+        where a stored row cannot be read whole.
         """
         ...
+
+
+def read_all(reads: Sequence[tuple[RowArray, NDArray]], rows: NDArray, views: NDArray) -> None:
+    """Fill the buffer of each array, all in flight together; raise the first error once nothing is."""
+    errors: list[Exception] = []
+    waits: list[Callable[[], None]] = []
+    for array, out in reads:
+        try:
+            waits.append(array.begin(rows, views, out))
+        except Exception as error:
+            errors.append(error)
+    for wait in waits:
+        try:
+            wait()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 class OpenFiles:
@@ -86,7 +108,10 @@ class DirectArray:
         self._offsets: dict[int, NDArray] = {}
         self._file_bytes: dict[int, int] = {}
 
-    def read(self, rows: NDArray, views: NDArray, out: NDArray) -> None:
+    def begin(self, rows: NDArray, views: NDArray, out: NDArray) -> Callable[[], None]:
+        return functools.partial(self._read, rows, views, out)
+
+    def _read(self, rows: NDArray, views: NDArray, out: NDArray) -> None:
         buffer = out.reshape(-1).view(np.uint8).data
         inner = self.layout.inner[0]  # samples an inner chunk: 1, or a whole shard for `valid`
         shards, within = np.divmod(rows, self.layout.shard[0])
@@ -180,7 +205,10 @@ class LibraryArray:
         self.layout = layout
         self._array = zarr.open_array(folder, mode="r")
 
-    def read(self, rows: NDArray, views: NDArray, out: NDArray) -> None:
+    def begin(self, rows: NDArray, views: NDArray, out: NDArray) -> Callable[[], None]:
+        return functools.partial(self._read, rows, views, out)
+
+    def _read(self, rows: NDArray, views: NDArray, out: NDArray) -> None:
         for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
             try:
                 if len(self.layout.shape) == 1:
