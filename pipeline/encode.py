@@ -4,8 +4,6 @@ A range is the unit of work. Exactly one worker encodes it, whole, in the same s
 appends rows to partial files, so that memory is one sub-batch; one decode feeds every component.
 """
 
-import contextlib
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..cache_specs.layout import ArrayLayout, CacheLayout, layer_array
+from ..cache_specs.layout import CacheLayout, layer_array
 from ..cache_specs.schema import FEATURES, ComponentSpec, stored_layers
 from .autoencoders import load_autoencoder
+from .component_writer import ComponentWriter
 from .decode import DecodedBatch
 from .encoders import load_encoder
 from .quantize import stored_tokens
-from .shards import ShardWriter, disk_error
 from .store import CacheStore
 
 
@@ -99,7 +97,7 @@ class Worker:
         start, stop = self._store.layout.sample_range(index)
         result = RangeResult(index=index, num_samples=stop - start)
         writers = [
-            _ComponentWriter(self._store, component, index) for component in self.components if component.path in paths
+            ComponentWriter(self._store, component, index) for component in self.components if component.path in paths
         ]
         try:
             row = start
@@ -109,7 +107,9 @@ class Worker:
                 if not result.passing and (skip_bad or not result.bad):
                     for writer in writers:
                         path = writer.component.path
-                        for offset, reason in writer.append(batch, self._encoders[path]).items():
+                        arrays = self._views(batch, self._encoders[path])
+                        not_finite = writer.append(arrays, bad=batch.bad, source_bytes=batch.source_bytes)
+                        for offset, reason in not_finite.items():
                             result.not_finite.setdefault(path, {})[row + offset] = reason
                 row += len(batch.images)
             assert row == stop, (row, stop)
@@ -122,6 +122,14 @@ class Worker:
             for writer in writers:
                 writer.abandon()
         return result
+
+    def _views(
+        self, batch: DecodedBatch, encode: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    ) -> dict[str, np.ndarray]:
+        """Return a component's arrays [b, V, ...] of a sub-batch."""
+        images = torch.tensor(batch.images).permute(0, 3, 1, 2)
+        views = [encode(images)] + [encode(images.flip(-1)) for _ in range(self._store.layout.num_views - 1)]
+        return {name: torch.stack([view[name] for view in views], dim=1).cpu().numpy() for name in views[0]}
 
 
 def load_model(request: ModelRequest, device: str) -> tuple[Callable[[torch.Tensor], dict[str, torch.Tensor]], str]:
@@ -142,76 +150,3 @@ def load_model(request: ModelRequest, device: str) -> tuple[Callable[[torch.Tens
         return encode_features, encoder.weights
     autoencoder = load_autoencoder(request.spec, **options)
     return lambda images: {"moments": autoencoder.encode(images).half()}, autoencoder.weights
-
-
-class _ComponentWriter:
-    """The partial shards of one range of one component."""
-
-    def __init__(self, store: CacheStore, component: ComponentSpec, index: int) -> None:
-        self.component = component
-        self._store = store
-        self._index = index
-        self._views = store.layout.num_views
-        self._arrays = {layout.name: layout for layout in component.arrays(store.layout)}
-        self._writers: dict[str, ShardWriter] = {}
-        self._records: dict[str, list[np.ndarray]] = {"valid": [], "source_bytes": []}
-        # A name of its own: a worker of a killed build that still runs never shares a file with this one.
-        self._folder = store.partial_folder(component.path) / f"{index}-{uuid.uuid4().hex}"
-        try:
-            self._folder.mkdir(parents=True)
-        except OSError as error:
-            raise disk_error(self._folder, error) from error
-
-    def append(self, batch: DecodedBatch, encode: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> dict[int, str]:
-        """Encode and append a sub-batch; rows that are not finite become zeros: return their reasons by offset."""
-        images = torch.tensor(batch.images).permute(0, 3, 1, 2)
-        views = [encode(images)] + [encode(images.flip(-1)) for _ in range(self._views - 1)]
-        # [b, V, ...]: chunks lie in C order over (sample, view)
-        arrays = {name: torch.stack([view[name] for view in views], dim=1).cpu().numpy() for name in views[0]}
-        not_finite: dict[int, str] = {}
-        for name, values in arrays.items():
-            if values.dtype.kind != "f":
-                continue
-            finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-            for offset in np.flatnonzero(~finite).tolist():
-                if offset not in batch.bad:
-                    not_finite.setdefault(offset, self._not_finite(name, values.dtype))
-        unusable = [*batch.bad, *not_finite]
-        for name, values in arrays.items():
-            values[unusable] = 0
-            self._writer(name).append(values.reshape(-1, *values.shape[2:]))
-        valid = np.ones(len(batch.images), dtype=bool)
-        valid[unusable] = False
-        self._records["valid"].append(valid)
-        self._records["source_bytes"].append(np.where(valid, batch.source_bytes, 0))
-        return not_finite
-
-    def commit(self) -> None:
-        for name, pieces in self._records.items():
-            layout = self._arrays[name]
-            record = np.zeros((1, *layout.inner), dtype=layout.dtype)
-            values = np.concatenate(pieces)
-            record[0, : len(values)] = values
-            self._writer(name).append(record)
-        for writer in self._writers.values():
-            writer.close()
-        self._store.commit_range(self.component, self._index, {n: w.path for n, w in self._writers.items()})
-
-    def abandon(self) -> None:
-        """Remove what was not committed."""
-        for writer in self._writers.values():
-            writer.abandon()
-        with contextlib.suppress(FileNotFoundError):  # a newer build of this component has cleared it
-            self._folder.rmdir()
-
-    def _writer(self, name: str) -> ShardWriter:
-        if name not in self._writers:
-            layout: ArrayLayout = self._arrays[name]
-            self._writers[name] = ShardWriter(self._folder / name, layout, self.component.compressor)
-        return self._writers[name]
-
-    def _not_finite(self, name: str, dtype: np.dtype[Any]) -> str:
-        # Statistics of the unrounded tokens come first among the arrays: where they are finite, rounding it was.
-        rounded = self.component.kind == FEATURES and name.startswith("patch_tokens")
-        advice = "; --dtype int8 can store it" if rounded else ""
-        return f"{self.component.path}: its {name} is not finite as {dtype}{advice}"
