@@ -4,8 +4,10 @@ import os
 import secrets
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +52,44 @@ def ray_head() -> Iterator[tuple[str, int]]:
         yield address, head.pid
         head.stdin.close()
         head.wait(timeout=60)
+
+
+# Away from the tests' process: its threads, warnings and patches are its own.
+_OBJECT_STORE = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+server.start()
+print("http://{}:{}".format(*server.get_host_and_port()), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[str]:
+    """Yield the endpoint of the session's one S3 server, real HTTP on loopback."""
+    command = [sys.executable, "-W", "ignore", "-c", _OBJECT_STORE]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as server:
+        for line in server.stdout:
+            if line.startswith("http"):
+                yield line.strip()
+                break
+        else:
+            raise AssertionError("the S3 server did not start")
+        server.stdin.close()
+        server.wait(timeout=60)
+
+
+@pytest.fixture
+def bucket(object_store: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the URL of a new bucket, which the AWS_ variables of the environment now lead to."""
+    name = f"bucket-{secrets.token_hex(4)}"
+    urllib.request.urlopen(urllib.request.Request(f"{object_store}/{name}", method="PUT")).close()
+    settings = {"ENDPOINT_URL": object_store, "ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "REGION": "us-east-1"}
+    for key, value in settings.items():
+        monkeypatch.setenv(f"AWS_{key}", value)
+    return f"s3://{name}"
 
 
 def write_images(folder: Path, *, num: int = 10, num_classes: int = 2, seed: int = 0) -> list[Path]:

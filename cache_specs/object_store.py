@@ -1,0 +1,186 @@
+"""A prefix of an object store as a cache's location, through obstore. The only importer of obstore.
+
+A put is whole or not at all, so it is the commit: nothing is written beside and renamed. Credentials, region and
+endpoint are those of the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ..., GOOGLE_APPLICATION_CREDENTIALS,
+AZURE_STORAGE_ACCOUNT_NAME, ...), or of the machine's role. obstore is one wheel without dependencies, and puts and gets
+a large object in parallel parts; fsspec's s3fs brings botocore pinned to one version.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from .errors import CacheError, UsageError
+
+SCHEMES = ("s3", "gs", "az")
+MAX_RETRIES = 4
+RETRY_S = 30  # of one request with its retries: a server that is gone is said so within this
+CONNECT_S = 5
+READ_AHEAD_BYTES = 8 * 2**20  # a shard read in order is fetched in pieces of this: a request costs tens of ms
+
+
+def _obstore() -> Any:
+    try:
+        import obstore.exceptions
+        import obstore.store
+    except ModuleNotFoundError as error:
+        raise UsageError("object stores need obstore, which is not installed; pip install obstore") from error
+    return obstore
+
+
+@functools.cache
+def _store(root: str) -> Any:
+    obstore = _obstore()
+    try:
+        return obstore.store.from_url(
+            root,
+            # Plain http is spoken only to an endpoint that the user gave as such.
+            client_options={
+                "allow_http": True,
+                "connect_timeout": timedelta(seconds=CONNECT_S),
+                "timeout": timedelta(seconds=RETRY_S),
+            },
+            retry_config={"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)},
+        )
+    except obstore.exceptions.BaseError as error:
+        raise UsageError(f"{root}: {reason(error)}; see that the environment names the account") from error
+
+
+def reason(error: BaseException) -> str:
+    """Return what an object store said, in a few words: the server's own where it sent any."""
+    text = str(error)
+    said = [re.search(f"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message")]
+    if any(said):
+        return ": ".join(match[1].rstrip(".") for match in said if match)
+    if isinstance(error, FileNotFoundError):
+        return "no such object"
+    first = text.partition("\n\n")[0].partition("\n")[0]
+    first = re.sub(r"^Generic \w+ error: |Error performing (list|token) request: ", "", first)
+    return " ".join(first.split())[:300]
+
+
+@dataclass(frozen=True)
+class ObjectPath:
+    """An object, or a prefix of objects as a folder: `key` in the bucket `root` (`s3://bucket`)."""
+
+    root: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.root}/{self.key}"
+
+    def __truediv__(self, name: str) -> "ObjectPath":
+        return ObjectPath(self.root, f"{self.key}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "ObjectPath":
+        return ObjectPath(self.root, self.key.rpartition("/")[0])
+
+    def read(self) -> bytes | None:
+        with self.errors("read"):
+            try:
+                return bytes(_store(self.root).get(self.key).bytes())
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in str(error):
+                    raise
+                return None
+
+    def exists(self) -> bool:
+        with self.errors("read"):
+            try:
+                _store(self.root).head(self.key)
+            except FileNotFoundError:
+                return bool(self.names())
+            return True
+
+    def names(self) -> set[str]:
+        with self.errors("listed"):
+            found = _store(self.root).list_with_delimiter(self.key)
+        keys = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
+        return {key.rstrip("/").rpartition("/")[2] for key in keys}
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator["ObjectSource"]:
+        yield ObjectSource(self)
+
+    def write(self, data: bytes) -> None:
+        with self.errors("written"):
+            _store(self.root).put(self.key, data)
+
+    def take(self, file: Path) -> None:
+        with self.errors("written"):
+            _store(self.root).put(self.key, file)
+        file.unlink()
+
+    def sync(self) -> None:
+        """Do nothing: an object that was put is durable."""
+
+    def delete(self) -> None:
+        with self.errors("deleted"):
+            _store(self.root).delete(self.key)
+
+    def delete_tree(self) -> None:
+        with self.errors("deleted"):
+            store = _store(self.root)
+            for page in store.list(self.key):
+                store.delete([entry["path"] for entry in page])
+
+    def scratch(self) -> Path:
+        """Return a folder of this user in the machine's temporary one (TMPDIR), the same for every build here."""
+        digest = hashlib.sha256(str(self).encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"repa-cache-{os.getuid()}" / digest
+
+    def zarr_store(self) -> Any:
+        from zarr.storage import ObjectStore, StorePath
+
+        return StorePath(ObjectStore(_store(self.root), read_only=True), self.key)
+
+    @contextlib.contextmanager
+    def errors(self, done: str) -> Iterator[None]:
+        """Turn what obstore raises into one line, which says what cannot be `done`: read, listed, written."""
+        obstore = _obstore()
+        try:
+            yield
+        except (obstore.exceptions.BaseError, OSError) as error:
+            raise CacheError(
+                f"{self}: cannot be {done} ({reason(error)}); see that the bucket is there and that the environment "
+                "has its endpoint, region and credentials, then run the same command again: what was put is kept"
+            ) from error
+
+
+class ObjectSource:
+    """An object read by position; reads that follow each other are served from one piece fetched ahead."""
+
+    def __init__(self, path: ObjectPath) -> None:
+        self._path = path
+        with path.errors("read"):
+            self._store = _store(path.root)
+            self.num_bytes: int = self._store.head(path.key)["size"]
+        self._start = 0
+        self._piece = memoryview(b"")
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        length = max(0, min(len(buffer), self.num_bytes - offset))
+        end = self._start + len(self._piece)
+        if length and not self._start <= offset <= offset + length <= end:
+            # The index at the end is read by itself; then come the chunks, from the first one on.
+            follows = self._start <= offset <= end
+            fetched = min(max(length, READ_AHEAD_BYTES) if follows else length, self.num_bytes - offset)
+            with self._path.errors("read"):
+                self._piece = memoryview(self._store.get_range(self._path.key, start=offset, length=fetched))
+            self._start = offset
+        piece = self._piece[offset - self._start :][:length] if length else b""
+        buffer[: len(piece)] = piece
+        return len(piece)
