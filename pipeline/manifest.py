@@ -84,7 +84,7 @@ def scan_folder(root: Path, labels_file: str | None = None) -> Manifest:
     images: list[str] = []
     left_out = 0
     edm_labels = root / "dataset.json"
-    for path in _walk(root):
+    for path in walk_files(root):
         if Path(path).suffix.lower() in IMAGE_SUFFIXES:
             images.append(path)
         elif path != edm_labels.name:
@@ -111,7 +111,7 @@ def scan_folder(root: Path, labels_file: str | None = None) -> Manifest:
     )
 
 
-def _walk(root: Path) -> Iterator[str]:
+def walk_files(root: Path) -> Iterator[str]:
     """Yield every visible file below `root` as a POSIX path relative to it; follow links, but never in a circle."""
     stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while stack:
@@ -181,7 +181,7 @@ def _labels_from_edm(images: list[str], file: Path) -> tuple[list[int], list[str
         ) from error
     if by_path is None:
         return [0] * len(images), ["images"]
-    return _numbered(images, _lookup(images, by_path, file), file)
+    return numbered_classes(images, _lookup(images, by_path, file), file)
 
 
 def _labels_from_csv(images: list[str], file: Path) -> tuple[list[int], list[str]]:
@@ -196,13 +196,13 @@ def _labels_from_csv(images: list[str], file: Path) -> tuple[list[int], list[str
         raise UsageError(f"--labels {file}: cannot be read ({error}); expected lines of: sample id,label") from error
     words = _lookup(images, by_path, file)
     if all(word.isascii() and word.isdigit() for word in words):
-        return _numbered(images, [int(word) for word in words], file)
+        return numbered_classes(images, [int(word) for word in words], file)
     names = sorted(set(words), key=os.fsencode)
     index = {name: label for label, name in enumerate(names)}
     return [index[word] for word in words], names
 
 
-def _numbered(images: list[str], labels: list[int], file: Path) -> tuple[list[int], list[str]]:
+def numbered_classes(images: list[str], labels: list[int], file: Path) -> tuple[list[int], list[str]]:
     """Return labels that are numbers already, and their classes: every number up to the largest, named by itself."""
     for label in (min(labels), max(labels)):
         if not 0 <= label < MAX_CLASSES:
