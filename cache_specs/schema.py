@@ -8,17 +8,19 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from .errors import CacheError, UsageError
 from .fingerprint import digest
 from .layout import ArrayLayout, CacheLayout, feature_arrays, latent_arrays
 
-LATENTS = "latents"
-FEATURES = "features"
+LATENTS: Final = "latents"
+FEATURES: Final = "features"
 STORAGE_DTYPES = ("float16", "int8")
 PRECISIONS = ("fp32", "bf16")
 COMPRESSORS = ("none", "zstd", "blosc")
+IMPORTED = "imported"  # key of the spec of latents that `repa-cache import` brought in: from which layout, and how
+UNKNOWN: Final = "unknown"  # weights and precision of what was imported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,8 @@ class ComponentSpec:
     """One component of a cache.
 
     `spec` is the resolved table entry (`tables.EncoderEntry.resolve`, `tables.AutoencoderEntry.resolve`); `weights`
-    is `sha256:<digest>` of the loaded weights, or `none` for a model without any.
+    is `sha256:<digest>` of the loaded weights, or `none` for a model without any. Of imported latents `weights` and
+    `precision` are `unknown`.
     """
 
     kind: Literal["features", "latents"]
@@ -34,19 +37,24 @@ class ComponentSpec:
     spec: Mapping[str, Any]
     weights: str
     dtype: Literal["float16", "int8"] = "float16"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "unknown"] = "fp32"
     compressor: Literal["none", "zstd", "blosc"] = "none"
 
     def __post_init__(self) -> None:
         for field, known in (
             ("dtype", STORAGE_DTYPES),
-            ("precision", PRECISIONS),
+            ("precision", PRECISIONS if self.imported is None else (UNKNOWN,)),
             ("compressor", COMPRESSORS),
         ):
             if getattr(self, field) not in known:
                 raise UsageError(f"--{field} {getattr(self, field)}: expected one of {', '.join(known)}")
         if self.kind == LATENTS and self.dtype != "float16":
             raise UsageError(f"latents are stored as float16, not {self.dtype}")
+
+    @property
+    def imported(self) -> Mapping[str, Any] | None:
+        """How an import brought the component in, None where it was built from images."""
+        return self.spec.get(IMPORTED)
 
     @property
     def path(self) -> str:
@@ -72,6 +80,8 @@ class ComponentSpec:
 
     def build_command(self, cache: Path | str) -> str:
         """Return the command that builds or finishes this component; only the data's place is not known to a cache."""
+        if self.imported is not None:
+            return self._import_command(cache)
         request = str(self.spec["entry"])
         if self.kind == LATENTS:
             options = [f"--autoencoder {request}"]
@@ -90,6 +100,22 @@ class ComponentSpec:
         if self.spec["random_weights"]:
             options.append("--random-weights")
         return f"repa-cache build --data PATH --cache {shlex.quote(str(cache))} {' '.join(options)}"
+
+    def _import_command(self, cache: Path | str) -> str:
+        imported = self.imported or {}
+        options = [f"--from {imported['layout']}", "--data PATH", f"--cache {shlex.quote(str(cache))}"]
+        options.append(f"--autoencoder {self.spec['entry']}")
+        if self.spec["loader"] == UNKNOWN:
+            options.append("--resolution PIXELS")
+        if self.spec["pixel_range"] is not None:
+            options.append("--pixel-range " + ",".join(f"{end:g}" for end in self.spec["pixel_range"]))
+        if imported["scaled_by"] != 1:
+            options.append(f"--scaled-by {imported['scaled_by']:g}")
+        if imported["log_variance"]:
+            options.append("--log-variance")
+        if self.compressor != "none":
+            options.append(f"--compressor {self.compressor}")
+        return "repa-cache import " + " ".join(options)
 
     def attributes(self, cache: CacheLayout) -> dict[str, Any]:
         """Return the group's attributes before completion, in the order in which they are written."""
@@ -110,7 +136,7 @@ class ComponentSpec:
         """Read a component group's attributes; raise `CacheError` where they are damaged."""
         try:
             return cls(**{name: attributes[name] for name in cls.__dataclass_fields__})
-        except (KeyError, TypeError, UsageError) as error:
+        except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise CacheError(f"{where}: damaged attributes of the component ({error!r})") from error
 
     def difference(self, other: Self) -> str | None:

@@ -27,6 +27,7 @@ OWNERS = {
     "skimage": {"pipeline/demo_data.py"},
     "sklearn": {"pipeline/probe.py"},
     "matplotlib": {"pipeline/figures.py"},
+    "pyarrow": {"pipeline/import_arrow.py"},
     "torch_fidelity": {"pipeline/inception.py"},
     "obstore": {"cache_specs/object_store.py"},
     "tensorstore": {"trainer/library_array.py"},
