@@ -243,6 +243,8 @@ def _recompute(cache: Path, num: int, data: str, weights: tuple[str, ...], devic
     problems = []
     for agreement in recompute(cache, _source(data), num=num, weights=_weights(weights), device=device):
         problems += agreement.problems
+        if agreement.left_out:
+            click.echo(f"{agreement.path}: not encoded again: {agreement.left_out}")
         if agreement.cosines:
             click.echo(
                 f"{agreement.path}: {agreement.num_samples} samples encoded again, cosine to what is stored: "

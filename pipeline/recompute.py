@@ -29,10 +29,12 @@ MIN_SPREAD = 1e-3  # channels whose std is below this share of their mean drown 
 class Agreement:
     """How far one component's stored values are from the images': cosines over tokens, `problems` a line a sample.
 
-    Latents count as h * w tokens of M channels. Tokens without any spread (a blank picture) are left out.
+    Latents count as h * w tokens of M channels. Tokens without any spread (a blank picture) are left out. `left_out`
+    is why nothing of the component could be encoded again.
     """
 
     path: str
+    left_out: str | None = None
     num_samples: int = 0
     cosines: list[np.ndarray] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -49,7 +51,7 @@ class Agreement:
 def recompute(
     cache: Path, source: ImageSource, *, num: int, weights: Mapping[str, Path], device: str = "cpu"
 ) -> list[Agreement]:
-    """Encode `num` samples of every finished component again and compare.
+    """Encode `num` samples of every finished component again and compare; say which had to be left out.
 
     `weights` gives local files by the table's name, as at the build. Raises `UsageError` where weights cannot be had
     or are not those that the component was built with, `CacheError` where nothing can be compared.
@@ -59,6 +61,11 @@ def recompute(
     store = CacheStore.open(cache)
     found = [store.component(path) for path in store.components() if store.is_complete(path)]
     components = [component for component in found if component is not None]
+    if components and all(component.imported for component in components):
+        raise UsageError(
+            f"--recompute: {cache} holds imported latents alone, of weights that are not known; nothing can be encoded "
+            "again and compared. verify without --recompute checks every stored byte"
+        )
     if not components:
         raise CacheError(f"{cache}: no component is complete, so there is nothing to recompute")
     size = store.layout.num_samples
@@ -67,7 +74,13 @@ def recompute(
     if not len(rows):
         raise CacheError(f"{cache}: no sample is valid in every component")
     rows = np.sort(np.random.default_rng(SEED).choice(rows, min(num, len(rows)), replace=False))
-    return [_recompute_component(store, component, source, rows, weights, device) for component in components]
+    return [
+        # Whose weights made imported latents is not known, so that a difference would say nothing.
+        Agreement(path=component.path, left_out="imported, of weights that are not known")
+        if component.imported
+        else _recompute_component(store, component, source, rows, weights, device)
+        for component in components
+    ]
 
 
 def _recompute_component(

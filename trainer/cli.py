@@ -315,8 +315,14 @@ def load_decoder(source: "LatentSource", *, weights: Path | None, device: str) -
 
     Raises UsageError where the decoder's weights cannot be had, or are not of the autoencoder that made the cache.
     """
+    from ..cache_specs.schema import UNKNOWN
     from ..pipeline.autoencoders import load_autoencoder
 
+    if source.spec["loader"] == UNKNOWN:
+        click.echo(
+            f"{source.name} is an autoencoder that only its import knows: latents are saved as they are", err=True
+        )
+        return None, "none"
     try:
         loaded = load_autoencoder(source.spec, weights=weights, device=device)
     except ModuleNotFoundError as error:
@@ -324,7 +330,7 @@ def load_decoder(source: "LatentSource", *, weights: Path | None, device: str) -
             raise
         click.echo("diffusers is not installed: latents are saved as they are", err=True)
         return None, "none"
-    if source.weights not in (None, loaded.weights):
+    if source.weights not in (None, UNKNOWN, loaded.weights):
         raise UsageError(
             f"the weights of {source.name} ({loaded.weights}) are not those that the model's latents come from "
             f"({source.weights}). Give the same ones with --autoencoder-weights (in training grid.autoencoder_weights)"

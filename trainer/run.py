@@ -156,8 +156,10 @@ def build_model(config: RunConfig, reader: CacheReader) -> SiT:
 
 def latent_norm(config: RunConfig, reader: CacheReader) -> LatentNorm:
     """Return the numbers between the cache's latents and the model's input."""
-    entry = autoencoder_table().get(reader.latents.spec["entry"])
-    published = entry.published if entry else None
+    spec = reader.latents.spec
+    entry = autoencoder_table().get(spec["entry"])
+    # Imported moments may be of other pixels than the published scale is for.
+    published = entry.published if entry and list(entry.pixel_range) == spec["pixel_range"] else None
     if config.latent_norm == "fixed" and published is None:
         raise UsageError(
             f"latent_norm=fixed: {reader.latents.name} has no published scale in the table of autoencoders. "
