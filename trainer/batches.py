@@ -1,9 +1,8 @@
 """Which samples a step sees, and the random numbers that go with them, both as functions of the step alone.
 
-The order is an endless stream of positions: position p is sample permutation_epoch[p % N] of epoch p // N, N valid
-samples, and the permutation is numpy's, seeded by (seed, epoch). Micro-batch m of rank r in step s covers the b
-positions from s * B + (m * world + r) * b. So a batch may straddle epochs, nothing is dropped or repeated within one,
-any N works, and a resume needs the step and nothing else (as NVlabs/edm2 does).
+Micro-batch m of rank r in step s covers the b positions from s * B + (m * world + r) * b of the endless stream of
+samples (order.py). So a batch may straddle epochs, nothing is dropped or repeated within one, any N works, a resume
+needs the step and nothing else (as NVlabs/edm2 does), and another number of ranks goes on with the same positions.
 
 Everything random in a step is drawn here on the CPU, from one generator a (seed, step, micro-batch, rank), while the
 step before is running: view coin, posterior noise, t, noise, label drop, in that order. The same on every device.
@@ -16,41 +15,10 @@ import torch
 from torch import Tensor
 
 from .interpolant import Interpolant
+from .order import DEFAULT_WINDOW, BlockOrder, GlobalOrder, NDArray, Order, Shuffle
 from .reader import Batch, CacheReader
-from .shards import NDArray
 
-# SeedSequence pads short entropy with zeros: (seed, epoch) and (seed, epoch, 0) would be the same. A spawn key is not
-# padded, so each use has its own word there.
-_ORDER, _DRAWS = 0, 1
-
-
-class SampleOrder:
-    """The endless stream of rows of one seed; `rows` [N] are the samples to permute.
-
-    Holds one permutation or two, 8 bytes a sample each.
-    """
-
-    def __init__(self, rows: NDArray, seed: int) -> None:
-        self._rows = rows
-        self._seed = seed
-        self._epochs: dict[int, NDArray] = {}
-
-    def at(self, start: int, num: int) -> NDArray:
-        """Return the rows [num] at positions start .. start + num - 1."""
-        epochs, places = np.divmod(np.arange(start, start + num), len(self._rows))
-        order = np.empty(num, dtype=np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            order[here] = self._rows[self._permutation(epoch)[places[here]]]
-        return order
-
-    def _permutation(self, epoch: int) -> NDArray:
-        if epoch not in self._epochs:
-            # A batch near an epoch's end needs two; older ones never come back.
-            self._epochs = {kept: self._epochs[kept] for kept in self._epochs if kept == epoch - 1}
-            sequence = np.random.SeedSequence(self._seed, spawn_key=(_ORDER, epoch))
-            self._epochs[epoch] = np.random.Generator(np.random.PCG64(sequence)).permutation(len(self._rows))
-        return self._epochs[epoch]
+_DRAWS = 1  # the word of this use among the streams of one seed; the first is in order.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,17 +91,38 @@ class MicroBatch:
 
 
 class Batches:
-    """Reads what one rank sees in any (step, micro-batch)."""
+    """Reads what one rank sees in any (step, micro-batch).
 
-    def __init__(self, reader: CacheReader, spec: DrawSpec, place: Place) -> None:
+    With shuffle "blocks" and images that failed to decode, shards are counted in the samples that are left: such a
+    block may lie in two neighbouring files.
+    """
+
+    def __init__(
+        self,
+        reader: CacheReader,
+        spec: DrawSpec,
+        place: Place,
+        *,
+        shuffle: Shuffle = "global",
+        window: int = DEFAULT_WINDOW,
+    ) -> None:
         self.reader = reader
         self.spec = spec
         self.place = place
-        self.order = SampleOrder(reader.valid_rows, spec.seed)
+        num = len(reader.valid_rows)
+        self.order: Order
+        if shuffle == "blocks":
+            self.order = BlockOrder(num, seed=spec.seed, shard_samples=reader.layout.shard_samples, window=window)
+        else:
+            self.order = GlobalOrder(num, seed=spec.seed)
+
+    def rows(self, step: int, micro: int) -> NDArray:
+        """Return the rows of the cache [b] int64 that micro-batch `micro` of step `step` covers."""
+        samples = self.order.at(self.place.start(step, micro), self.place.micro_batch)
+        valid = self.reader.valid_rows
+        return samples if len(valid) == self.reader.num_samples else valid[samples]
 
     def read(self, step: int, micro: int, out: Batch | None = None) -> MicroBatch:
         """Return micro-batch `micro` of step `step` (both from 0), its rows in `out` where that is given."""
-        num = self.place.micro_batch
-        rows = self.order.at(self.place.start(step, micro), num)
-        draws = self.spec.draw(num, step=step, micro=micro, rank=self.place.rank)
-        return MicroBatch(data=self.reader.rows(rows, draws.views.numpy(), out=out), draws=draws)
+        draws = self.spec.draw(self.place.micro_batch, step=step, micro=micro, rank=self.place.rank)
+        return MicroBatch(data=self.reader.rows(self.rows(step, micro), draws.views.numpy(), out=out), draws=draws)

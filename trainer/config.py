@@ -18,6 +18,7 @@ import yaml
 from ..cache_specs.errors import UsageError, nearest
 from .interpolant import Interpolant
 from .optimizer import OptimizerConfig
+from .order import DEFAULT_WINDOW, Shuffle
 from .samplers import SamplerConfig, SamplerName
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -105,6 +106,8 @@ class RunConfig:
     batch_size: int = 256  # samples an optimizer step, over all ranks and micro-batches
     accumulation: int = 1  # micro-batches an optimizer step
     seed: int = 0
+    shuffle: Shuffle = "global"  # or blocks: shards in random order, shuffled within a window of shuffle_window
+    shuffle_window: int = DEFAULT_WINDOW
     precision: str = "auto"  # fp32 | bf16 of the passes; parameters and EMA stay float32. auto: bf16 on CUDA only
     compile: bool = False
     latent_norm: Literal["fixed", "channel"] = "fixed"
@@ -121,7 +124,16 @@ class RunConfig:
     prefetch: int = 3  # micro-batches read ahead
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep_last", "prefetch"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulation",
+            "log_every",
+            "save_every",
+            "keep_last",
+            "prefetch",
+            "shuffle_window",
+        ):
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
         if self.precision == "fp16":

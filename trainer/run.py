@@ -121,7 +121,7 @@ def prepare(config: RunConfig, world: World) -> Run:
         wrapped=wrap(model, world),
         ema=ema,
         optimizer=GatedAdamW(model.parameters(), config.optimizer),
-        batches=Batches(reader, spec, place),
+        batches=Batches(reader, spec, place, shuffle=config.shuffle, window=config.shuffle_window),
         norm=norm,
     )
 

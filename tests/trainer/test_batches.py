@@ -1,37 +1,12 @@
-"""The order of samples and the random numbers of a step."""
+"""Which samples a step sees, over ranks and epochs, and its random numbers."""
 
 import numpy as np
 import pytest
 import torch
 
-from repa.trainer.batches import Batches, DrawSpec, Place, SampleOrder
+from repa.trainer.batches import Batches, DrawSpec, Place
 from repa.trainer.interpolant import Interpolant
 from repa.trainer.reader import CacheReader
-
-ROWS = np.array([3, 5, 8, 13, 21, 34, 55])
-
-
-def test_every_epoch_holds_every_row_once():
-    order = SampleOrder(ROWS, seed=4)
-    stream = order.at(0, 4 * len(ROWS)).reshape(4, -1)
-    assert all(sorted(epoch) == sorted(ROWS) for epoch in stream.tolist())
-    assert len({tuple(epoch) for epoch in stream.tolist()}) == 4
-    assert order.at(0, 28).tolist() != SampleOrder(ROWS, seed=5).at(0, 28).tolist()
-
-
-def test_order_is_a_function_of_the_position():
-    whole = SampleOrder(ROWS, seed=4).at(0, 100)
-    asked = SampleOrder(ROWS, seed=4)
-    for start, num in ((90, 10), (0, 3), (5, 17), (33, 1), (6, 2)):
-        np.testing.assert_array_equal(asked.at(start, num), whole[start : start + num])
-    assert len(asked._epochs) <= 2
-
-
-def test_permutations_are_uniform():
-    # 6 orders of 3 rows over 3,000 epochs: chi-squared with 5 degrees of freedom, 20.5 at p = 0.001.
-    stream = SampleOrder(np.arange(3), seed=0).at(0, 9_000).reshape(-1, 3)
-    _, counts = np.unique(stream, axis=0, return_counts=True)
-    assert ((counts - 500) ** 2 / 500).sum() < 20.5
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (2, 1), (1, 3), (3, 2)])
@@ -95,3 +70,20 @@ def test_a_batch_larger_than_the_cache_repeats_rows_evenly(make_cache):
     counts = np.bincount(batch.data.rows.numpy(), minlength=3)
     assert counts.min() >= 2
     assert counts.max() <= 3
+
+
+@pytest.mark.parametrize("shuffle", ["global", "blocks"])
+def test_an_epoch_stays_exact_where_the_number_of_ranks_changes_in_it(make_cache, shuffle):
+    """21 valid samples, 6 a step: two ranks do the first two steps, one rank of two micro-batches goes on."""
+    reader = CacheReader(make_cache(invalid={"features/toy": [4, 11]}).path)
+    seen: list[int] = []
+    for steps, world, accumulation in ((range(2), 2, 1), (range(2, 14), 1, 2)):
+        for step in steps:
+            for micro in range(accumulation):
+                for rank in range(world):
+                    place = Place(batch_size=6, accumulation=accumulation, rank=rank, world=world)
+                    batch = Batches(reader, draw_spec(), place, shuffle=shuffle, window=2).read(step, micro)
+                    seen += batch.data.rows.tolist()
+    epochs = np.array(seen).reshape(4, 21)
+    assert all(sorted(epoch) == sorted(reader.valid_rows) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 4

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from repa.trainer import loop
-from repa.trainer.batches import DrawSpec, SampleOrder
+from repa.trainer.batches import DrawSpec
 from repa.trainer.checkpoint import load_checkpoint
 from repa.trainer.config import Layer, RunConfig, recipe_layer, resolve, set_layer
 from repa.trainer.distributed import World
+from repa.trainer.order import GlobalOrder
 from repa.trainer.prefetch import ReadAhead
 from repa.trainer.run import Run, prepare, settle_convolutions
 from repa.trainer.sit import SiT
@@ -45,11 +46,11 @@ def published_losses(model: SiT, written, config: RunConfig, step: int) -> tuple
         seed=0, num_views=2, latent_shape=(3, 8, 8), posterior=True, interpolant=config.interpolant, label_dropout=0.5
     )
     arrays = {name: torch.from_numpy(array) for name, array in written.arrays.items()}
-    order = SampleOrder(np.array([row for row in range(23) if row != 3]), seed=0)
+    valid, order = np.array([row for row in range(23) if row != 3]), GlobalOrder(22, seed=0)
     denoising, alignment = torch.zeros(()), torch.zeros(())
     for micro in range(2):
         draws = spec.draw(4, step=step, micro=micro, rank=0)
-        rows, views = torch.from_numpy(order.at(8 * step + 4 * micro, 4)), draws.views
+        rows, views = torch.from_numpy(valid[order.at(8 * step + 4 * micro, 4)]), draws.views
         moments = arrays["latents/toy-ae/moments"][rows, views].float()
         z = moments[:, :3] + moments[:, 3:] * draws.posterior_noise
         x = (z - torch.tensor([0.1, -0.2, 0.3]).view(3, 1, 1)) / torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1)
@@ -160,12 +161,12 @@ def test_a_run_learns(make_cache, repa_train, tmp_path):
 
 
 def first_step_with(row: int, num_samples: int, batch_size: int) -> int:
-    stream = SampleOrder(np.arange(num_samples), seed=0).at(0, 10 * num_samples)
+    stream = GlobalOrder(num_samples, seed=0).at(0, 10 * num_samples)
     return int(np.flatnonzero(stream == row)[0]) // batch_size + 1
 
 
 def test_a_step_that_is_not_finite_stops_the_run_at_the_state_before(make_cache, repa_train, tmp_path):
-    bad_row = int(SampleOrder(np.arange(23), seed=0).at(0, 23)[-1])
+    bad_row = int(GlobalOrder(23, seed=0).at(0, 23)[-1])
     bad = first_step_with(bad_row, 23, batch_size=4)
     assert bad == 6
     cache = make_cache(nan_rows=(bad_row,)).path
