@@ -133,7 +133,7 @@ def _default_device() -> str:
 
 def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:
     from .build import describe
-    from .info import human_bytes
+    from ..cache_specs.sizes import human_bytes
 
     layout = plan.layout
     click.echo(
@@ -208,7 +208,7 @@ def verify(cache: Path, num: int | None, data: str | None, weights: tuple[str, .
     """
     from tqdm import tqdm
 
-    from .info import human_bytes
+    from ..cache_specs.sizes import human_bytes
     from .verify import verify as check
 
     if (num is None) != (data is None):

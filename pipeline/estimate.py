@@ -15,8 +15,8 @@ from ..cache_specs.errors import UsageError, nearest
 from ..cache_specs.layout import DEFAULT_SHARD_SAMPLES, VIEWS, ArrayLayout, CacheLayout
 from ..cache_specs.schema import FEATURES, STORAGE_DTYPES, component_arrays
 from ..cache_specs.shard_index import CHECKSUM_BYTES, index_bytes
+from ..cache_specs.sizes import human_bytes
 from ..cache_specs.tables import ResolvedModel
-from .info import human_bytes
 
 # Depth and width of the published SiT (arXiv 2401.08740); a test holds them equal to the trainer's.
 SIT_SIZES = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
@@ -108,21 +108,6 @@ def choose_dtypes(models: Sequence[ModelCost], budget: int) -> dict[str, str | N
             chosen[model.name] = "float16"
             left -= more
     return chosen
-
-
-def parse_bytes(text: str) -> int:
-    """Return the bytes of `500GB`, `1.5TB`, `800GiB` or a plain number."""
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    number = text.strip().rstrip("BKMGTIbkmgti ")
-    unit = text.strip()[len(number) :].strip().upper()
-    try:
-        size = float(number) * units[unit]
-    except (KeyError, ValueError) as error:
-        raise UsageError(f"--budget {text}: expected a size, as in 500GB, 1.5TB or 800GiB") from error
-    if not (math.isfinite(size) and size > 0):
-        raise UsageError(f"--budget {text}: expected more than nothing")
-    return int(size)
 
 
 def model_costs(

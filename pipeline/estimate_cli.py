@@ -44,12 +44,13 @@ def estimate(
     Speedup counts multiply-accumulates, at equal efficiency of the hardware: 3 SiT forwards a step, with the frozen
     models or without.
     """
+    from ..cache_specs.sizes import parse_bytes
     from ..cache_specs.tables import resolve_autoencoder, resolve_encoder
-    from .estimate import budget_lines, cost_lines, model_costs, parse_bytes, planned_layout, sit_gmac, speedup_line
+    from .estimate import budget_lines, cost_lines, model_costs, planned_layout, sit_gmac, speedup_line
 
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: expected at least 1")
-    limit = None if budget is None else parse_bytes(budget)
+    limit = None if budget is None else parse_bytes(budget, where="--budget")
     layout = planned_layout(num_images=num_images, resolution=resolution, flip=flip)
     models = [(FEATURES, resolve_encoder(name, resolution=resolution)) for name in dict.fromkeys(encoders)]
     latent_size = resolution // 8  # of the SD VAE, where no autoencoder says otherwise

@@ -16,7 +16,6 @@ from repa.pipeline.estimate import (
     choose_dtypes,
     component_bytes,
     model_costs,
-    parse_bytes,
     planned_layout,
     sit_gmac,
     speedup,
@@ -79,19 +78,6 @@ def test_a_budget_takes_what_fits_in_the_order_asked() -> None:
     assert choose_dtypes(models, 170) == {"a": "int8", "b": "int8", "c": "int8"}
     assert choose_dtypes(models, 149) == {"a": "float16", "b": None, "c": "float16"}
     assert choose_dtypes(models, 10) == {"a": None, "b": None, "c": None}
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("500GB", 500e9), ("1.5TB", 1.5e12), ("800 GiB", 800 * 2**30), ("64", 64), ("2kB", 2000)]
-)
-def test_sizes_are_read(text: str, size: float) -> None:
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "5 PB", "-1GB", "0GB", "nanGB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--budget"):
-        parse_bytes(text)
 
 
 def test_a_model_that_was_not_measured_is_scaled_from_its_kind() -> None:
