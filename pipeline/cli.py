@@ -132,8 +132,8 @@ def _default_device() -> str:
 
 
 def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:
-    from .build import describe
     from ..cache_specs.sizes import human_bytes
+    from .build import describe
 
     layout = plan.layout
     click.echo(

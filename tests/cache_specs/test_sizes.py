@@ -15,7 +15,7 @@ def test_sizes_are_read(text: str, size: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "5 PB", "-1GB", "0GB", "nanGB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--prefetch-bytes .*expected"):
+    with pytest.raises(UsageError, match=r"--prefetch-bytes .*expected"):
         parse_bytes(text, where="--prefetch-bytes")
 
 
