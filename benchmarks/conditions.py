@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "numpy", "zarr", "numcodecs", "ray", "timm")
 
 
-def conditions() -> dict[str, Any]:
-    """Return commit, date, processor, GPU and versions of this machine, as JSON values."""
+def conditions(packages: Sequence[str] = ()) -> dict[str, Any]:
+    """Return commit, date, processor, GPU and versions of this machine, those of more `packages` too, as JSON."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -29,7 +30,7 @@ def conditions() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {name: version for name in (*PACKAGES, *packages) if (version := _version(name))},
     }
 
 

@@ -1,0 +1,50 @@
+"""Print the peak memory of a process that reads a cache ahead, over what its imports hold, as one JSON object.
+
+python benchmarks/reader_memory.py CACHE BATCH_SIZE
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from peak_memory import peak_bytes, reset_peak
+
+from repa.trainer.batches import Batches, DrawSpec, Place
+from repa.trainer.config import RunConfig
+from repa.trainer.interpolant import Interpolant
+from repa.trainer.prefetch import ReadAhead
+from repa.trainer.reader import CacheReader
+
+STEPS = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("batch_size", type=int)
+    options = parser.parse_args()
+    torch.randn(8)  # its generator and libraries are loaded
+    base = reset_peak()
+    reader = CacheReader(options.cache)
+    spec = DrawSpec(
+        seed=0,
+        num_views=len(reader.views),
+        latent_shape=(reader.latents.channels, *reader.latents.size),
+        posterior=True,
+        interpolant=Interpolant(),
+        label_dropout=0.1,
+    )
+    batches = Batches(reader, spec, Place(batch_size=options.batch_size))
+    depth = RunConfig.prefetch
+    with ReadAhead(batches, first=0, last=STEPS, depth=depth, device=torch.device("cpu")) as ahead:
+        for _ in range(STEPS):
+            last = ahead.next()
+    batch_bytes = sum(t.nbytes for t in (last.data.rows, last.data.labels, last.data.moments))
+    batch_bytes += sum(t.nbytes for features in last.data.features for t in features.tensors().values())
+    found = {"peak_bytes": peak_bytes() - base, "prefetch_bytes": depth * batch_bytes, "batch_bytes": batch_bytes}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
