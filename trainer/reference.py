@@ -13,7 +13,8 @@ from ..cache_specs.errors import UsageError
 from ..cache_specs.layout import layer_array
 from ..cache_specs.schema import FEATURES, ComponentSpec
 from .reader import CacheReader
-from .shards import OpenFiles, open_array, read_all
+from .row_reads import RowReads
+from .shards import open_array
 
 Pooling = Literal["mean", "cls"]
 _ARRAYS: dict[str, str] = {"mean": "channel_mean", "cls": "cls_token"}
@@ -43,7 +44,8 @@ class Reference:
         self.pooling = pooling
         self.width = features.width
         self.valid_rows = reader.valid_rows
-        self._array = open_array(group, layouts[array], files=OpenFiles(), check_reads=True)
+        self._reads = RowReads()
+        self._array = open_array(group, layouts[array], files=self._reads.files, check_reads=True)
         reader.close()
 
     @property
@@ -62,5 +64,5 @@ class Reference:
         """Return the vectors [n, E] float32 of samples `rows`."""
         layout = self._array.layout
         values = np.empty((len(rows), *layout.shape[2:]), dtype=layout.dtype)
-        read_all([(self._array, values)], rows, np.zeros_like(rows))
+        self._reads.read([(self._array, values)], rows, np.zeros_like(rows))
         return values.astype(np.float32)

@@ -4,7 +4,7 @@ Nothing of repa.pipeline and nothing of the direct reader is used: two ways to t
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from repa.cache_specs.fingerprint import manifest_fingerprint, transform_fingerprint
 from repa.cache_specs.layout import CROP, VIEWS, ArrayLayout, CacheLayout
 from repa.cache_specs.schema import ComponentSpec
+from repa.trainer.reader import Batch
 from repa.trainer.sit import SIZES
 
 
@@ -33,6 +34,28 @@ class WrittenCache:
         """Return the file of one shard, found on disk by its first chunk coordinate."""
         (file,) = [file for file in (self.path / array).glob(f"c.{index}*") if file.name.split(".")[1] == str(index)]
         return file
+
+    def assert_rows(
+        self, batch: Batch, rows: Sequence[int], views: Sequence[int], encoders: Sequence[str] = ("toy",)
+    ) -> None:
+        """Assert that every tensor of the batch holds exactly the bytes that were written for those rows and views."""
+        assert batch.rows.tolist() == list(rows)
+        np.testing.assert_array_equal(batch.labels.numpy(), self.arrays["label"][rows])
+        np.testing.assert_array_equal(batch.moments.numpy(), self.arrays["latents/toy-ae/moments"][rows, views])
+        for features, name in zip(batch.features, encoders, strict=True):
+            for array, tensor in (
+                ("patch_tokens", features.tokens),
+                ("token_scale", features.token_scale),
+                ("channel_mean", features.channel_mean),
+                ("channel_std", features.channel_std),
+                ("cls_token", features.cls_token),
+            ):
+                expected = self.arrays.get(f"features/{name}/{array}")
+                if expected is None:
+                    assert tensor is None
+                else:
+                    np.testing.assert_array_equal(tensor.numpy(), expected[rows, views])
+                    assert tensor.numpy().dtype == expected.dtype
 
 
 def int8_tokens(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
