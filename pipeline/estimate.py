@@ -18,8 +18,8 @@ from ..cache_specs.shard_index import CHECKSUM_BYTES, index_bytes
 from ..cache_specs.sizes import human_bytes
 from ..cache_specs.tables import ResolvedModel
 
-# Depth and width of the published SiT (arXiv 2401.08740); a test holds them equal to the trainer's.
-SIT_SIZES = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
+# Depth and width of the published SiT (arXiv 2401.08740) and of our Ti; a test holds them equal to the trainer's.
+SIT_SIZES = {"Ti": (6, 128), "S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
 TABLE_RESOLUTION = 256  # of an autoencoder's gmac
 FORWARDS_A_STEP = 3  # a backward costs two forwards
 
