@@ -80,6 +80,9 @@ class ObjectPath:
     def __truediv__(self, name: str) -> "ObjectPath":
         return ObjectPath(self.root, f"{self.key}/{name}")
 
+    def absolute(self) -> "ObjectPath":
+        return self
+
     @property
     def name(self) -> str:
         return self.key.rpartition("/")[2]
@@ -98,12 +101,14 @@ class ObjectPath:
                 return None
 
     def exists(self) -> bool:
+        return self.size() is not None or bool(self.names())
+
+    def size(self) -> int | None:
         with self.errors("read"):
             try:
-                _store(self.root).head(self.key)
-            except FileNotFoundError:
-                return bool(self.names())
-            return True
+                return int(_store(self.root).head(self.key)["size"])
+            except FileNotFoundError:  # for a bucket that is not there too: a HEAD has no words
+                return None
 
     def names(self) -> set[str]:
         with self.errors("listed"):
@@ -146,6 +151,9 @@ class ObjectPath:
         from zarr.storage import ObjectStore, StorePath
 
         return StorePath(ObjectStore(_store(self.root), read_only=True), self.key)
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        return self.errors("read")
 
     @contextlib.contextmanager
     def errors(self, done: str) -> Iterator[None]:

@@ -78,7 +78,7 @@ class ComponentSpec:
             }
         )
 
-    def build_command(self, cache: Path | str) -> str:
+    def build_command(self, cache: object) -> str:
         """Return the command that builds or finishes this component; only the data's place is not known to a cache."""
         if self.imported is not None:
             return self._import_command(cache)
@@ -101,7 +101,7 @@ class ComponentSpec:
             options.append("--random-weights")
         return f"repa-cache build --data PATH --cache {shlex.quote(str(cache))} {' '.join(options)}"
 
-    def _import_command(self, cache: Path | str) -> str:
+    def _import_command(self, cache: object) -> str:
         imported = self.imported or {}
         options = [f"--from {imported['layout']}", "--data PATH", f"--cache {shlex.quote(str(cache))}"]
         options.append(f"--autoencoder {self.spec['entry']}")

@@ -9,6 +9,7 @@ an object store a put is the commit (object_store.py).
 import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +43,20 @@ class Location(Protocol):
 
     def __truediv__(self, name: str) -> Self: ...
 
+    def absolute(self) -> Self:
+        """Return the same place by a name that holds in any working directory."""
+        ...
+
     def read(self) -> bytes | None:
         """Return a small file's bytes, None where there is none."""
         ...
 
     def exists(self) -> bool:
         """Return whether there is a file here, or a folder with something in it."""
+        ...
+
+    def size(self) -> int | None:
+        """Return a file's bytes, None where there is none."""
         ...
 
     def names(self) -> set[str]:
@@ -84,6 +93,10 @@ class Location(Protocol):
 
     def zarr_store(self) -> Any:
         """Return what `zarr.open_group` and `zarr.open_array` take to read here."""
+        ...
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which what the storage raises through zarr is a `CacheError` or an `OSError`."""
         ...
 
 
@@ -133,6 +146,9 @@ class LocalPath:
     def __truediv__(self, name: str) -> "LocalPath":
         return LocalPath(self.path / name)
 
+    def absolute(self) -> "LocalPath":
+        return LocalPath(self.path.absolute())
+
     @property
     def name(self) -> str:
         return self.path.name
@@ -151,6 +167,15 @@ class LocalPath:
 
     def exists(self) -> bool:
         return self.path.exists()
+
+    def size(self) -> int | None:
+        try:
+            found = self.path.stat()
+            return found.st_size if stat.S_ISREG(found.st_mode) else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise _read_error(self.path, error) from error
 
     def names(self) -> set[str]:
         try:
@@ -219,6 +244,9 @@ class LocalPath:
 
     def zarr_store(self) -> Path:
         return self.path
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class LocalSource:

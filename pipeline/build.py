@@ -14,15 +14,17 @@ import numpy as np
 
 from ..cache_specs.errors import JobError, UsageError, nearest
 from ..cache_specs.fingerprint import transform_fingerprint
+from ..cache_specs.group import group_attributes
 from ..cache_specs.layout import CROP, DEFAULT_SHARD_SAMPLES, VIEWS, CacheLayout
 from ..cache_specs.schema import FEATURES, LATENTS, ComponentSpec
+from ..cache_specs.storage import location
 from ..cache_specs.tables import ResolvedModel, resolve_autoencoder, resolve_encoder
 from .complete import complete_component
 from .encode import ModelRequest, RangeResult, load_model
 from .job import JobOptions, RangeWork, open_pool
 from .manifest import Manifest
 from .records import known_bytes
-from .store import CacheStore, read_attributes
+from .store import CacheStore
 
 DEFAULT_RESOLUTION = 256
 DEFAULT_AUTOENCODER = "sd-vae-ft-mse"
@@ -34,7 +36,7 @@ class BuildOptions:
     """What `repa-cache build` is asked. None leaves a choice to the cache on disk, or to the default for a new one."""
 
     manifest: Manifest
-    cache: Path
+    cache: str | Path  # a folder, or a URL of an object store
     encoders: tuple[str, ...]
     autoencoder: str | None = None
     resolution: int | None = None
@@ -115,8 +117,8 @@ class BuildReport:
 
 def plan_build(options: BuildOptions) -> BuildPlan:
     """Resolve every name and find what is missing, without loading a model or writing a byte."""
-    attributes = read_attributes(options.cache) if options.cache.is_dir() else None
-    found = None if attributes is None else CacheLayout.from_attributes(attributes, options.cache)
+    attributes = group_attributes(location(options.cache))
+    found = None if attributes is None else CacheLayout.from_attributes(attributes, str(options.cache))
     layout = _layout(options, found)
     requests = tuple(_requests(options, layout))
     missing = _missing(CacheStore(options.cache, layout), requests)
@@ -173,7 +175,7 @@ def _encode(
 ) -> None:
     pending = tuple(request for request in plan.requests if plan.missing[request.component("").path])
     job = JobOptions(
-        cache=options.cache.absolute(),
+        cache=store.path.absolute(),
         layout=store.layout,
         requests=pending,
         source=options.manifest.source,

@@ -32,7 +32,9 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--data", required=True, metavar="PATH|demo", help="Folder of images, or the demo's photographs.")
-@click.option("--cache", type=click.Path(path_type=Path), required=True, help="Where the cache is, or will be.")
+@click.option(
+    "--cache", required=True, metavar="DIR|URL", help="Where it is, or will be: a folder, s3://bucket/prefix."
+)
 @click.option("--encoder", "encoders", multiple=True, metavar="NAME", help="Encoder, repeatable: dinov2, hog:grid=8.")
 @click.option(
     "--autoencoder", metavar="NAME", help="Autoencoder, or none. [default: sd-vae-ft-mse if it has no latents]"
@@ -180,8 +182,8 @@ def _print_report(options: "BuildOptions", report: "BuildReport") -> None:
 
 
 @cli.command()
-@click.argument("cache", type=click.Path(path_type=Path))
-def info(cache: Path) -> None:
+@click.argument("cache", metavar="DIR|URL")
+def info(cache: str) -> None:
     """Say what is in a cache: components, shapes, bytes, fingerprints, what is missing.
 
     \b
@@ -194,12 +196,12 @@ def info(cache: Path) -> None:
 
 
 @cli.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", metavar="DIR|URL")
 @click.option("--recompute", "num", type=int, metavar="K", help="Also encode K samples again from their images.")
 @click.option("--data", metavar="PATH|demo", help="The images of --recompute.")
 @click.option("--weights", multiple=True, metavar="NAME=FILE", help="Local weights for --recompute, as at the build.")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda, for --recompute. [default: cuda where there is one]")
-def verify(cache: Path, num: int | None, data: str | None, weights: tuple[str, ...], device: str | None) -> None:
+def verify(cache: str, num: int | None, data: str | None, weights: tuple[str, ...], device: str | None) -> None:
     """Check every shard, chunk, checksum and value of a cache.
 
     \b
@@ -224,11 +226,12 @@ def verify(cache: Path, num: int | None, data: str | None, weights: tuple[str, .
         click.echo(problem, err=True)
     if report.problems:
         damaged = list(report.damaged_files)
-        files = " ".join(shlex.quote(str(file)) for file in damaged[:MAX_LISTED])
+        remove = "aws s3 rm " if cache.startswith("s3://") else "rm "
+        between = f"; {remove}" if cache.startswith("s3://") else " "
+        files = between.join(shlex.quote(str(file)) for file in damaged[:MAX_LISTED])
         more = f" (and {len(damaged) - MAX_LISTED} more, which verify names then)" if len(damaged) > MAX_LISTED else ""
-        way_out = (
-            f"delete the damaged files{more} and run the build again: rm {files}" if files else "run the build again"
-        )
+        way_out = f"delete the damaged files{more} and run the build again: {remove}{files}"
+        way_out = way_out if files else "run the build again"
         raise JobError(f"{cache}: {len(report.problems)} problems in {report.num_shards} shards; {way_out}")
     click.echo(
         f"{cache}: {report.num_shards} shards, {human_bytes(report.num_bytes)}: all there, checksums and values hold"
@@ -237,7 +240,7 @@ def verify(cache: Path, num: int | None, data: str | None, weights: tuple[str, .
         _recompute(cache, num, data, weights, device or _default_device())
 
 
-def _recompute(cache: Path, num: int, data: str, weights: tuple[str, ...], device: str) -> None:
+def _recompute(cache: str, num: int, data: str, weights: tuple[str, ...], device: str) -> None:
     from .recompute import recompute
 
     problems = []

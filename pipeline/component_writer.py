@@ -13,7 +13,8 @@ import numpy as np
 
 from ..cache_specs.layout import ArrayLayout
 from ..cache_specs.schema import FEATURES, ComponentSpec
-from .shards import ShardWriter, disk_error
+from ..cache_specs.storage import disk_error
+from .shards import ShardWriter
 from .store import CacheStore
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ..cache_specs.layout import CacheLayout, layer_array
 from ..cache_specs.schema import FEATURES, ComponentSpec, stored_layers
+from ..cache_specs.storage import Location
 from .autoencoders import load_autoencoder
 from .component_writer import ComponentWriter
 from .decode import DecodedBatch
@@ -72,7 +73,7 @@ class Worker:
     """
 
     def __init__(
-        self, cache: Path, layout: CacheLayout, requests: Sequence[ModelRequest], *, device: str, threads: int
+        self, cache: Location, layout: CacheLayout, requests: Sequence[ModelRequest], *, device: str, threads: int
     ) -> None:
         torch.set_num_threads(threads)
         self._store = CacheStore(cache, layout)

@@ -103,7 +103,7 @@ class Features:
         return values
 
 
-def open_encoders(path: Path, names: Sequence[str]) -> tuple[CacheStore, list[Features]]:
+def open_encoders(path: str | Path, names: Sequence[str]) -> tuple[CacheStore, list[Features]]:
     """Open a cache and the encoders `names`, or all of its finished ones, every layer, where none is named.
 
     Raises `CacheError` where there is no cache, or a named encoder is not finished, and `UsageError` for an unknown

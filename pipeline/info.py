@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..cache_specs.group import group_attributes
 from ..cache_specs.layout import BAD_FILES, CacheLayout
 from ..cache_specs.schema import ComponentSpec
 from .build import describe
-from .store import CacheStore, read_attributes
+from .store import CacheStore
 
 
-def info_lines(path: Path) -> Iterator[str]:
+def info_lines(path: str | Path) -> Iterator[str]:
     """Yield the lines of `repa-cache info`; raise `CacheError` where there is no cache."""
     store = CacheStore.open(path)
     layout = store.layout
@@ -28,7 +29,7 @@ def info_lines(path: Path) -> Iterator[str]:
 
 
 def _component_lines(store: CacheStore, component: ComponentSpec) -> Iterator[str]:
-    attributes = read_attributes(store.path / component.path) or {}
+    attributes = group_attributes(store.path / component.path) or {}
     missing = store.missing_ranges(component)
     complete = store.is_complete(component.path) and not missing
     yield f"{component.path}: {'complete' if complete else 'INCOMPLETE'}"

@@ -15,7 +15,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -24,6 +23,7 @@ import torch
 from ..cache_specs.errors import JobError, UsageError
 from ..cache_specs.layout import CacheLayout
 from ..cache_specs.schema import ComponentSpec
+from ..cache_specs.storage import Location
 from .decode import DecodedBatch, decode_batch
 from .encode import ModelRequest, RangeResult, Worker
 from .manifest import ImageSource
@@ -48,7 +48,7 @@ class RangeWork:
 class JobOptions:
     """What every worker of a build is told. `device` None leaves the choice to the pool: cuda where it has one."""
 
-    cache: Path
+    cache: Location
     layout: CacheLayout
     requests: tuple[ModelRequest, ...]
     source: ImageSource

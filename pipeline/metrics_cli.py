@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 DEFAULT_NUM = 10_000  # images: intervals of a per cent or two, minutes an encoder
 MAX_CLASSES = 20  # printed; --csv has them all
 
-_CACHE = click.argument("cache", type=click.Path(path_type=Path))
+_CACHE = click.argument("cache", metavar="DIR|URL")
 _ENCODERS = click.option("--encoder", "encoders", multiple=True, metavar="E", help="Repeatable. [default: all]")
 _NUM = click.option(
     "--num", type=int, default=DEFAULT_NUM, show_default=True, help="Images, drawn once for all encoders."
@@ -38,7 +38,7 @@ _CSV = click.option("--csv", "csv_file", type=click.Path(path_type=Path), metava
 @click.option("--masks", type=click.Path(path_type=Path), metavar="DIR", help="Foreground PNGs by sample id, for SRSS.")
 @_CSV
 def metrics(
-    cache: Path, encoders: tuple[str, ...], num: int, gamma: float, masks: Path | None, csv_file: Path | None
+    cache: str, encoders: tuple[str, ...], num: int, gamma: float, masks: Path | None, csv_file: Path | None
 ) -> None:
     """Measure the spatial self-similarity of tokens: LDS, CDS, RMSC and, with masks, SRSS.
 
@@ -100,7 +100,7 @@ def _mask_reader(store: "CacheStore", folder: Path) -> "Mask":
 @click.option("--autoencoder", metavar="NAME", help="Latents to decode. [default: the only ones in the cache]")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="The autoencoder's, if not published.")
 @click.option("--out", type=click.Path(path_type=Path), default="show.png", show_default=True, metavar="FILE")
-def show(cache: Path, encoder: str, samples: int, gamma: float, out: Path, **pictures: Any) -> None:
+def show(cache: str, encoder: str, samples: int, gamma: float, out: Path, **pictures: Any) -> None:
     """Draw what an encoder sees: principal components, and likeness to three anchor tokens.
 
     \b
@@ -133,7 +133,7 @@ def show(cache: Path, encoder: str, samples: int, gamma: float, out: Path, **pic
 @click.option("--folds", type=int, default=5, show_default=True, help="Of the cross-validation.")
 @click.option("--neighbours", type=int, default=20, show_default=True, help="k of k-NN.")
 @_CSV
-def probe(cache: Path, encoders: tuple[str, ...], num: int, folds: int, neighbours: int, csv_file: Path | None) -> None:
+def probe(cache: str, encoders: tuple[str, ...], num: int, folds: int, neighbours: int, csv_file: Path | None) -> None:
     """Measure how well features tell classes apart: linear probe and k-NN, cross-validated.
 
     \b
@@ -173,7 +173,7 @@ def probe(cache: Path, encoders: tuple[str, ...], num: int, folds: int, neighbou
 @click.option("--encoder", "encoders", multiple=True, metavar="E", help="Two or more. [default: all]")
 @_NUM
 @click.option("--k", type=int, default=10, show_default=True, help="Neighbours.")
-def cknna(cache: Path, encoders: tuple[str, ...], num: int, k: int) -> None:
+def cknna(cache: str, encoders: tuple[str, ...], num: int, k: int) -> None:
     """Measure whether encoders agree on who is near whom (CKNNA, mean-pooled tokens).
 
     \b

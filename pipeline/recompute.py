@@ -49,7 +49,7 @@ class Agreement:
 
 
 def recompute(
-    cache: Path, source: ImageSource, *, num: int, weights: Mapping[str, Path], device: str = "cpu"
+    cache: str | Path, source: ImageSource, *, num: int, weights: Mapping[str, Path], device: str = "cpu"
 ) -> list[Agreement]:
     """Encode `num` samples of every finished component again and compare; say which had to be left out.
 

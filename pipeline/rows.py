@@ -5,15 +5,13 @@ Here the index is read once a shard and each row by its place, its checksum veri
 damaged bytes.
 """
 
-import os
-from pathlib import Path
-
 import numpy as np
 
 from ..cache_specs.errors import CacheError
 from ..cache_specs.layout import ArrayLayout
 from ..cache_specs.schema import ComponentSpec
-from ..cache_specs.shard_index import ABSENT, CHECKSUM_BYTES, checksum, index_bytes, unpack_index
+from ..cache_specs.shard_index import ABSENT, CHECKSUM_BYTES, checksum, read_index
+from ..cache_specs.storage import Location
 from .shards import chunk_decoder
 from .store import CacheStore
 
@@ -47,29 +45,22 @@ class ComponentRows:
         self, layout: ArrayLayout, shard: int, rows: np.ndarray, values: np.ndarray, places: np.ndarray
     ) -> None:
         path = self._folder / layout.name / layout.shard_file(shard)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise CacheError(f"{path}: cannot be read ({error.strerror}); run the build again") from error
-        try:
-            num_bytes = os.fstat(descriptor).st_size
-            tail = min(index_bytes(layout), num_bytes)
-            index = unpack_index(os.pread(descriptor, tail, num_bytes - tail), layout, file_bytes=num_bytes, where=path)
+        with path.open() as source:
+            index = read_index(source, layout, where=path)
             chunks = (rows - shard * layout.shard[0]) * self._views
             for place, row, (offset, length) in zip(places, rows, index[chunks].tolist(), strict=True):
                 if offset == int(ABSENT):
                     raise CacheError(_damaged(path, row, "it is missing from its shard"))
-                stored = os.pread(descriptor, length, offset)
-                raw = np.frombuffer(stored, dtype=np.uint8)[:-CHECKSUM_BYTES]
-                if checksum(raw) != stored[-CHECKSUM_BYTES:]:
+                stored = np.empty(length, dtype=np.uint8)
+                num_read = source.read_into(stored.data, offset)
+                raw = stored[:-CHECKSUM_BYTES]
+                if num_read != length or checksum(raw) != stored[-CHECKSUM_BYTES:].tobytes():
                     raise CacheError(_damaged(path, row, "its checksum does not hold"))
                 data = self._decode(raw)
                 if len(data) != layout.inner_bytes:
                     raise CacheError(_damaged(path, row, f"{len(data)} bytes, expected {layout.inner_bytes}"))
                 values[place] = np.frombuffer(data, dtype=layout.dtype).reshape(values.shape[1:])
-        finally:
-            os.close(descriptor)
 
 
-def _damaged(path: Path, row: int, reason: str) -> str:
+def _damaged(path: Location, row: int, reason: str) -> str:
     return f"{path}: sample {row}: {reason}; repa-cache verify lists everything damaged, and says how to mend it"

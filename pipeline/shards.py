@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..cache_specs.errors import CacheError
 from ..cache_specs.layout import ArrayLayout
-from ..cache_specs.shard_index import ABSENT, CHECKSUM_BYTES, checksum, index_bytes, pack_index, unpack_index
+from ..cache_specs.shard_index import ABSENT, CHECKSUM_BYTES, checksum, pack_index, stored_chunks
+from ..cache_specs.storage import Location, disk_error, location, write_bytes
 
 # zstd-1 saves about 8 % of Gaussian float16, more costs much time for little; blosc is for readers that want LZ4.
 COMPRESSOR_CONFIGS: dict[str, dict[str, Any]] = {
@@ -48,48 +48,6 @@ def chunk_decoder(compressor: str) -> Callable[[Any], Any]:
     import numcodecs.zstd
 
     return (numcodecs.zstd.Zstd() if compressor == "zstd" else numcodecs.blosc.Blosc()).decode
-
-
-def write_bytes(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of `data`; the one place through which a build's bytes reach the disk."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def disk_error(path: Path, error: OSError) -> CacheError:
-    """Return the one line for a write that the disk refused."""
-    return CacheError(
-        f"{path}: cannot be written ({error.strerror or error}); make room or mend permissions and run the same "
-        "command again: finished ranges are kept"
-    )
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole and durably: a temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            write_bytes(descriptor, data)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(path, error) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ShardWriter:
@@ -152,7 +110,7 @@ class ShardWriter:
 
 
 def iter_chunks(
-    path: Path, layout: ArrayLayout, compressor: str, *, num_chunks: int
+    path: Path | Location, layout: ArrayLayout, compressor: str, *, num_chunks: int
 ) -> Iterator[tuple[int, np.ndarray | str]]:
     """Yield the inner chunks of a shard in their order, every checksum checked, in the memory of one.
 
@@ -162,35 +120,21 @@ def iter_chunks(
     """
     decode = chunk_decoder(compressor)
     row_shape = layout.inner if len(layout.inner) == 1 else layout.inner[2:]
-    try:
-        with path.open("rb", buffering=0) as file:
-            descriptor, num_bytes = file.fileno(), os.fstat(file.fileno()).st_size
-            tail = min(index_bytes(layout), num_bytes)
-            index = unpack_index(os.pread(descriptor, tail, num_bytes - tail), layout, file_bytes=num_bytes, where=path)
-            absent = index[:, 0] == ABSENT
-            buffer = np.empty(int(index[~absent, 1].max(initial=0)), dtype=np.uint8)
-            for i, (offset, length) in enumerate(index.tolist()):
-                if absent[i]:
-                    if i < num_chunks:
-                        yield i, "it is missing from its shard"
-                    continue
-                stored = buffer[:length]
-                num_read = os.preadv(descriptor, [stored.data], offset)
-                data, found = stored[:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:].tobytes()
-                if num_read != length or checksum(data) != found:
-                    yield i, "its checksum does not hold"
-                    continue
-                raw = decode(data)
-                if len(raw) != layout.inner_bytes:
-                    yield i, f"{len(raw)} bytes, expected {layout.inner_bytes}"
-                    continue
+    with location(path).open() as source:
+        for i, data in stored_chunks(source, layout, where=path):
+            if data is None:
+                if i < num_chunks:
+                    yield i, "it is missing from its shard"
+            elif isinstance(data, str):
+                yield i, data
+            elif len(raw := decode(data)) != layout.inner_bytes:
+                yield i, f"{len(raw)} bytes, expected {layout.inner_bytes}"
+            else:
                 yield i, np.frombuffer(raw, dtype=layout.dtype).reshape(row_shape)
-    except OSError as error:
-        raise CacheError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def read_shard(
-    path: Path, layout: ArrayLayout, compressor: str, *, num_chunks: int
+    path: Path | Location, layout: ArrayLayout, compressor: str, *, num_chunks: int
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Read a whole shard: `iter_chunks` for those who need all values at once.
 

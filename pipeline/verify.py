@@ -18,11 +18,14 @@ import numpy as np
 
 from ..cache_specs.errors import CacheError
 from ..cache_specs.fingerprint import digest, manifest_fingerprint, transform_fingerprint
+from ..cache_specs.group import METADATA, group_attributes
 from ..cache_specs.layout import METADATA_CHUNK, ArrayLayout
 from ..cache_specs.schema import FEATURES, LATENTS, ComponentSpec
+from ..cache_specs.storage import Location
+from .metadata import DIGEST, component_files, root_files
 from .shards import iter_chunks
 from .statistics import component_statistics
-from .store import DIGEST, METADATA, CacheStore, component_files, read_attributes, root_files
+from .store import CacheStore
 
 
 @dataclass(kw_only=True)
@@ -32,24 +35,24 @@ class VerifyReport:
     num_shards: int = 0
     num_bytes: int = 0
     problems: list[str] = field(default_factory=list)
-    damaged_files: dict[Path, None] = field(default_factory=dict)  # a set in the order in which they were found
+    damaged_files: dict[Location, None] = field(default_factory=dict)  # a set in the order in which they were found
 
-    def add(self, problem: str, file: Path) -> None:
+    def add(self, problem: str, file: Location) -> None:
         """Note a problem of one file."""
         self.problems.append(problem)
         if file not in self.damaged_files and file.exists():
             self.damaged_files[file] = None
 
 
-def verify(path: Path, *, on_progress: Callable[[int, int], None]) -> VerifyReport:
+def verify(path: str | Path | Location, *, on_progress: Callable[[int, int], None]) -> VerifyReport:
     """Check a whole cache; `on_progress(shards done, shards)` is called as it goes.
 
     Memory is one inner chunk a CPU core. Raises `CacheError` only where there is no cache to look at.
     """
     store = CacheStore.open(path)
     report = VerifyReport()
-    _check_attributes(report, path)
-    _check_files(report, path, root_files(store.layout))
+    _check_attributes(report, store.path)
+    _check_files(report, store.path, root_files(store.layout))
     sample_ids = _check_samples(report, store)
     components = list(_readable_components(report, store))
     arrays = [(component, layout) for component in components for layout in component.arrays(store.layout)]
@@ -66,21 +69,21 @@ def verify(path: Path, *, on_progress: Callable[[int, int], None]) -> VerifyRepo
     return report
 
 
-def _check_attributes(report: VerifyReport, group: Path) -> None:
-    attributes = read_attributes(group) or {}
+def _check_attributes(report: VerifyReport, group: Location) -> None:
+    attributes = group_attributes(group) or {}
     expected = attributes.pop(DIGEST, None)
     if digest(attributes) != expected:
         file = group / METADATA
         report.add(f"{file}: the attributes do not match their digest; the file was changed or is damaged", file)
 
 
-def _check_files(report: VerifyReport, folder: Path, expected: Mapping[str, bytes]) -> None:
+def _check_files(report: VerifyReport, folder: Location, expected: Mapping[str, bytes]) -> None:
     """Compare metadata files with what they must hold; the folder's own attributes have a digest instead."""
     for name, text in expected.items():
         file, wanted = folder / name, json.loads(text)
         try:
-            found = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
+            found = json.loads(file.read() or b"")
+        except (CacheError, ValueError) as error:
             report.add(f"{file}: cannot be read ({error})", file)
             continue
         if name == METADATA and isinstance(found, dict):
@@ -117,9 +120,11 @@ def _check_samples(report: VerifyReport, store: CacheStore) -> list[str] | None:
 
 def _readable_components(report: VerifyReport, store: CacheStore) -> Iterator[ComponentSpec]:
     """Yield the components whose metadata can be read, with what is wrong in it noted."""
-    for group in sorted(folder for kind in (LATENTS, FEATURES) for folder in (store.path / kind).glob("*/")):
+    for name in [f"{kind}/{name}" for kind in (LATENTS, FEATURES) for name in sorted((store.path / kind).names())]:
+        if METADATA in name:  # the kind's own, checked with the root's
+            continue
+        group = store.path / name
         file = group / METADATA
-        name = f"{group.parent.name}/{group.name}"
         try:
             component = store.component(name)
             if component is None:
@@ -131,7 +136,7 @@ def _readable_components(report: VerifyReport, store: CacheStore) -> Iterator[Co
             report.add(str(error), file)
             continue
         _check_files(report, group, expected)
-        if (read_attributes(group) or {}).get("fingerprint") != component.fingerprint(store.layout):
+        if (group_attributes(group) or {}).get("fingerprint") != component.fingerprint(store.layout):
             report.add(f"{file}: the fingerprint does not match the spec beside it", file)
         if not store.is_complete(name):
             report.problems.append(f"{group}: not complete; run the build again to finish it")
@@ -140,11 +145,11 @@ def _readable_components(report: VerifyReport, store: CacheStore) -> Iterator[Co
 
 def _shard_checks(
     store: CacheStore, sample_ids: list[str] | None, arrays: list[tuple[ComponentSpec, ArrayLayout]]
-) -> Iterator[tuple[int, Path, list[str]]]:
+) -> Iterator[tuple[int, Location, list[str]]]:
     """Yield what `_check_shard` returns for every shard of `arrays`, in order, checked on every CPU core."""
     cores = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(max_workers=cores) as threads:
-        ahead: deque[Future[tuple[int, Path, list[str]]]] = deque()
+        ahead: deque[Future[tuple[int, Location, list[str]]]] = deque()
         for component, layout in arrays:
             for index in range(store.layout.num_ranges):
                 ahead.append(threads.submit(_check_shard, store, sample_ids, component, layout, index))
@@ -156,11 +161,12 @@ def _shard_checks(
 
 def _check_shard(
     store: CacheStore, sample_ids: list[str] | None, component: ComponentSpec, layout: ArrayLayout, index: int
-) -> tuple[int, Path, list[str]]:
+) -> tuple[int, Location, list[str]]:
     file = store.path / component.path / layout.name / layout.shard_file(index)
     start, stop = store.layout.sample_range(index)
     where = f"{component.path}/{layout.name}"
-    if not file.exists():
+    num_bytes = file.size()
+    if num_bytes is None:
         return 0, file, [f"{where}: samples {start} to {stop - 1}: {file.name} is missing"]
 
     def name(chunk: int) -> str:
@@ -181,7 +187,7 @@ def _check_shard(
                 problems.append(f"{name(chunk)}: values are not finite")
     except CacheError as error:
         return 0, file, [*problems, f"{where}: samples {start} to {stop - 1}: {error}"]
-    return file.stat().st_size, file, problems
+    return num_bytes, file, problems
 
 
 def all_finite(values: np.ndarray) -> bool:
@@ -194,7 +200,7 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def _check_statistics(store: CacheStore, component: ComponentSpec) -> Iterator[str]:
-    attributes = read_attributes(store.path / component.path) or {}
+    attributes = group_attributes(store.path / component.path) or {}
     for key, value in component_statistics(store, component).items():
         # Another machine's numpy may add in another order; nothing that is damaged is this close.
         if not np.allclose(attributes.get(key, math.nan), value, rtol=1e-9, atol=1e-12):

@@ -15,6 +15,7 @@ import pytest
 import zarr
 from PIL import Image
 
+import repa.cache_specs.storage
 import repa.pipeline.shards
 
 
@@ -329,7 +330,7 @@ def test_a_full_disk_loses_nothing(
 ) -> None:
     assert build(images, tmp_path / "clean").code == 0
     calls = 0
-    plain_write, plain_fsync = repa.pipeline.shards.write_bytes, os.fsync
+    plain_write, plain_fsync = repa.cache_specs.storage.write_bytes, os.fsync
 
     def write_bytes(descriptor: int, data: bytes | memoryview) -> None:
         nonlocal calls
@@ -348,7 +349,8 @@ def test_a_full_disk_loses_nothing(
 
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch:
-        patch.setattr(repa.pipeline.shards, "write_bytes", write_bytes)
+        for module in (repa.cache_specs.storage, repa.pipeline.shards):  # metadata, and shards
+            patch.setattr(module, "write_bytes", write_bytes)
         patch.setattr(os, "fsync", fsync)
         refuse(build(images, cache), 1, "No space left on device", "make room", "finished ranges are kept")
     assert not [name for name in tree(cache) if "partial" in name]

@@ -1,0 +1,63 @@
+"""Locks between the processes of one machine: one builds a component, or stages it, at a time.
+
+flock dies with its process, so nothing is left over that must be told from a build that runs. Object stores have no
+such lock: there it is kept on this machine, by URL. Two machines that build one component of a bucket write the same
+bytes twice.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import CacheError
+
+
+@contextlib.contextmanager
+def locked(file: Path, *, wait: bool, option: str = "--cache") -> Iterator[bool]:
+    """Hold the lock `file`, made for it and removed with it, and its folder where that is empty then.
+
+    Yields False where another process holds it and `wait` is false. Raises `CacheError` where the file system refuses,
+    naming the `option` by which the user chose it.
+    """
+    descriptor = _acquire(file, wait=wait, option=option)
+    if descriptor is None:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()  # while it is held: who waits on the old file sees that it is gone and opens the new one
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            file.parent.rmdir()
+
+
+def _acquire(file: Path, *, wait: bool, option: str) -> int | None:
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # another build removed the empty folder between the two calls
+        except OSError as error:
+            raise CacheError(
+                f"{file.parent.parent}: cannot be written ({error.strerror}); name a {option} that can"
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            os.close(descriptor)
+            raise CacheError(
+                f"{file.parent.parent}: the file system cannot lock files ({error.strerror}), so two processes could "
+                f"not be kept apart; mount it with locks (flock), or name a {option} on another"
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(file).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)
