@@ -144,10 +144,17 @@ class ComponentSpec:
         for field in ("kind", "name", "dtype", "precision", "compressor", "weights"):
             if getattr(self, field) != getattr(other, field):
                 return f"{field}: found {getattr(self, field)}, asked {getattr(other, field)}"
-        for key in sorted({*self.spec, *other.spec}):
-            if self.spec.get(key) != other.spec.get(key):
-                return f"spec.{key}: found {self.spec.get(key)}, asked {other.spec.get(key)}"
-        return None
+        return _difference("spec", self.spec, other.spec)
+
+
+def _difference(where: str, found: Mapping[str, Any], asked: Mapping[str, Any]) -> str | None:
+    for key in sorted({*found, *asked}):
+        old, new = found.get(key), asked.get(key)
+        if old != new:
+            if isinstance(old, Mapping) and isinstance(new, Mapping):
+                return _difference(f"{where}.{key}", old, new)
+            return f"{where}.{key}: found {old}, asked {new}"
+    return None
 
 
 def stored_layers(spec: Mapping[str, Any]) -> tuple[int | None, ...]:

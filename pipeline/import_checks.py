@@ -30,8 +30,8 @@ STATISTICS_TOLERANCE = 0.15  # of a channel's std: published statistics are of o
 class Reading:
     """How a source's rows become what a cache stores: [V, M, h, w] = `shape`, of `channels` channels a latent.
 
-    `scaled_by` is what the source's latents were multiplied by; `log_variance`: the second half of moments is the
-    logarithm of the variance, not the standard deviation.
+    `scaled_by` is what the source's latents were multiplied by, their standard deviations with them; `log_variance`:
+    the second half of moments is the logarithm of the variance, not the standard deviation.
     """
 
     shape: tuple[int, ...]
@@ -58,9 +58,7 @@ class Reading:
             if self.log_variance:
                 # diffusers clamps the same way before it takes the root
                 values[:, self.channels :] = np.exp(0.5 * values[:, self.channels :].clip(-30.0, 20.0))
-                values[:, : self.channels] /= self.scaled_by
-            else:
-                values /= self.scaled_by
+            values /= self.scaled_by
         if self.kind == "moments" and (least := values[:, self.channels :].min()) < 0:
             raise BadLatent(
                 f"planes {self.channels} to {2 * self.channels - 1} go down to {least:.3g} and are no standard "

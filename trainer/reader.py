@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..cache_specs.errors import CacheError, UsageError, nearest
 from ..cache_specs.layout import COMPLETE, ArrayLayout, CacheLayout, layer_array
-from ..cache_specs.schema import FEATURES, LATENTS, ComponentSpec, stored_layers
+from ..cache_specs.schema import FEATURES, IMPORTED, LATENTS, ComponentSpec, stored_layers
 from ..cache_specs.tables import pick_layer, stored_encoder
 from .row_reads import NUM_THREADS, NDArray, RowArray, RowReads
 from .shards import open_array
@@ -39,6 +39,11 @@ class LatentSpec:
     size: tuple[int, int]
     mean: tuple[float, ...] | None  # of sampled latents, one a channel
     std: tuple[float, ...] | None
+
+    @property
+    def without_images(self) -> bool:
+        """Whether the latents were imported without the images that encoders would need."""
+        return not self.spec.get(IMPORTED, {"images": True})["images"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +228,11 @@ class CacheReader:
             else []
         )
         if not present:
+            if kind == FEATURES and self.latents.without_images:
+                raise CacheError(
+                    f"{self.path} was imported without images, so no {what} can be added to it; train without "
+                    "alignment (--recipe sit)"
+                )
             raise CacheError(
                 f"{self.path} holds no {what}. Add one with repa-cache build --cache {self.path} --data PATH "
                 f"{option} NAME" + ("" if kind == LATENTS else ", or train without alignment (--recipe sit)")
