@@ -33,7 +33,7 @@ from synthetic_cache import make_cache
 from repa.trainer.config import Layer, RunConfig, recipe_layer, resolve
 from repa.trainer.distributed import World
 from repa.trainer.loop import train_step
-from repa.trainer.prefetch import ReadAhead
+from repa.trainer.prefetch import ReadAhead, batches_ahead
 from repa.trainer.run import Run, prepare
 
 NUM_SAMPLES = 1024  # 0.4 GB of float16 tokens: it stays in the page cache, as a local NVMe's hot set would
@@ -95,7 +95,8 @@ def train(cache: Path, out: Path, options: argparse.Namespace, *, compiled: bool
     norm = run.norm.tensors(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    ahead = ReadAhead(run.batches, first=0, last=config.steps, depth=config.prefetch, device=device)
+    depth = batches_ahead(config.prefetch_bytes, run.batches.num_bytes)
+    ahead = ReadAhead(run.batches, first=0, last=config.steps, depth=depth, device=device)
     times = []
     with loss_in_eager_pytorch(not fused), ahead:
         for _ in range(WARM_UP):

@@ -13,7 +13,7 @@ from peak_memory import peak_bytes, reset_peak
 from repa.trainer.batches import Batches, DrawSpec, Place
 from repa.trainer.config import RunConfig
 from repa.trainer.interpolant import Interpolant
-from repa.trainer.prefetch import ReadAhead
+from repa.trainer.prefetch import ReadAhead, batches_ahead
 from repa.trainer.reader import CacheReader
 
 STEPS = 20
@@ -36,13 +36,13 @@ def main() -> None:
         label_dropout=0.1,
     )
     batches = Batches(reader, spec, Place(batch_size=options.batch_size))
-    depth = RunConfig.prefetch
+    depth = batches_ahead(RunConfig.prefetch_bytes, batches.num_bytes)
     with ReadAhead(batches, first=0, last=STEPS, depth=depth, device=torch.device("cpu")) as ahead:
         for _ in range(STEPS):
             last = ahead.next()
     batch_bytes = sum(t.nbytes for t in (last.data.rows, last.data.labels, last.data.moments))
     batch_bytes += sum(t.nbytes for features in last.data.features for t in features.tensors().values())
-    found = {"peak_bytes": peak_bytes() - base, "prefetch_bytes": depth * batch_bytes, "batch_bytes": batch_bytes}
+    found = {"peak_bytes": peak_bytes() - base, "prefetch_bytes": RunConfig.prefetch_bytes, "batch_bytes": batch_bytes}
     print(json.dumps(found))
 
 

@@ -8,6 +8,7 @@ Everything random in a step is drawn here on the CPU, from one generator a (seed
 step before is running: view coin, posterior noise, t, noise, label drop, in that order. The same on every device.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,11 @@ class DrawSpec:
     interpolant: Interpolant
     label_dropout: float
 
+    def num_bytes(self, num: int) -> int:
+        """Return the bytes of the `Draws` of `num` samples."""
+        noise_bytes = 4 * math.prod(self.latent_shape) * (2 if self.posterior else 1)
+        return num * (8 + 4 + 1 + noise_bytes)
+
     def draw(self, num: int, *, step: int, micro: int, rank: int) -> Draws:
         """Return the random numbers of `num` samples, a function of the arguments alone."""
         # torch's CPU generator keeps 32 bits of a seed: of n = steps x micro-batches x ranks draws, n^2 / 2^33 pairs
@@ -115,6 +121,19 @@ class Batches:
             self.order = BlockOrder(num, seed=spec.seed, shard_samples=reader.layout.shard_samples, window=window)
         else:
             self.order = GlobalOrder(num, seed=spec.seed)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that the reader returns for a sample."""
+        row = self.reader.empty_batch(1)
+        tensors = [row.rows, row.labels, row.moments, *(t for part in row.features for t in part.tensors().values())]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one micro-batch: rows and random numbers."""
+        num = self.place.micro_batch
+        return num * self.row_bytes + self.spec.num_bytes(num)
 
     def rows(self, step: int, micro: int) -> NDArray:
         """Return the rows of the cache [b] int64 that micro-batch `micro` of step `step` covers."""

@@ -98,7 +98,7 @@ def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
     evaluate = _evaluation(run) if config.evaluation.every else None
     enter_folder(run, resume=resume)
     if world.is_main:
-        click.echo(describe(run.config, run.reader, run.norm))
+        click.echo(describe(run.config, run.reader, run.norm, world))
     train(run, draw_grid=lambda run: draw_training_grid(run, decode), evaluate=evaluate)
     if world.is_main:
         click.echo(f"{run.folder}: {run.step} of {run.config.steps} steps done")
@@ -157,7 +157,7 @@ def _explain(config: "RunConfig", world: "World", *, resume: bool) -> None:
     norm = latent_norm(config, reader)
     stored = check_folder(Path(config.out), record(config, reader, norm), reader, resume=resume)
     if world.is_main:
-        click.echo(describe(config, reader, norm))
+        click.echo(describe(config, reader, norm, world))
         click.echo(f"start: step {stored['steps'] if stored else 0}")
         click.echo("dry run: nothing was trained or written")
 

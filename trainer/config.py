@@ -11,16 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NewType
 
 import yaml
 
 from ..cache_specs.errors import UsageError, nearest
+from ..cache_specs.sizes import parse_bytes
 from .interpolant import Interpolant
 from .optimizer import OptimizerConfig
 from .order import DEFAULT_WINDOW, Shuffle
 from .samplers import SamplerConfig, SamplerName
 
+Bytes = NewType("Bytes", int)  # may be written as 512MB or 2GiB
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -121,19 +123,11 @@ class RunConfig:
     log_every: int = 50
     save_every: int = 10_000
     keep_last: int = 2
-    prefetch: int = 3  # micro-batches read ahead
+    prefetch_bytes: Bytes = Bytes(512_000_000)  # of micro-batches read ahead, a rank; at least one is
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulation",
-            "log_every",
-            "save_every",
-            "keep_last",
-            "prefetch",
-            "shuffle_window",
-        ):
+        counts = ("steps", "batch_size", "accumulation", "shuffle_window", "log_every", "save_every", "keep_last")
+        for name in (*counts, "prefetch_bytes"):
             _at_least(name, getattr(self, name), 1)
         _at_least("seed", self.seed, 0)
         if self.precision == "fp16":
@@ -165,7 +159,7 @@ class RunConfig:
 
 # A resume may differ in these. `cache` is where the data lies; what it holds is compared by fingerprint.
 MAY_CHANGE = frozenset(
-    {"steps", "log_every", "save_every", "keep_last", "prefetch", "cache", "out"}
+    {"steps", "log_every", "save_every", "keep_last", "prefetch_bytes", "cache", "out"}
     | {f"grid.{item.name}" for item in fields(GridConfig)}
     | {f"evaluation.{item.name}" for item in fields(EvaluationConfig)}
 )
@@ -316,6 +310,10 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_coerce(item, arguments[0], where) for item in items)
+    if hint is Bytes:
+        if isinstance(value, str):
+            return parse_bytes(value, where=where)
+        hint = int
     if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-4, without a dot, as text.
         try:

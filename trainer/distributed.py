@@ -40,6 +40,14 @@ class World:
             values = values / self.size
         return values
 
+    def most(self, values: list[float]) -> list[float]:
+        """Return, value by value, the largest over ranks."""
+        if self.size == 1:
+            return values
+        largest = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
+
     def wait(self) -> None:
         """Return when every rank has come here."""
         if self.size > 1:

@@ -14,7 +14,7 @@ from .checkpoint import save_checkpoint
 from .distributed import StopRequest, averaging, settle_buckets
 from .latents import draw_latents, to_model_input
 from .losses import alignment_loss, denoising_loss
-from .prefetch import ReadAhead
+from .prefetch import ReadAhead, batches_ahead
 from .reporter import Reporter
 from .run import Run, dummy_inputs
 
@@ -79,8 +79,9 @@ def train(
         settle_buckets(run.wrapped, dummy_inputs(run), autocast=run.autocast())
     norm = run.norm.tensors(world.device)
     saved = run.step
+    depth = batches_ahead(config.prefetch_bytes, run.batches.num_bytes)
     with (
-        ReadAhead(run.batches, first=run.step, last=config.steps, depth=config.prefetch, device=world.device) as ahead,
+        ReadAhead(run.batches, first=run.step, last=config.steps, depth=depth, device=world.device) as ahead,
         Reporter(run, ahead) as reporter,
         StopRequest(world) as stop,
     ):

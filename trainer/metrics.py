@@ -1,8 +1,9 @@
 """What a run reports: metrics.jsonl with each step exactly once, TensorBoard beside it, a line or a bar on the screen.
 
 A record is one step: {"step": 1, "denoising_loss": ..., "alignment_loss": ..., "grad_norm": ...}, losses averaged
-over micro-batches and ranks. The last step of each log also carries samples_per_s and data_wait, the share of wall
-time since the last log that was spent waiting for data.
+over micro-batches and ranks. The last step of each log also carries, for the time since the last one and all ranks
+together, samples_per_s, read_gb_per_s (10^9 bytes that the reader returned, a second) and data_wait, the share of it
+that the slowest rank waited for data.
 """
 
 import contextlib
@@ -152,6 +153,13 @@ class Progress:
     def advance(self, num: int) -> None:
         if self._bar is not None:
             self._bar.update(num)
+
+    def say(self, line: str) -> None:
+        """Print a line of its own."""
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
 
     def log(self, record: Record) -> None:
         values = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")

@@ -24,6 +24,16 @@ from .batches import Batches, MicroBatch
 from .reader import Batch
 
 RUN_AHEAD = 2  # micro-batches that the host may queue before the device has begun them
+MOST_AHEAD = 32  # micro-batches read ahead: small ones are evened out by then, and more would only take memory
+
+
+def batches_ahead(prefetch_bytes: int, batch_bytes: int) -> int:
+    """Return how many micro-batches of `batch_bytes` to read ahead within `prefetch_bytes`, at least 1.
+
+    The ring holds one more, the one in use, so that its memory is at most the bound and one micro-batch; a single one
+    larger than the bound is read ahead all the same.
+    """
+    return max(1, min(MOST_AHEAD, prefetch_bytes // batch_bytes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +48,12 @@ class _Ready:
 class ReadAhead:
     """Serves the micro-batches of steps `first` to `last` - 1 in order, `depth` of them read ahead.
 
-    A batch is valid until the next `next()`: its buffers are then filled anew. What the thread raises is raised by
-    `next()`. `waited_s` is the time that `next()` has spent waiting for the thread, in seconds. On CUDA the device
-    holds up to `depth` + 1 micro-batches beside those in use. Use it in a `with` block: leaving it ends the thread.
+    The ring has `depth` + 1 buffers, on CUDA pinned ones, and the device as many micro-batches beside those in use. A
+    batch is valid until the next `next()`: its buffers are then filled anew. What the thread raises is raised by
+    `next()`. Use it in a `with` block: leaving it ends the thread.
+
+    waited_s   seconds that `next()` has waited for the thread; the device may have had work left meanwhile
+    reading_s  seconds that the thread has spent on the batches that it has read: rows, random numbers, copies begun
     """
 
     def __init__(self, batches: Batches, *, first: int, last: int, depth: int, device: torch.device) -> None:
@@ -48,13 +61,12 @@ class ReadAhead:
         self._steps = range(first, last)
         self._copies = CopyStream(device) if device.type == "cuda" else None
         self.waited_s = 0.0
+        self.reading_s = 0.0
         self._in_use: Batch | None = None
         # A free buffer comes with the copy that last read from it: it may still be under way.
         self._free: queue.SimpleQueue[tuple[Batch, torch.cuda.Event | None] | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Ready | BaseException] = queue.SimpleQueue()
-        for _ in range(depth + 1):
-            buffers = batches.reader.empty_batch(batches.place.micro_batch, pin_memory=self._copies is not None)
-            self._free.put((buffers, None))
+        self._to_allocate = depth + 1
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="read-ahead", daemon=True)
 
@@ -92,18 +104,31 @@ class ReadAhead:
                 torch.cuda.set_device(self._copies.device)  # of this thread; it starts at device 0
             for step in self._steps:
                 for micro in range(self._batches.place.accumulation):
-                    free = self._free.get()
-                    if free is None or self._stop.is_set():
+                    buffers = self._next_buffers()
+                    if buffers is None:
                         return
-                    buffers, copied = free
-                    if copied is not None:
-                        copied.synchronize()
+                    start = time.perf_counter()
                     batch, copied = self._batches.read(step, micro, out=buffers), None
                     if self._copies is not None:
                         batch, copied = self._copies.begin(batch)
+                    self.reading_s += time.perf_counter() - start
                     self._ready.put(_Ready(batch=batch, buffers=buffers, copied=copied))
         except BaseException as error:  # whatever it is, the loop must hear of it
             self._ready.put(error)
+
+    def _next_buffers(self) -> Batch | None:
+        """Return buffers to fill, new ones until the ring is whole; None where the reading is to stop."""
+        if self._to_allocate > 0 and self._free.empty():
+            self._to_allocate -= 1
+            batches = self._batches
+            return batches.reader.empty_batch(batches.place.micro_batch, pin_memory=self._copies is not None)
+        free = self._free.get()
+        if free is None or self._stop.is_set():
+            return None
+        buffers, copied = free
+        if copied is not None:
+            copied.synchronize()
+        return buffers
 
 
 class CopyStream:

@@ -1,12 +1,13 @@
 """The one place where the host asks the device how training goes.
 
 In: each step's losses, as they lie on the device. Out, at a log: one record a step for metrics.jsonl, TensorBoard and
-the screen, and the first step that was not finite.
+the screen, and the first step that was not finite; and once the line that says what bounds the run.
 """
 
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -15,17 +16,22 @@ from torch import Tensor
 from .metrics import MetricsFile, Progress, TensorBoard
 from .prefetch import ReadAhead
 from .run import Run
+from .speed import Interval, Speed
 
 
 class Reporter:
-    """Collects the steps since the last log; every rank has one, rank 0's writes."""
+    """Collects the steps since the last log; every rank has one, rank 0's writes. `clock` gives seconds."""
 
-    def __init__(self, run: Run, ahead: ReadAhead) -> None:
+    def __init__(self, run: Run, ahead: ReadAhead, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._run = run
         self._ahead = ahead
+        self._clock = clock
+        batches = run.batches
+        step_bytes = run.config.batch_size * batches.row_bytes
+        self._speed = Speed(batch_size=run.config.batch_size, step_bytes=step_bytes)
         self._steps: list[Tensor] = []
         self._names = ["denoising_loss", "alignment_loss", "grad_norm"]
-        self._last_log = (time.perf_counter(), 0.0)
+        self._last_log = (0.0, 0.0, 0.0)
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -36,7 +42,7 @@ class Reporter:
                 self._board = opened.enter_context(TensorBoard(run.folder, done=run.step))
                 self._progress = opened.enter_context(Progress(done=run.step, total=run.config.steps))
                 self._open = opened.pop_all()
-        self._last_log = (time.perf_counter(), self._ahead.waited_s)
+        self._last_log = self._now()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,6 +63,7 @@ class Reporter:
         if num == 0:
             return None
         values = world.mean(torch.stack(self._steps)).cpu()  # the host waits for the device here, and nowhere else
+        interval = self._interval(num)
         self._steps.clear()
         first = self._run.step - num + 1
         records: list[dict[str, float | int]] = []
@@ -70,15 +77,22 @@ class Reporter:
                 break
             records.append({"step": step, **named})
         if world.is_main and records:
-            records[-1] |= self._timing(num)
+            records[-1] |= self._speed.record(interval)
             self._file.write(records)
             self._board.write(records)
             self._progress.log(records[-1])
+            verdict = self._speed.bound(interval, last=self._run.step == self._run.config.steps)
+            if verdict is not None:
+                self._progress.say(verdict)
         return bad
 
-    def _timing(self, num: int) -> dict[str, float]:
-        """Return the speed since the last log, and the share of that time that rank 0 waited for data."""
-        now = (time.perf_counter(), self._ahead.waited_s)
-        seconds, waited = (end - start for end, start in zip(now, self._last_log, strict=True))
+    def _now(self) -> tuple[float, float, float]:
+        return self._clock(), self._ahead.waited_s, self._ahead.reading_s
+
+    def _interval(self, num: int) -> Interval:
+        """Return the `num` steps since the last log: one rank that waits for its data makes all wait for it."""
+        now = self._now()
+        passed = [end - start for end, start in zip(now, self._last_log, strict=True)]
         self._last_log = now
-        return {"samples_per_s": num * self._run.config.batch_size / seconds, "data_wait": waited / seconds}
+        seconds, waited, reading = self._run.world.most(passed)
+        return Interval(steps=num, seconds=seconds, waited_s=waited, reading_s=reading)

@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from ..cache_specs.errors import UsageError
+from ..cache_specs.sizes import human_bytes
 from ..cache_specs.tables import autoencoder_table
 from .batches import Batches, DrawSpec, Place
 from .config import RunConfig
@@ -21,6 +22,7 @@ from .distributed import World, wrap
 from .ema import EMA
 from .latents import LatentNorm, LatentSource, resolve_latent_norm
 from .optimizer import GatedAdamW
+from .prefetch import batches_ahead
 from .projector import ProjectorConfig
 from .reader import CacheReader
 from .sit import SiT, sit_config
@@ -104,6 +106,21 @@ def prepare(config: RunConfig, world: World) -> Run:
     if config.compile:
         model.compile(fullgraph=True)  # in place: parameters keep their names
     norm = latent_norm(config, reader)
+    return Run(
+        config=config,
+        world=world,
+        reader=reader,
+        model=model,
+        wrapped=wrap(model, world),
+        ema=ema,
+        optimizer=GatedAdamW(model.parameters(), config.optimizer),
+        batches=make_batches(config, reader, world),
+        norm=norm,
+    )
+
+
+def make_batches(config: RunConfig, reader: CacheReader, world: World) -> Batches:
+    """Return what says, for each step, which samples this rank reads and which random numbers go with them."""
     spec = DrawSpec(
         seed=config.seed,
         num_views=len(reader.views),
@@ -113,17 +130,7 @@ def prepare(config: RunConfig, world: World) -> Run:
         label_dropout=config.label_dropout,
     )
     place = Place(batch_size=config.batch_size, accumulation=config.accumulation, rank=world.rank, world=world.size)
-    return Run(
-        config=config,
-        world=world,
-        reader=reader,
-        model=model,
-        wrapped=wrap(model, world),
-        ema=ema,
-        optimizer=GatedAdamW(model.parameters(), config.optimizer),
-        batches=Batches(reader, spec, place, shuffle=config.shuffle, window=config.shuffle_window),
-        norm=norm,
-    )
+    return Batches(reader, spec, place, shuffle=config.shuffle, window=config.shuffle_window)
 
 
 def build_model(config: RunConfig, reader: CacheReader) -> SiT:
@@ -175,14 +182,14 @@ def latent_norm(config: RunConfig, reader: CacheReader) -> LatentNorm:
     )
 
 
-def describe(config: RunConfig, reader: CacheReader, norm: LatentNorm) -> str:
+def describe(config: RunConfig, reader: CacheReader, norm: LatentNorm, world: World) -> str:
     """Return the settings as YAML, and in a few lines what they amount to."""
     with torch.device("meta"):
         model = build_model(config, reader)
     total, in_projectors = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.projectors))
-    batch = reader.empty_batch(1)
-    tensors = [batch.moments, *(tensor for features in batch.features for tensor in features.tensors().values())]
-    sample_bytes = sum(tensor.nbytes for tensor in tensors)
+    batches = make_batches(config, reader, world)
+    ahead = batches_ahead(config.prefetch_bytes, batches.num_bytes)
+    over = ", more than prefetch_bytes" if batches.num_bytes > config.prefetch_bytes else ""
     shown = record(config, reader, norm)
     del shown["resolved"]["class_names"]
     settings = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=110)
@@ -190,7 +197,8 @@ def describe(config: RunConfig, reader: CacheReader, norm: LatentNorm) -> str:
         f"{settings}"
         f"model: {config.model}, {total - in_projectors:.1f} M parameters; projectors {in_projectors:.1f} M\n"
         f"data: {len(reader.valid_rows)} of {reader.num_samples} samples, {len(reader.views)} view(s), "
-        f"{sample_bytes / 1024:.1f} KiB a sample, {sample_bytes * config.batch_size / 2**20:.2f} MiB a step"
+        f"{batches.row_bytes / 1024:.1f} KiB a sample, {batches.row_bytes * config.batch_size / 2**20:.2f} MiB a step\n"
+        f"read ahead: {ahead} of {human_bytes(batches.num_bytes)} each on every rank{over}"
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from repa.cache_specs.errors import CacheError
 from repa.trainer.batches import Batches, DrawSpec, Place
 from repa.trainer.interpolant import Interpolant
-from repa.trainer.prefetch import ReadAhead, map_tensors
+from repa.trainer.prefetch import MOST_AHEAD, ReadAhead, batches_ahead, map_tensors
 from repa.trainer.reader import CacheReader
 
 SPEC = DrawSpec(
@@ -42,12 +42,45 @@ def test_read_ahead_serves_every_micro_batch_in_order(batches):
 
 
 def test_read_ahead_ends_its_thread_wherever_it_stands(batches):
-    before = threading.active_count()
     for taken in (0, 1, 6):
         with ReadAhead(batches, first=0, last=1000, depth=2, device=torch.device("cpu")) as ahead:
             for _ in range(taken):
                 ahead.next()
-        assert threading.active_count() == before
+        assert "read-ahead" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_bound_counts_batches():
+    assert [batches_ahead(bound, 100) for bound in (1, 99, 100, 199, 200, 999)] == [1, 1, 1, 1, 2, 9]
+    assert batches_ahead(10**9, 100) == MOST_AHEAD
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_the_ring_holds_the_bound_and_one_batch(batches, monkeypatch, taken):
+    """Memory is counted where it is asked for; the thread then waits, whether or not a batch is in use."""
+    one = batches.num_bytes
+    bound = 3 * one + 100
+    tensors, empty = [], batches.reader.empty_batch
+    rows = iter(range(1000))
+
+    def counted(num, pin_memory):
+        batch = empty(num)
+        map_tensors(batch, tensors.append)
+        return batch
+
+    read = batches.read
+    monkeypatch.setattr(batches.reader, "empty_batch", counted)
+    monkeypatch.setattr(batches, "read", lambda *args, out: (next(rows), read(*args, out=out))[1])
+    draws = sum(tensor.nbytes for tensor in vars(batches.spec.draw(4, step=0, micro=0, rank=0)).values())
+    depth = batches_ahead(bound, one)
+    with ReadAhead(batches, first=0, last=100, depth=depth, device=torch.device("cpu")) as ahead:
+        for _ in range(taken):
+            ahead.next()
+        while ahead._ready.qsize() < depth + (taken == 0):
+            assert ahead._thread.is_alive()
+    assert next(rows) == max(taken, 1) + depth
+    held = (depth + 1) * draws + sum(tensor.nbytes for tensor in tensors)
+    assert held == (depth + 1) * one
+    assert held <= bound + one
 
 
 def test_an_error_while_reading_reaches_the_loop(make_cache):

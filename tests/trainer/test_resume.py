@@ -134,7 +134,7 @@ def test_what_may_change_does_and_a_finished_run_stays(finished, repa_train, tmp
     assert len(again.records) == 6
     moved = tmp_path / "moved"
     out.rename(moved)
-    changes = ("--set", "save_every=100", "--set", "prefetch=1", "--set", "log_every=100")
+    changes = ("--set", "save_every=100", "--set", "prefetch_bytes=1", "--set", "log_every=100")
     longer = repa_train(written.path, moved, "--resume", "auto", "--steps", "8", *changes)
     assert longer.code == 0
     assert longer.losses() == repa_train(written.path, tmp_path / "whole", "--steps", "8").losses()

@@ -1,0 +1,73 @@
+"""How fast a run is between two logs, and, once, what bounds it: the model or the data.
+
+In, a log: steps done, seconds passed, seconds that the slowest rank waited for data, seconds in which its reading
+thread was at work. The quotient of bytes and the last is what the thread could deliver if it never had to wait.
+"""
+
+from dataclasses import dataclass
+
+WARM_UP_STEPS = 20  # compilation, first touches of files and memory: said to nobody
+MEASURED_STEPS = 50
+DATA_BOUND = 0.05  # of the time spent waiting for data; below it there is little to win
+
+
+@dataclass(kw_only=True)
+class Interval:
+    """What happened between two logs, or over several such."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    waited_s: float = 0.0
+    reading_s: float = 0.0
+
+    def add(self, other: "Interval") -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+class Speed:
+    """The speed of a run whose steps take `batch_size` samples and `step_bytes` bytes over all ranks."""
+
+    def __init__(self, *, batch_size: int, step_bytes: int) -> None:
+        self._batch_size = batch_size
+        self._step_bytes = step_bytes
+        self._warm_up = WARM_UP_STEPS  # steps still to come
+        self._measured = Interval()
+        self._said = False
+
+    def record(self, interval: Interval) -> dict[str, float]:
+        """Return samples_per_s, read_gb_per_s (10^9 bytes) and data_wait, a share of the time."""
+        return {
+            "samples_per_s": interval.steps * self._batch_size / interval.seconds,
+            "read_gb_per_s": interval.steps * self._step_bytes / interval.seconds / 1e9,
+            "data_wait": interval.waited_s / interval.seconds,
+        }
+
+    def bound(self, interval: Interval, *, last: bool) -> str | None:
+        """Take one more interval; return, once, the line that says what bounds the run.
+
+        That is when MEASURED_STEPS have passed in intervals after the WARM_UP_STEPS, or at the `last` of them.
+        """
+        if self._warm_up > 0:
+            self._warm_up -= interval.steps
+            return None
+        self._measured.add(interval)
+        if self._said or not (last or self._measured.steps >= MEASURED_STEPS):
+            return None
+        self._said = True
+        return self._verdict()
+
+    def _verdict(self) -> str:
+        measured = self._measured
+        share, found = measured.waited_s / measured.seconds, measured.steps * self._step_bytes / 1e9
+        wait, used, possible = 100 * share, found / measured.seconds, found / max(measured.reading_s, 1e-9)
+        if share <= DATA_BOUND:
+            return (
+                f"bound by the model: {wait:.1f} % of the time waits for data ({used:.2g} of {possible:.2g} GB/s that "
+                f"reading makes)"
+            )
+        return (
+            f"bound by data: {wait:.0f} % of the time waits for it, at {used:.2g} GB/s ({possible:.2g} while it is "
+            f"read). Stage the cache on a local disk (--stage DIR), read less (int8 tokens, fewer encoders), or raise "
+            f"--prefetch-bytes"
+        )
