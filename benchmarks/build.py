@@ -26,10 +26,11 @@ import torch
 from conditions import append_line, conditions
 from PIL import Image, ImageFilter
 
-from repa.pipeline.build import BuildOptions, plan_build, run_build
+from repa.pipeline.build import run_build
 from repa.pipeline.decode import decode_batch
 from repa.pipeline.encode import load_model
 from repa.pipeline.manifest import Manifest, scan_folder
+from repa.pipeline.plan import BuildOptions, plan_build
 
 # Encoder and autoencoder of each, and its images where none are asked for: a VAE takes seconds an image on a CPU.
 MODELS = {"hog": ("hog", "none", 256), "vit-s": ("dinov2-vit-s", "none", 64), "sd-vae": (None, "sd-vae-ft-mse", 8)}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["BuildOptions", "load_autoencoder", "load_encoder", "run_build", "scan_folder"]
 
 _HOMES = {
-    "BuildOptions": "build",
+    "BuildOptions": "plan",
     "load_autoencoder": "autoencoders",
     "load_encoder": "encoders",
     "run_build": "build",
@@ -19,9 +19,10 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from .autoencoders import load_autoencoder
-    from .build import BuildOptions, run_build
+    from .build import run_build
     from .encoders import load_encoder
     from .manifest import scan_folder
+    from .plan import BuildOptions
 
 
 def __getattr__(name: str) -> Any:

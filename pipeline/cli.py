@@ -16,8 +16,9 @@ from .estimate_cli import estimate
 from .metrics_cli import COMMANDS
 
 if TYPE_CHECKING:
-    from .build import BuildOptions, BuildPlan, BuildReport
+    from .build import BuildReport
     from .manifest import ImageSource, Manifest
+    from .plan import BuildOptions, BuildPlan
 
 MAX_LISTED = 20  # damaged files in the line that removes them; verify has named them all above it
 
@@ -65,7 +66,8 @@ def build(data: str, weights: tuple[str, ...], labels: str | None, dry_run: bool
 
     Killed or stopped, the same command goes on where it was: finished ranges are kept.
     """
-    from .build import BuildOptions, plan_build, run_build
+    from .build import run_build
+    from .plan import BuildOptions, plan_build
 
     manifest = _manifest(data, labels)
     if manifest.left_out:
@@ -135,7 +137,7 @@ def _default_device() -> str:
 
 def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:
     from ..cache_specs.sizes import human_bytes
-    from .build import describe
+    from .plan import describe
 
     layout = plan.layout
     click.echo(

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..cache_specs.group import group_attributes
 from ..cache_specs.layout import BAD_FILES, CacheLayout
 from ..cache_specs.schema import ComponentSpec
-from .build import describe
+from .plan import describe
 from .store import CacheStore
 
 

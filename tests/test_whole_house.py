@@ -16,9 +16,10 @@ from torch import Tensor
 from repa.cache_specs.tables import resolve_encoder
 from repa.kernels import cosine_alignment, reference
 from repa.pipeline import demo_data
-from repa.pipeline.build import BuildOptions, run_build
+from repa.pipeline.build import run_build
 from repa.pipeline.decode import decode
 from repa.pipeline.encoders import load_encoder
+from repa.pipeline.plan import BuildOptions
 from repa.pipeline.verify import verify
 from repa.trainer import CacheReader, SiT, load_model
 from repa.trainer.cli import sample_command, train_command

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from repa.cache_specs.errors import JobError
-from repa.pipeline import job
-from repa.pipeline.build import BuildOptions, plan_build, run_build
-from repa.pipeline.job import JobOptions, RangeWork, RayPool, gpu_share
+from repa.pipeline import ray_pool
+from repa.pipeline.build import run_build
+from repa.pipeline.job import JobOptions, RangeWork
 from repa.pipeline.manifest import scan_folder
+from repa.pipeline.plan import BuildOptions, plan_build
+from repa.pipeline.ray_pool import RayPool, gpu_share
 
 # Ray's own files and sockets, and what its protocol libraries deprecate.
 pytestmark = [
@@ -214,8 +216,8 @@ def run_all(pool: RayPool, work: list[RangeWork]) -> tuple[list[int], str]:
 def test_a_range_that_kills_its_worker_twice_is_reported_and_the_others_are_done(
     pool: tuple[RayPool, Callable[..., RangeWork]],
 ) -> None:
-    ray_pool, work = pool
-    done, said = run_all(ray_pool, [work(0), work(_DeadlyIndex(1)), work(2), work(3)])
+    opened, work = pool
+    done, said = run_all(opened, [work(0), work(_DeadlyIndex(1)), work(2), work(3)])
     assert done == [0, 2, 3]
     assert "1 ranges were not encoded, first samples 4 to 7: it killed its worker 2 times" in said
 
@@ -224,7 +226,7 @@ def test_a_range_that_kills_its_worker_twice_is_reported_and_the_others_are_done
             return _DeadlySizes()
 
     # Or its decoder: a worker that waits for it does not die with it.
-    done, said = run_all(ray_pool, [work(0), work(2, Sizes()), work(3)])
+    done, said = run_all(opened, [work(0), work(2, Sizes()), work(3)])
     assert done == [0, 3]
     assert "1 ranges were not encoded, first samples 8 to 11: its images killed a decoder" in said
 
@@ -234,7 +236,7 @@ def test_work_goes_on_with_the_workers_that_live(
 ) -> None:
     import ray  # after `ray_head` has set its token, which Ray reads when it is imported
 
-    ray_pool, work = pool
+    opened, work = pool
     get, failures = ray.get, [ray.exceptions.OutOfMemoryError("killed for memory"), None]
 
     def get_or_fail(ref: Any) -> Any:
@@ -245,15 +247,15 @@ def test_work_goes_on_with_the_workers_that_live(
     # Ray's memory monitor has an error that is not a RayActorError.
     with monkeypatch.context() as patched:
         patched.setattr(ray, "get", get_or_fail)
-        assert run_all(ray_pool, [work(0), work(1)]) == ([0, 1], "")
+        assert run_all(opened, [work(0), work(1)]) == ([0, 1], "")
     assert not failures
 
     # As where a node was lost: the replacement waits for a GPU that nobody has.
-    ray_pool._actor = ray.remote(num_gpus=1)(job._RayWorker)
-    ray_pool._start_worker()
-    assert run_all(ray_pool, [work(0), work(1), work(2)]) == ([0, 1, 2], "")
-    monkeypatch.setattr(job, "REPLACEMENT_TIMEOUT_S", 1)
-    done, said = run_all(ray_pool, [work(0), work(_DeadlyIndex(1)), work(2)])
+    opened._actor = ray.remote(num_gpus=1)(ray_pool._RayWorker)
+    opened._start_worker()
+    assert run_all(opened, [work(0), work(1), work(2)]) == ([0, 1, 2], "")
+    monkeypatch.setattr(ray_pool, "REPLACEMENT_TIMEOUT_S", 1)
+    done, said = run_all(opened, [work(0), work(_DeadlyIndex(1)), work(2)])
     assert 2 not in done
     assert "no worker is left, and no new one was ready in 1 s" in said
 
