@@ -6,6 +6,7 @@ from pathlib import Path
 from ..cache_specs.group import group_attributes
 from ..cache_specs.layout import BAD_FILES, CacheLayout
 from ..cache_specs.schema import ComponentSpec
+from ..cache_specs.sizes import human_bytes
 from .plan import describe
 from .store import CacheStore
 
@@ -50,15 +51,6 @@ def _component_lines(store: CacheStore, component: ComponentSpec) -> Iterator[st
             yield f"  {len(missing)} of {store.layout.num_ranges} ranges missing: samples {samples}"
         yield f"  finish it: {component.build_command(store.path)}"
         yield "    with --labels and --weights as at the first build, if they were given"
-
-
-def human_bytes(size: float) -> str:
-    """Return a size with a decimal unit, as disks are sold: `504.0 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def _numbers(values: list[float]) -> str:
