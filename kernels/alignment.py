@@ -5,9 +5,8 @@ the fused Triton kernel on CUDA and ROCm, the closed form of `composite` elsewhe
 torch.compile(fullgraph=True), and Inductor sees the Triton launches and the composite's arithmetic, not a black box.
 """
 
-from __future__ import annotations
-
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -89,7 +88,11 @@ def _times_upstream(dz: Tensor, grad: Tensor) -> Tensor:
     return dz if grad.item() == 1.0 else (dz.float() * grad).to(dz.dtype)
 
 
-_op = torch.library.triton_op("repa::cosine_alignment", _loss_and_dz, mutates_args={})
+# torch searches the source of an op for Triton kernels, and to read it imports its compiler, 1.5 s at every start; ours
+# are imported inside, where it does not look. A partial has no source, and lacks of a function only what is set here.
+_unsearched = functools.partial(_loss_and_dz)
+vars(_unsearched)["__globals__"] = globals()
+_op = torch.library.triton_op("repa::cosine_alignment", _unsearched, mutates_args={})
 torch.library.register_autograd("repa::cosine_alignment", _backward, setup_context=_save)
 
 
