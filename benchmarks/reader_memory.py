@@ -16,8 +16,6 @@ from repa.trainer.interpolant import Interpolant
 from repa.trainer.prefetch import ReadAhead, batches_ahead
 from repa.trainer.reader import CacheReader
 
-STEPS = 20
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,12 +35,16 @@ def main() -> None:
     )
     batches = Batches(reader, spec, Place(batch_size=options.batch_size))
     depth = batches_ahead(RunConfig.prefetch_bytes, batches.num_bytes)
-    with ReadAhead(batches, first=0, last=STEPS, depth=depth, device=torch.device("cpu")) as ahead:
-        for _ in range(STEPS):
-            last = ahead.next()
-    batch_bytes = sum(t.nbytes for t in (last.data.rows, last.data.labels, last.data.moments))
-    batch_bytes += sum(t.nbytes for features in last.data.features for t in features.tensors().values())
-    found = {"peak_bytes": peak_bytes() - base, "prefetch_bytes": RunConfig.prefetch_bytes, "batch_bytes": batch_bytes}
+    steps = 2 * (depth + 1)  # every buffer is filled twice
+    with ReadAhead(batches, first=0, last=steps, depth=depth, device=torch.device("cpu")) as ahead:
+        for _ in range(steps):
+            ahead.next()
+    found = {
+        "peak_bytes": peak_bytes() - base,
+        "prefetch_bytes": RunConfig.prefetch_bytes,
+        "batch_bytes": batches.num_bytes,
+        "batches_ahead": depth,
+    }
     print(json.dumps(found))
 
 
