@@ -1,4 +1,4 @@
-"""repa-cache: build, info, verify, encoders. Each command parses, calls one function, and reports.
+"""repa-cache: build, import, info, verify, encoders. Each command parses, calls one function, and reports.
 
 Modules that load torch, timm or ray are imported inside the commands: `--help` answers at once.
 """
@@ -13,6 +13,7 @@ import click
 from ..cache_specs.errors import JobError, UsageError, one_line_errors
 from ..cache_specs.schema import COMPRESSORS, PRECISIONS, STORAGE_DTYPES
 from .estimate_cli import estimate
+from .import_cli import import_command
 from .metrics_cli import COMMANDS
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ MAX_LISTED = 20  # damaged files in the line that removes them; verify has named
 
 
 @click.group(
-    commands=(*COMMANDS, estimate), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    commands=(*COMMANDS, estimate, import_command),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="repa-cache")
 def cli() -> None:

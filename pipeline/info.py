@@ -35,6 +35,9 @@ def _component_lines(store: CacheStore, component: ComponentSpec) -> Iterator[st
     complete = store.is_complete(component.path) and not missing
     yield f"{component.path}: {'complete' if complete else 'INCOMPLETE'}"
     yield f"  {component.spec['loader']} {component.spec['model']}, weights {component.weights}, {component.precision}"
+    if component.imported is not None:
+        images = "with its images" if component.imported["images"] else "without images"
+        yield f"  imported from {component.imported['layout']}'s layout, {images}"
     yield f"  fingerprint {attributes.get('fingerprint')}"
     for name, shape, size in describe(component, store.layout):
         yield f"  {name:<13} {shape:<32} {human_bytes(size)}"
@@ -50,7 +53,10 @@ def _component_lines(store: CacheStore, component: ComponentSpec) -> Iterator[st
             samples = _ranges(store.layout, missing)
             yield f"  {len(missing)} of {store.layout.num_ranges} ranges missing: samples {samples}"
         yield f"  finish it: {component.build_command(store.path)}"
-        yield "    with --labels and --weights as at the first build, if they were given"
+        if component.imported is None:
+            yield "    with --labels and --weights as at the first build, if they were given"
+        else:
+            yield "    with --labels and --images as at the first import, if they were given"
 
 
 def _numbers(values: list[float]) -> str:

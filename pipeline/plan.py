@@ -75,7 +75,14 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     """Resolve every name and find what is missing, without loading a model or writing a byte."""
     attributes = group_attributes(location(options.cache))
     found = None if attributes is None else CacheLayout.from_attributes(attributes, str(options.cache))
-    layout = _layout(options, found)
+    layout = resolve_layout(
+        options.manifest,
+        found,
+        resolution=options.resolution,
+        shard_samples=options.shard_samples,
+        flip=options.flip,
+    )
+    _check_imported(options, layout)
     requests = tuple(_requests(options, layout))
     missing = missing_ranges(CacheStore(options.cache, layout), requests)
     return BuildPlan(layout=layout, requests=requests, missing=missing, exists=found is not None)
@@ -91,14 +98,22 @@ def missing_ranges(store: CacheStore, requests: Sequence[ModelRequest]) -> dict[
     return missing
 
 
-def _layout(options: BuildOptions, found: CacheLayout | None) -> CacheLayout:
+def resolve_layout(
+    manifest: Manifest,
+    found: CacheLayout | None,
+    *,
+    resolution: int | None,
+    shard_samples: int | None,
+    flip: bool | None,
+) -> CacheLayout:
+    """Return the layout of the cache of `manifest`: what is asked, else as `found` on disk, else the default."""
+
     def choose(asked: int | None, on_disk: int | None, default: int) -> int:
         return asked if asked is not None else on_disk if on_disk is not None else default
 
-    manifest = options.manifest
-    resolution = choose(options.resolution, found.resolution if found else None, DEFAULT_RESOLUTION)
-    shard_samples = choose(options.shard_samples, found.shard_samples if found else None, DEFAULT_SHARD_SAMPLES)
-    flip = options.flip if options.flip is not None else found is not None and len(found.views) > 1
+    resolution = choose(resolution, found.resolution if found else None, DEFAULT_RESOLUTION)
+    shard_samples = choose(shard_samples, found.shard_samples if found else None, DEFAULT_SHARD_SAMPLES)
+    flip = flip if flip is not None else found is not None and len(found.views) > 1
     views = VIEWS if flip else VIEWS[:1]
     fingerprint = manifest.fingerprint
     return CacheLayout(
@@ -112,6 +127,23 @@ def _layout(options: BuildOptions, found: CacheLayout | None) -> CacheLayout:
             fingerprint, resolution=resolution, crop=CROP, views=views, class_names=manifest.class_names
         ),
     )
+
+
+def _check_imported(options: BuildOptions, layout: CacheLayout) -> None:
+    """Raise `UsageError` where latents were imported that no build can finish, replace or go with."""
+    store = CacheStore(options.cache, layout)
+    for component in _latents(options, layout):
+        if component.imported is None:
+            continue
+        where = f"{options.cache}: {component.path} was imported"
+        if not component.imported["images"]:
+            raise UsageError(f"{where} without images, so nothing can be added to it; train from it with --recipe sit")
+        if options.autoencoder in (component.name, component.spec["entry"]):
+            raise UsageError(
+                f"{where}; leave out --autoencoder {options.autoencoder} to keep it, or name another --cache"
+            )
+        if not store.is_complete(component.path) or store.missing_ranges(component):
+            raise UsageError(f"{where} and is not whole; finish it with {component.build_command(str(options.cache))}")
 
 
 def _requests(options: BuildOptions, layout: CacheLayout) -> Iterator[ModelRequest]:

@@ -63,6 +63,15 @@ def write_repa(root: Path, *, num: int = 10, side: int = 4, seed: int = 0) -> tu
     return moments, labels
 
 
+def write_images_of(folder: Path, names: list[str] | None = None, *, side: int = 32) -> Path:
+    """Write pictures of these names below folder/pictures; return that folder."""
+    for name in names or ["a/1.png", "b/2.png"]:
+        file = folder / "pictures" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (side, side)).save(file)
+    return folder / "pictures"
+
+
 def write_edm2(file: Path, moments: np.ndarray, labels: list[int]) -> list[str]:
     """Write a zip of EDM2's encode command, stored and not compressed; return the names of its latents."""
     names = numbered("img-mean-std-", "npy", len(moments))
