@@ -1,12 +1,11 @@
 """The cache as training sees it: any rows, by global index, as one batch of torch tensors.
 
-In: a cache directory and the components to use. Out: `rows(indices, views)` -> `Batch`. Nothing a sample is held in
-Python objects; labels and the valid rows are two integer arrays. Bytes go from the file into the batch's tensors with
-no copy between (shards.py).
+In: a cache's folder or URL and the components to use. Out: `rows(indices, views)` -> `Batch`. Nothing a sample is held
+in Python objects; labels and the valid rows are two integer arrays. From a local cache bytes go from the file into the
+batch's tensors with no copy between (shards.py).
 """
 
 import hashlib
-import json
 import math
 import mmap
 import threading
@@ -20,8 +19,10 @@ import torch
 from torch import Tensor
 
 from ..cache_specs.errors import CacheError, UsageError, nearest
+from ..cache_specs.group import component_names, group_attributes
 from ..cache_specs.layout import COMPLETE, ArrayLayout, CacheLayout, layer_array
 from ..cache_specs.schema import FEATURES, IMPORTED, LATENTS, ComponentSpec, stored_layers
+from ..cache_specs.storage import location
 from ..cache_specs.tables import pick_layer, stored_encoder
 from .row_reads import NUM_THREADS, NDArray, RowArray, RowReads
 from .shards import open_array
@@ -120,14 +121,14 @@ class CacheReader:
         check_reads: bool = False,
         num_threads: int = NUM_THREADS,
     ) -> None:
-        self.path = Path(path)
-        attributes = _group_attributes(self.path)
+        self.path = location(path)
+        attributes = group_attributes(self.path)
         if attributes is None:
             raise CacheError(
                 f"{self.path}: no cache here. Make one with "
                 f"repa-cache build --cache {self.path} --data PATH --encoder NAME --autoencoder NAME"
             )
-        self.layout = CacheLayout.from_attributes(attributes, self.path)
+        self.layout = CacheLayout.from_attributes(attributes, str(self.path))
         self._reads = RowReads(num_threads)
         self._fields = {k: v for k, v in _FEATURE_FIELDS.items() if cls_token or k != "cls_token"}
         self._check_reads = check_reads
@@ -221,12 +222,7 @@ class CacheReader:
     def _choose(self, kind: str, name: str | None) -> tuple[str, int | None]:
         """Return the name of the group to use in latents/ or features/, and the layer where one was asked for."""
         option, what = ("--autoencoder", "autoencoder") if kind == LATENTS else ("--encoder", "encoder")
-        folder = self.path / kind
-        present = (
-            sorted(entry.name for entry in folder.iterdir() if (entry / "zarr.json").exists())
-            if folder.is_dir()
-            else []
-        )
+        present = component_names(self.path, kind)
         if not present:
             if kind == FEATURES and self.latents.without_images:
                 raise CacheError(
@@ -252,8 +248,8 @@ class CacheReader:
     def _open(self, kind: str, name: str) -> tuple[ComponentSpec, Mapping[str, Any], dict[str, RowArray]]:
         """Open a finished component, AND its `valid` into ours and note its fingerprint."""
         group = self.path / kind / name
-        attributes = _group_attributes(group) or {}
-        component = ComponentSpec.from_attributes(attributes, group)
+        attributes = group_attributes(group) or {}
+        component = ComponentSpec.from_attributes(attributes, str(group))
         if attributes.get(COMPLETE) is not True:
             raise CacheError(
                 f"{group} is not complete: its build has not finished. Finish it with "
@@ -311,29 +307,18 @@ class CacheReader:
     def _read_labels(self) -> NDArray:
         import zarr
 
+        stored = self.path / "label"
         try:
-            labels = np.asarray(zarr.open_array(self.path / "label", mode="r")[:]).astype(np.int64)
+            with stored.reading():
+                labels = np.asarray(zarr.open_array(stored.zarr_store(), mode="r")[:]).astype(np.int64)
         except (OSError, ValueError, RuntimeError) as error:
-            raise CacheError(f"{self.path / 'label'} cannot be read ({error}); the cache is damaged") from error
+            raise CacheError(f"{stored} cannot be read ({error}); the cache is damaged") from error
         if labels.shape != (self.num_samples,) or labels.min() < 0 or labels.max() >= self.num_classes:
             raise CacheError(
-                f"{self.path / 'label'} is {list(labels.shape)} with labels up to {labels.max()}; expected "
+                f"{stored} is {list(labels.shape)} with labels up to {labels.max()}; expected "
                 f"[{self.num_samples}] below {self.num_classes}: the cache is damaged"
             )
         return labels
-
-
-def _group_attributes(path: Path) -> dict[str, Any] | None:
-    """Return the attributes of a Zarr v3 group, None where there is none."""
-    try:
-        metadata = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
-        if metadata["zarr_format"] != 3 or metadata["node_type"] != "group":
-            raise ValueError("not a Zarr v3 group")
-        return dict(metadata["attributes"])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{path / 'zarr.json'} cannot be read ({error}); it is damaged or not a cache's") from error
 
 
 def _empty_pages(shape: tuple[int, ...], dtype: torch.dtype, *, pin_memory: bool) -> Tensor:

@@ -5,11 +5,12 @@ images are read without their tokens.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from ..cache_specs.errors import UsageError
+from ..cache_specs.group import group_attributes
 from ..cache_specs.layout import layer_array
 from ..cache_specs.schema import FEATURES, ComponentSpec
 from .reader import CacheReader
@@ -28,13 +29,10 @@ class Reference:
     """
 
     def __init__(self, cache: str | Path, *, autoencoder: str | None, encoder: str | None, pooling: Pooling) -> None:
-        import zarr
-
         reader = CacheReader(cache, autoencoder=autoencoder, encoder=encoder)
         (features,) = reader.features
         group = reader.path / FEATURES / features.group
-        attributes: dict[str, Any] = dict(zarr.open_group(group, mode="r").attrs)
-        self.component = ComponentSpec.from_attributes(attributes, group)
+        self.component = ComponentSpec.from_attributes(group_attributes(group) or {}, str(group))
         layouts = {layout.name: layout for layout in self.component.arrays(reader.layout)}
         array = layer_array(_ARRAYS[pooling], features.layer)
         if array not in layouts:

@@ -1,0 +1,141 @@
+"""The library path: the same bytes as the direct one, from compressed shards, buckets and other people's sharding."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from repa.cache_specs.errors import CacheError, UsageError
+from repa.cache_specs.layout import ArrayLayout
+from repa.cache_specs.storage import location
+from repa.trainer import CacheReader
+from repa.trainer.direct_array import DirectArray
+from repa.trainer.library_array import LibraryArray
+from repa.trainer.reader import Batch
+from repa.trainer.row_reads import RowReads
+from repa.trainer.shards import open_array
+
+
+def upload(cache: Path, url: str) -> str:
+    for file in cache.rglob("*"):
+        if file.is_file():
+            place = location(url)
+            for name in file.relative_to(cache).parts:
+                place = place / name
+            place.write(file.read_bytes())
+    return url
+
+
+def tensors(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from {"rows": batch.rows, "labels": batch.labels, "moments": batch.moments}.items()
+    for i, features in enumerate(batch.features):
+        yield from ((f"{i}/{name}", tensor) for name, tensor in features.tensors().items())
+
+
+def assert_same_rows(reader: CacheReader, other: CacheReader) -> None:
+    rng = np.random.default_rng(1)
+    every = np.repeat(np.arange(reader.num_samples), 2), np.tile([0, 1], reader.num_samples)  # shard edges too
+    drawn = rng.integers(0, reader.num_samples, 40), rng.integers(0, 2, 40)  # unsorted, with repeats
+    for rows, views in (every, drawn, (np.empty(0, int), np.empty(0, int))):
+        for (name, left), (_, right) in zip(
+            tensors(reader.rows(rows, views)), tensors(other.rows(rows, views)), strict=True
+        ):
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left.numpy().view(np.uint8), right.numpy().view(np.uint8), err_msg=name)
+    np.testing.assert_array_equal(reader.valid_rows, other.valid_rows)
+    assert reader.fingerprints == other.fingerprints
+
+
+@pytest.mark.parametrize("write_empty_chunks", [True, False])
+def test_a_bucket_gives_the_rows_of_the_folder(
+    make_cache: Callable[..., Any], bucket: str, write_empty_chunks: bool
+) -> None:
+    written = make_cache(
+        encoders={"toy": "float16", "toy8": "int8"},
+        zero_rows=(1, 7, 22),
+        invalid={"features/toy": [3]},
+        write_empty_chunks=write_empty_chunks,
+    )
+    names = sorted(folder.name for folder in (written.path / "features").iterdir() if folder.is_dir())
+    there = CacheReader(upload(written.path, f"{bucket}/cache"), encoder=names)
+    assert isinstance(there._moments, LibraryArray)
+    here = CacheReader(written.path, encoder=names)
+    assert isinstance(here._moments, DirectArray)
+    assert_same_rows(here, there)
+    assert not there.rows([7]).moments.any()
+
+
+@pytest.mark.parametrize("codec", [ZstdCodec(level=1), BloscCodec(cname="lz4", typesize=2), None])
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
+def test_other_shards_give_the_same_rows(tmp_path: Path, dtype: str, codec: Any) -> None:
+    """Compressed as ours, or not (None) in chunks and shards of another shape, each with rows that are not stored."""
+    layout = ArrayLayout(name="x", shape=(11, 2, 3, 5), dtype=dtype, inner=(1, 1, 3, 5), shard=(4, 2, 3, 5))
+    values = np.random.default_rng(0).integers(-100, 100, layout.shape).astype(dtype)
+    values[[0, 4, 5, 6, 7]] = 0  # of the second shard nothing is stored: where shards are ours it is an error
+    values[2, 1] = 0
+    if codec is not None:
+        values[4, 0, 0, 0] = 1
+    ours = {"chunks": layout.inner, "shards": layout.shard, "compressors": [codec, Crc32cCodec()]}
+    foreign = {"chunks": (2, 1, 3, 5), "shards": (6, 2, 3, 5), "compressors": [Crc32cCodec()]}
+    options = foreign if codec is None else ours
+    encoding = {"name": "default", "separator": "."}
+    group = zarr.create_group(tmp_path / "group")
+    array = group.create_array(
+        "x", shape=layout.shape, dtype=dtype, filters=None, chunk_key_encoding=encoding, **options
+    )
+    array[...] = values
+    opened = open_array(location(tmp_path / "group"), layout, files=RowReads().files, check_reads=False)
+    assert isinstance(opened, LibraryArray)
+    rows, views = np.array([10, 0, 2, 2, 4, 7, 3, 10]), np.array([1, 0, 1, 0, 0, 1, 0, 0])
+    out = np.full((8, 3, 5), 77, dtype=dtype)
+    RowReads().read([(opened, out)], rows, views)
+    np.testing.assert_array_equal(out, values[rows, views])
+
+
+def test_what_is_damaged_or_gone_is_named_by_object_and_sample(make_cache: Callable[..., Any], bucket: str) -> None:
+    written = make_cache(num_samples=23, shard_samples=5)
+    cache = location(upload(written.path, f"{bucket}/cache"))
+    reader = CacheReader(str(cache))
+    before = [tensor.clone() for _, tensor in tensors(reader.rows([5, 12]))]
+    shards = cache / "features/toy/patch_tokens"
+    whole = (shards / "c.2.0.0.0").read() or b""
+
+    (shards / "c.1.0.0.0").delete()  # while the run has it in use
+    with pytest.raises(CacheError, match=rf"^{shards}/c\.1\.0\.0\.0: sample 6, view 0 .*\(it is missing\)") as error:
+        reader.rows([0, 6, 12])
+    assert "repa-cache verify" in str(error.value)
+    assert "\n" not in str(error.value)
+    for data, said in (
+        (whole[:-100], "."),  # cut
+        (whole[:3] + bytes([whole[3] ^ 1]) + whole[4:], "[Dd]igest"),  # a flipped bit in the first row
+    ):
+        (shards / "c.2.0.0.0").write(data)
+        with pytest.raises(CacheError, match=rf"^{shards}/c\.2\.0\.0\.0: sample 10, view 0 cannot be read \(.*{said}"):
+            CacheReader(str(cache)).rows([0, 10])
+    (shards / "c.2.0.0.0").write(whole)
+    (shards / "c.1.0.0.0").write((written.path / "features/toy/patch_tokens/c.1.0.0.0").read_bytes())
+    for (_, tensor), old in zip(tensors(CacheReader(str(cache)).rows([5, 12])), before, strict=True):
+        assert torch.equal(tensor, old)
+
+
+def test_what_cannot_be_reached_is_one_line(bucket: str) -> None:
+    with pytest.raises(CacheError, match=rf"^{bucket}/none: no cache here\. .* repa-cache build --cache {bucket}/none"):
+        CacheReader(f"{bucket}/none")
+    with pytest.raises(CacheError, match=r"bucket does not exist"):
+        CacheReader(f"{bucket}-gone/cache")
+    layout = ArrayLayout(name="x", shape=(1,), dtype="int8", inner=(1,), shard=(1,))
+    with pytest.raises(UsageError, match=r"^az://box/x: rows cannot be read from az:// directly; add --stage DIR"):
+        LibraryArray(location("az://box/x"), layout, in_shard_files=True)
+
+
+def test_a_compressed_cache_lacks_a_shard(make_cache: Callable[..., Any], tmp_path: Path) -> None:
+    shutil.copytree(make_cache(compressed=True).path, tmp_path / "cache")
+    (tmp_path / "cache/latents/toy-ae/valid/c.1").unlink()
+    with pytest.raises(CacheError, match=r"valid/c\.1: samples 5 to 9 cannot be read \(it is missing\)"):
+        CacheReader(tmp_path / "cache")
