@@ -22,8 +22,9 @@ from repa.pipeline.encoders import load_encoder
 from repa.pipeline.plan import BuildOptions
 from repa.pipeline.verify import verify
 from repa.trainer import CacheReader, SiT, load_model
-from repa.trainer.cli import sample_command, train_command
+from repa.trainer.cli import train_command
 from repa.trainer.interpolant import Interpolant
+from repa.trainer.sample_cli import sample_command
 
 CROPS = 48  # a photograph
 RESOLUTION, GRID = 32, 4

@@ -14,8 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..cache_specs.errors import UsageError
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from .interpolant import Interpolant
+from .latents import LatentSource
 from .projector import ProjectorConfig
 from .sit import SIZES, SiT, SiTConfig
 
@@ -35,6 +37,20 @@ class TrainedModel:
     steps: int | None
     interpolant: Interpolant
     config: dict[str, Any] | None
+
+    def latents(self, autoencoder: str | None) -> LatentSource:
+        """Return whose latents it draws: its own record, or what the user says of a published checkpoint."""
+        if self.config is not None:
+            if autoencoder is not None:
+                raise UsageError(f"{self.path} says itself whose latents it draws; leave out --autoencoder")
+            return LatentSource.from_plain(self.config["resolved"]["latents"])
+        if autoencoder is None:
+            raise UsageError(
+                f"{self.path} does not say whose latents it draws. Name them with --autoencoder (REPA's and SiT's are "
+                f"sd-vae-ft-mse at its published scale)"
+            )
+        shape = self.model.config
+        return LatentSource.published(autoencoder, input_size=shape.input_size, channels=shape.in_channels)
 
 
 def load_model(path: str | Path, *, weights: Literal["ema", "model"] = "ema") -> SiT:

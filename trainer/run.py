@@ -80,7 +80,13 @@ def open_cache(config: RunConfig, world: World) -> tuple[RunConfig, CacheReader]
     encoders: tuple[str, ...] | None = config.encoders or None
     if config.alignment.projector == "none":
         encoders = ()
-    reader = CacheReader(config.cache, autoencoder=config.autoencoder, encoder=encoders, cls_token=False)
+    reader = CacheReader(
+        config.cache,
+        autoencoder=config.autoencoder,
+        encoder=encoders,
+        cls_token=False,
+        check_reads=config.check_reads,
+    )
     parts = world.size * config.accumulation
     if config.batch_size % parts:
         raise UsageError(

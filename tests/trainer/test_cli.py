@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from repa.cache_specs.errors import UsageError
-from repa.trainer import cli
+from repa.trainer import borrowed, sample_cli
 from repa.trainer.checkpoint import load_checkpoint
 from repa.trainer.latents import LatentSource
 
@@ -22,8 +22,8 @@ def test_help_loads_nothing_heavy():
     program = (
         "import sys\n"
         "from click.testing import CliRunner\n"
-        "from repa.trainer import cli\n"
-        "for command in (cli.train_command, cli.sample_command):\n"
+        "from repa.trainer import cknna_cli, cli, sample_cli\n"
+        "for command in (cli.train_command, sample_cli.sample_command, cknna_cli.cknna_command):\n"
         "    result = CliRunner().invoke(command, ['--help'])\n"
         "    assert result.exit_code == 0 and 'runs/irepa' in result.output, result.output\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
@@ -85,6 +85,8 @@ def test_dry_run_writes_nothing(make_cache, repa_train, tmp_path):
         (["--recipe", "irepaa"], 2, "unknown recipe 'irepaa'; did you mean 'irepa'"),
         (["--recipe", "sit", "--encoder", "toy"], 2, "recipe sit aligns with no encoder"),
         (["--set", "optimizer.learning_rte=1"], 2, "did you mean 'optimizer.learning_rate'"),
+        (["--shuffle", "block"], 2, "flags: shuffle is 'block'; did you mean 'blocks'"),
+        (["--prefetch-bytes", "512XB"], 2, "flags: prefetch_bytes 512XB: expected a size"),
         (["--set", "precision=fp16"], 2, "underflows"),
         (["--set", "alignment.encoder_depth=3"], 2, "encoder_depth is 3"),
         (["--batch-size", "7", "--set", "accumulation=2"], 2, "not a multiple of accumulation 2"),
@@ -98,6 +100,27 @@ def test_bad_requests_are_one_line(make_cache, repa_train, tmp_path, arguments, 
     assert outcome.error.startswith("repa-train: ")
     assert outcome.error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_the_flags_of_reading_reach_the_run(make_cache, repa_train, tmp_path):
+    """A batch larger than the bound is read all the same, and the run says so."""
+    written, out = make_cache(num_views=1), tmp_path / "run"
+    flags = ("--shuffle", "blocks", "--prefetch-bytes", "1kB", "--check-reads", "--set", "shuffle_window=2")
+    outcome = repa_train(written.path, out, "--steps", "2", *flags)
+    stored = json.loads((out / "config.json").read_text())
+    names = ("shuffle", "shuffle_window", "prefetch_bytes", "check_reads")
+    assert [stored[name] for name in names] == ["blocks", 2, 1000, True]
+    assert "read ahead: 1 of " in outcome.output
+    assert "each on every rank, more than prefetch_bytes" in outcome.output
+
+    resumed = repa_train(written.path, out, "--steps", "4", "--resume", "auto")
+    assert "shuffle: stored 'blocks', asked 'global'; shuffle_window: stored 2, asked 16" in resumed.error
+    shard = written.shard("latents/toy-ae/moments", 0)
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    for checked in ((), ("--check-reads",)):
+        outcome = repa_train(written.path, tmp_path / f"again{len(checked)}", "--steps", "9", *checked)
+        assert outcome.code == len(checked)
+    assert "whose checksum does not hold" in outcome.error
 
 
 def test_an_incomplete_cache_is_refused(make_cache, repa_train, tmp_path):
@@ -120,7 +143,9 @@ def run_sample(capsys, *arguments: object) -> tuple[int, str, str]:
     capsys.readouterr()
     code = 0
     try:
-        cli.sample_command.main([str(argument) for argument in arguments] + ["--device", "cpu"], standalone_mode=False)
+        sample_cli.sample_command.main(
+            [str(argument) for argument in arguments] + ["--device", "cpu"], standalone_mode=False
+        )
     except SystemExit as exit_:
         code = int(exit_.code or 0)
     printed = capsys.readouterr()
@@ -178,7 +203,7 @@ def test_repa_sample_refuses_in_one_line(make_cache, repa_train, tmp_path, capsy
 
 def test_a_decoder_of_other_weights_is_refused():
     source = LatentSource.published("pixels", input_size=8, channels=3)
-    assert cli.load_decoder(source, weights=None, device="cpu")[1] == "pixels none"
+    assert borrowed.load_decoder(source, weights=None, device="cpu")[1] == "pixels none"
     other = dataclasses.replace(source, weights="sha256:0")
     with pytest.raises(UsageError, match=r"weights of pixels \(none\) are not those .* \(sha256:0\)"):
-        cli.load_decoder(other, weights=None, device="cpu")
+        borrowed.load_decoder(other, weights=None, device="cpu")

@@ -60,7 +60,7 @@ def test_what_does_not_fit_is_refused(make_cache, model):
 
 
 def test_the_command_prints_a_figure_a_depth_and_time(make_cache, repa_train, tmp_path: Path, capsys):
-    from repa.trainer.cli import cknna_command
+    from repa.trainer.cknna_cli import cknna_command
 
     cache = make_cache().path
     assert repa_train(cache, tmp_path / "run", "--steps", "3").code == 0
