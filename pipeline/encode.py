@@ -1,10 +1,12 @@
 """One worker: the models of a build on one device, and the encoding of one sample range into shards.
 
 A range is the unit of work. Exactly one worker encodes it, whole, in the same sub-batches from its first row, and
-appends rows to partial files, so that memory is one sub-batch; one decode feeds every component.
+appends rows to partial files; one decode feeds every component. A thread checks and writes what was encoded while the
+device goes on, so that memory is two sub-batches: the one being encoded and the one being written.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,7 @@ class Worker:
     ) -> None:
         torch.set_num_threads(threads)
         self._store = CacheStore(cache, layout)
+        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
         self._encoders: dict[str, Callable[[torch.Tensor], dict[str, torch.Tensor]]] = {}
         self.components: list[ComponentSpec] = []
         for request in requests:
@@ -87,19 +90,20 @@ class Worker:
 
     def encode_range(
         self, index: int, paths: Sequence[str], batches: Iterable[DecodedBatch], *, skip_bad: bool
-    ) -> RangeResult:
-        """Encode one range into the components at `paths` and commit it.
+    ) -> Future[RangeResult]:
+        """Encode one range into the components at `paths`; return the future of its commit, which another thread does.
 
         A range with a bad image is not written, unless `skip_bad`: then its row is zero and `valid` false. The same
         holds, for one component alone, of a sample whose stored values are not finite. An image that could not be read
         for a reason that passes keeps its range from being written in either case. Every sub-batch is looked at, so
-        that every bad file is listed. Raises `CacheError` where the disk refuses.
+        that every bad file is listed. Raises `CacheError`, here or from the future, where the disk refuses.
         """
         start, stop = self._store.layout.sample_range(index)
         result = RangeResult(index=index, num_samples=stop - start)
         writers = [
             ComponentWriter(self._store, component, index) for component in self.components if component.path in paths
         ]
+        written: Future[None] | None = None
         try:
             row = start
             for batch in batches:
@@ -107,30 +111,67 @@ class Worker:
                 result.passing.update(row + offset for offset in batch.passing)
                 if not result.passing and (skip_bad or not result.bad):
                     for writer in writers:
-                        path = writer.component.path
-                        arrays = self._views(batch, self._encoders[path])
-                        not_finite = writer.append(arrays, bad=batch.bad, source_bytes=batch.source_bytes)
-                        for offset, reason in not_finite.items():
-                            result.not_finite.setdefault(path, {})[row + offset] = reason
+                        arrays = self._views(batch, self._encoders[writer.component.path])
+                        if written is not None:
+                            written.result()
+                        written = self._disk.submit(_append, writer, arrays, batch.bad, batch.source_bytes, row, result)
                 row += len(batch.images)
             assert row == stop, (row, stop)
-            for writer in writers:
-                path = writer.component.path
-                if not result.passing and (skip_bad or not (result.bad or path in result.not_finite)):
-                    writer.commit()
-                    result.written.append(path)
-        finally:
-            for writer in writers:
-                writer.abandon()
-        return result
+        except BaseException:
+            self._disk.submit(_abandon, writers).result()
+            raise
+        return self._disk.submit(_commit, writers, written, result, skip_bad)
+
+    def close(self) -> None:
+        """Wait until what was encoded is written."""
+        self._disk.shutdown(wait=True)
 
     def _views(
         self, batch: DecodedBatch, encode: Callable[[torch.Tensor], dict[str, torch.Tensor]]
-    ) -> dict[str, np.ndarray]:
-        """Return a component's arrays [b, V, ...] of a sub-batch."""
+    ) -> dict[str, torch.Tensor]:
+        """Return a component's arrays [b, V, ...] of a sub-batch, on the device."""
         images = torch.tensor(batch.images).permute(0, 3, 1, 2)
         views = [encode(images)] + [encode(images.flip(-1)) for _ in range(self._store.layout.num_views - 1)]
-        return {name: torch.stack([view[name] for view in views], dim=1).cpu().numpy() for name in views[0]}
+        return {name: torch.stack([view[name] for view in views], dim=1) for name in views[0]}
+
+
+# What the writing thread does, in the order in which it was asked.
+
+
+def _append(
+    writer: ComponentWriter,
+    arrays: Mapping[str, torch.Tensor],
+    bad: Mapping[int, str],
+    source_bytes: np.ndarray,
+    row: int,
+    result: RangeResult,
+) -> None:
+    """Append the sub-batch whose first sample is `row`, and list its rows that are not finite."""
+    on_host = {name: values.cpu().numpy() for name, values in arrays.items()}  # on a GPU, waits for the forward
+    for offset, reason in writer.append(on_host, bad=bad, source_bytes=source_bytes).items():
+        result.not_finite.setdefault(writer.component.path, {})[row + offset] = reason
+
+
+def _commit(
+    writers: Sequence[ComponentWriter], written: Future[None] | None, result: RangeResult, skip_bad: bool
+) -> RangeResult:
+    """Commit what the range's images and values allow."""
+    try:
+        if written is not None:
+            written.result()
+        for writer in writers:
+            path = writer.component.path
+            if not result.passing and (skip_bad or not (result.bad or path in result.not_finite)):
+                writer.commit()
+                result.written.append(path)
+    finally:
+        _abandon(writers)
+    return result
+
+
+def _abandon(writers: Sequence[ComponentWriter]) -> None:
+    for writer in writers:
+        writer.abandon()
 
 
 def load_model(request: ModelRequest, device: str) -> tuple[Callable[[torch.Tensor], dict[str, torch.Tensor]], str]:

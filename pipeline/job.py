@@ -5,6 +5,8 @@ Both pools offer the same two things: `components`, the specs with the digests o
 under Ray, an actor for each device.
 """
 
+import itertools
+import operator
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -23,7 +25,7 @@ from .encode import ModelRequest, RangeResult, Worker
 from .manifest import ImageSource
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RangeWork:
     """One range still to be encoded: into which components, from which samples, of which known file sizes."""
 
@@ -66,32 +68,36 @@ class Pool(Protocol):
 
 
 class InProcessPool:
-    """One worker in this process, with threads that decode a little ahead."""
+    """One worker in this process, with threads that decode a little ahead, over the ends of ranges too."""
 
     def __init__(self, options: JobOptions) -> None:
         self._options = options
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._worker = Worker(options.cache, options.layout, options.requests, device=device, threads=options.threads)
         self.components = self._worker.components
-        self._decoders = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="decode")
+        self._num_decoders = os.cpu_count() or 1
+        self._decoders = ThreadPoolExecutor(max_workers=self._num_decoders, thread_name_prefix="decode")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._decoders.shutdown(wait=True, cancel_futures=True)
+        self._worker.close()
 
     def run(self, work: Iterable[RangeWork]) -> Iterator[RangeResult]:
-        for item in work:
-            yield self._worker.encode_range(
-                item.index, item.paths, self._decoded(item), skip_bad=self._options.skip_bad
-            )
+        for item, decoded in itertools.groupby(self._decoded(work), key=operator.itemgetter(0)):
+            batches = (batch for _, batch in decoded)
+            # Waits for the commit, so that progress is told as it is made; decoding goes on meanwhile.
+            yield self._worker.encode_range(item.index, item.paths, batches, skip_bad=self._options.skip_bad).result()
 
-    def _decoded(self, work: RangeWork) -> Iterator[DecodedBatch]:
-        ahead: deque[Future[DecodedBatch]] = deque()
-        for arguments in self._options.batches(work):
-            ahead.append(self._decoders.submit(decode_batch, *arguments))
-            if len(ahead) > (os.cpu_count() or 1):
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+    def _decoded(self, work: Iterable[RangeWork]) -> Iterator[tuple[RangeWork, DecodedBatch]]:
+        ahead: deque[tuple[RangeWork, Future[DecodedBatch]]] = deque()
+        for item in work:
+            for arguments in self._options.batches(item):
+                ahead.append((item, self._decoders.submit(decode_batch, *arguments)))
+                if len(ahead) > self._num_decoders:
+                    of, future = ahead.popleft()
+                    yield of, future.result()
+        for of, future in ahead:
+            yield of, future.result()

@@ -11,8 +11,10 @@ import sys
 import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from ..cache_specs.errors import JobError
@@ -22,17 +24,26 @@ from .decode import DecodedBatch, decode_batch
 from .encode import RangeResult, Worker
 from .job import JobOptions, RangeWork
 
-RANGES_IN_FLIGHT = 2  # a worker: one being encoded, one being decoded
+RANGES_IN_FLIGHT = 3  # a worker: one being committed, one being encoded, one being decoded
 CONNECT_TIMEOUT_S = 10
 REPLACEMENT_TIMEOUT_S = 600  # for a node to come back, or models to load, once no worker is left
 ATTEMPTS = 2  # a range that kills its worker this often is reported, not tried for ever
 
 
 class _RayWorker:
-    """A `Worker` as a Ray actor. Models are loaded in a call, so that their error reaches the driver as itself."""
+    """A `Worker` as a Ray actor. Models are loaded in a call, so that their error reaches the driver as itself.
+
+    Calls run in threads of Ray's, so that one range is committed while the next is encoded. One thread of our own has
+    the device: torch would start as many threads again for every other that computes.
+    """
 
     def load(self, options: JobOptions, device: str) -> list[ComponentSpec]:
-        self._worker = Worker(options.cache, options.layout, options.requests, device=device, threads=options.threads)
+        self._device = ThreadPoolExecutor(
+            max_workers=1, initializer=torch.set_num_threads, initargs=(options.threads,), thread_name_prefix="encode"
+        )
+        self._worker = self._device.submit(
+            Worker, options.cache, options.layout, options.requests, device=device, threads=options.threads
+        ).result()
         return self._worker.components
 
     def encode_range(self, index: int, paths: Sequence[str], refs: list[Any], skip_bad: bool) -> RangeResult:
@@ -42,7 +53,9 @@ class _RayWorker:
             while refs:
                 yield ray.get(refs.pop(0))  # popped: the object store may drop it as soon as it is encoded
 
-        return self._worker.encode_range(index, paths, fetched(), skip_bad=skip_bad)
+        return (
+            self._device.submit(self._worker.encode_range, index, paths, fetched(), skip_bad=skip_bad).result().result()
+        )
 
 
 class RayPool:
@@ -104,10 +117,17 @@ class RayPool:
         share = gpu_share(workers, gpus) if on_gpu else 0
         _say(f"{workers} Ray worker{'s' * (workers > 1)} on {self._device}{f', {share:g} GPU each' * on_gpu}")
         # num_cpus 0: a worker waits for its decode tasks, and must not hold the CPUs that they need.
-        self._actor = ray.remote(_RayWorker).options(num_cpus=0, num_gpus=share, max_restarts=0)
+        self._actor = ray.remote(_RayWorker).options(
+            num_cpus=0, num_gpus=share, max_restarts=0, max_concurrency=RANGES_IN_FLIGHT
+        )
         self._decode = ray.remote(decode_batch).options(num_cpus=1, max_retries=ATTEMPTS - 1)
         for _ in range(workers):
             self._start_worker()
+        # Nothing to decode, but the processes for it start while models load: each takes about a second of a core.
+        nothing = (self._options.source, (), self._options.layout.resolution, np.zeros(0, dtype=np.int64))
+        most = workers * RANGES_IN_FLIGHT * math.ceil(self._options.layout.shard_samples / self._options.batch_size)
+        for _ in range(min(most, int(ray.cluster_resources().get("CPU", 1)))):
+            self._decode.remote(*nothing)
         for future in list(self._loading):  # they load side by side; here only their answers are taken in turn
             self._take_loaded(future)
 

@@ -304,8 +304,8 @@ def test_a_local_ray_has_memory_for_a_worker_on_each_gpu(
     with pytest.raises(JobError, match="Ray did not start"), RayPool(asked, num_workers=None, address=None):
         pass
     assert settings["num_gpus"] == 8
-    # Two ranges in flight a worker.
-    assert settings["object_store_memory"] >= 8 * 2 * 256 * (256 * 256 * 3)
+    # Three ranges in flight a worker.
+    assert settings["object_store_memory"] >= 8 * 3 * 256 * (256 * 256 * 3)
 
 
 def test_a_bad_file_is_reported_through_ray_too(
