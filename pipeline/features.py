@@ -112,6 +112,9 @@ def open_encoders(path: str | Path, names: Sequence[str]) -> tuple[CacheStore, l
     store = CacheStore.open(path)
     present = [name.partition("/")[2] for name in store.components() if name.startswith(f"{FEATURES}/")]
     if not present:
+        imported = [store.component(name) for name in store.components()]
+        if any(component and component.imported and not component.imported["images"] for component in imported):
+            raise CacheError(f"{path} was imported without images, so it holds no encoder and none can be added")
         raise CacheError(
             f"{path} holds no encoder; add one with repa-cache build --cache {path} --data PATH --encoder E"
         )

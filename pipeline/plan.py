@@ -136,14 +136,13 @@ def _check_imported(options: BuildOptions, layout: CacheLayout) -> None:
         if component.imported is None:
             continue
         where = f"{options.cache}: {component.path} was imported"
+        if not store.is_complete(component.path) or store.missing_ranges(component):
+            raise UsageError(f"{where} and is not whole; finish it with {component.build_command(str(options.cache))}")
         if not component.imported["images"]:
             raise UsageError(f"{where} without images, so nothing can be added to it; train from it with --recipe sit")
         if options.autoencoder in (component.name, component.spec["entry"]):
-            raise UsageError(
-                f"{where}; leave out --autoencoder {options.autoencoder} to keep it, or name another --cache"
-            )
-        if not store.is_complete(component.path) or store.missing_ranges(component):
-            raise UsageError(f"{where} and is not whole; finish it with {component.build_command(str(options.cache))}")
+            keep = f"leave out --autoencoder {options.autoencoder} to keep it"
+            raise UsageError(f"{where}; {keep}, or name another --cache")
 
 
 def _requests(options: BuildOptions, layout: CacheLayout) -> Iterator[ModelRequest]:

@@ -17,6 +17,7 @@ from repa.trainer.cli import train_command
 
 from .conftest import Outcome
 from .latent_layouts import (
+    MEAN_OF_UNIT_PIXELS,
     draw_moments,
     npy_bytes,
     numbered,
@@ -41,6 +42,13 @@ def stored(cache: Path, component: str) -> tuple[np.ndarray, dict[str, object]]:
 def ids_and_labels(cache: Path) -> tuple[list[str], list[int]]:
     group = zarr.open_group(cache, mode="r")
     return [str(name) for name in group["sample_id"][:]], np.asarray(group["label"][:]).tolist()
+
+
+def train(cache: Path, out: Path, *options: str) -> list[dict[str, float]]:
+    """Train two steps in this process; return its metrics."""
+    settings = ["--model", "SiT-Ti/2", "--steps", "2", "--batch-size", "4", "--device", "cpu"]
+    train_command.main(["--cache", str(cache), "--out", str(out), *settings, *options], standalone_mode=False)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_repas_folder(repa_cache: Run, tmp_path: Path) -> None:
@@ -80,10 +88,7 @@ def test_tokens_are_added_to_an_import_and_both_are_trained_from(repa_cache: Run
     assert (built.code, built.out.count("complete")) == (0, 1), built.err
     assert repa_cache("verify", cache).code == 0
 
-    settings = ["--set", "alignment.encoder_depth=1", "--set", "latent_norm=channel", "--device", "cpu"]
-    run = ["--cache", str(cache), "--out", str(tmp_path / "run"), "--steps", "2", "--batch-size", "4"]
-    train_command.main([*run, "--model", "SiT-Ti/2", "--recipe", "irepa", *settings], standalone_mode=False)
-    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    records = train(cache, tmp_path / "run", "--recipe", "irepa", "--set", "alignment.encoder_depth=1")
     assert [record["step"] for record in records] == [1, 2]
     assert all(np.isfinite([record["denoising_loss"], record["alignment_loss"]]).all() for record in records)
 
@@ -159,6 +164,47 @@ def test_lightningdits_files_are_samples(repa_cache: Run, tmp_path: Path, flip: 
     assert "was imported without images" in refused.err
     with pytest.raises(CacheError, match=r"was imported without images.*--recipe sit"):
         CacheReader(cache)
+    assert "c was imported without images" in repa_cache("metrics", cache).err.replace(str(cache), "c")
+
+
+def test_latents_of_an_unknown_scale_are_trained_from_by_their_own_statistics(
+    repa_cache: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lightningdit(tmp_path / "latents")
+    moments = draw_moments(10, mean=MEAN_OF_UNIT_PIXELS)
+    write_edm2(tmp_path / "edm2.zip", moments, [0, 1] * 5)
+    imports = {
+        "vavae-f16d32": ["--data", tmp_path / "latents", "--resolution", 64],
+        "sd-vae-ft-mse": ["--data", tmp_path / "edm2.zip", "--pixel-range", "0,1"],
+    }
+    for autoencoder, options in imports.items():
+        cache = tmp_path / autoencoder
+        done = repa_cache("import", *options, "--cache", cache, "--autoencoder", autoencoder)
+        assert done.code == 0, done.err
+        with pytest.raises(SystemExit):
+            train(cache, tmp_path / f"{autoencoder}-fixed", "--recipe", "sit")
+        assert "has no published scale in the table of autoencoders. Train with" in capsys.readouterr().err
+        records = train(cache, tmp_path / f"{autoencoder}-run", "--recipe", "sit", "--set", "latent_norm=channel")
+        assert [record["step"] for record in records] == [1, 2]
+    # E[|x|^2] of a model input with unit variance a channel; the first step's target is noise - x, its output zero.
+    assert 1.5 < records[0]["denoising_loss"] < 2.5
+
+
+def test_an_import_joins_tokens_that_were_built_before(repa_cache: Run, tmp_path: Path) -> None:
+    write_repa(tmp_path / "repa")
+    cache, images = tmp_path / "cache", tmp_path / "repa/images"
+    build = ["build", "--data", images, "--cache", cache, "--encoder", "hog:grid=2", "--autoencoder", "none"]
+    assert repa_cache(*build, "--resolution", 32, "--shard-samples", 4, "--workers", 0).code == 0
+    (images / "00002/img00000009.png").write_bytes((images / "00002/img00000008.png").read_bytes() + b"\0")
+    data = ["--data", tmp_path / "repa", "--cache", cache, "--autoencoder", "sd-vae-ft-mse"]
+    done = repa_cache("import", *data)
+    assert done.code == 1
+    assert "bad latents: 00002/img00000009.png: the file has" in done.err
+    write_repa(tmp_path / "repa")
+    assert repa_cache("import", *data).code == 0
+    assert repa_cache("verify", cache).code == 0
+    reader = CacheReader(cache)
+    assert (reader.latents.name, reader.features[0].name) == ("sd-vae-ft-mse", "hog-grid2")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -244,7 +290,7 @@ def test_an_import_killed_anywhere_and_run_again_equals_one_never_killed(
     ended, operations = import_and_die(0, tmp_path / "repa", tmp_path / "clean")
     assert ended == "exit 0"
     assert operations > 40  # the points below lie within a real import
-    for point in range(1, operations + 1, 7):
+    for point in range(2, operations + 1, 11):
         cache = tmp_path / f"cache{point}"
         assert import_and_die(point, tmp_path / "repa", cache)[0] == "killed"
         assert import_and_die(0, tmp_path / "repa", cache)[0] == "exit 0"
