@@ -224,7 +224,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="of the tokens; both by default")
     parser.add_argument("--batch-size", type=int, action="append", help="64 and 256 by default")
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--round-samples", type=int, default=1024)
+    parser.add_argument("--round-samples", type=int, default=512)
     parser.add_argument("--cold-samples", type=int, default=512)
     parser.add_argument("--no-cold", action="store_true", help="leave the page cache alone")
     parser.add_argument("--only", choices=[kind.name for kind in LOADERS], action="append")

@@ -5,9 +5,11 @@ python benchmarks/reader_memory.py CACHE BATCH_SIZE
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import torch
+import zarr  # noqa: F401  # the reader imports it when it opens a cache
 from peak_memory import peak_bytes, reset_peak
 
 from repa.trainer.batches import Batches, DrawSpec, Place
@@ -15,6 +17,16 @@ from repa.trainer.config import RunConfig
 from repa.trainer.interpolant import Interpolant
 from repa.trainer.prefetch import ReadAhead, batches_ahead
 from repa.trainer.reader import CacheReader
+
+IDLE_S = 0.5  # longer than the reading of one batch takes
+
+
+def wait_until_full(ahead: ReadAhead) -> None:
+    """Return when the thread has nothing left to do."""
+    before = -1.0
+    while ahead.reading_s != before:
+        before = ahead.reading_s
+        time.sleep(IDLE_S)
 
 
 def main() -> None:
@@ -35,9 +47,11 @@ def main() -> None:
     )
     batches = Batches(reader, spec, Place(batch_size=options.batch_size))
     depth = batches_ahead(RunConfig.prefetch_bytes, batches.num_bytes)
-    steps = 2 * (depth + 1)  # every buffer is filled twice
+    steps = depth + 2  # the first buffers are filled again
     with ReadAhead(batches, first=0, last=steps, depth=depth, device=torch.device("cpu")) as ahead:
-        for _ in range(steps):
+        ahead.next()
+        wait_until_full(ahead)  # as it is where a step takes longer than the reading
+        for _ in range(1, steps):
             ahead.next()
     found = {
         "peak_bytes": peak_bytes() - base,

@@ -228,7 +228,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", help=f"by default {' and '.join(MODELS)}")
     parser.add_argument("--encoder", action="append", help=f"by default {' and '.join(ENCODERS)}")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=1, help="a round; 10 or more on a GPU [%(default)s]")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--online-rounds", type=int, default=7)
