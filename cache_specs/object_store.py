@@ -116,6 +116,11 @@ class ObjectPath:
         keys = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
         return {key.rstrip("/").rpartition("/")[2] for key in keys}
 
+    def sizes(self) -> dict[str, int]:
+        with self.errors("listed"):
+            found = _store(self.root).list_with_delimiter(self.key)
+        return {entry["path"].rpartition("/")[2]: entry["size"] for entry in found["objects"]}
+
     @contextlib.contextmanager
     def open(self) -> Iterator["ObjectSource"]:
         yield ObjectSource(self)

@@ -63,6 +63,10 @@ class Location(Protocol):
         """Return the names of files and folders directly inside, none where there is no folder."""
         ...
 
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each file directly inside, by name."""
+        ...
+
     def open(self) -> contextlib.AbstractContextManager[Source]:
         """Open a file for reads by position."""
         ...
@@ -182,6 +186,15 @@ class LocalPath:
             return set(os.listdir(self.path))
         except (FileNotFoundError, NotADirectoryError):
             return set()
+        except OSError as error:
+            raise _read_error(self.path, error) from error
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            with os.scandir(self.path) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
         except OSError as error:
             raise _read_error(self.path, error) from error
 

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache_specs.errors import CacheError, UsageError, nearest
-from ..cache_specs.group import component_names, group_attributes
-from ..cache_specs.layout import COMPLETE, ArrayLayout, CacheLayout, layer_array
+from ..cache_specs.errors import CacheError, UsageError
+from ..cache_specs.layout import ArrayLayout, layer_array
 from ..cache_specs.schema import FEATURES, IMPORTED, LATENTS, ComponentSpec, stored_layers
 from ..cache_specs.storage import location
-from ..cache_specs.tables import pick_layer, stored_encoder
+from ..cache_specs.tables import pick_layer
+from .components import choose_component, finished_component, read_layout
 from .row_reads import NUM_THREADS, NDArray, RowArray, RowReads
 from .shards import open_array
 
@@ -122,13 +122,7 @@ class CacheReader:
         num_threads: int = NUM_THREADS,
     ) -> None:
         self.path = location(path)
-        attributes = group_attributes(self.path)
-        if attributes is None:
-            raise CacheError(
-                f"{self.path}: no cache here. Make one with "
-                f"repa-cache build --cache {self.path} --data PATH --encoder NAME --autoencoder NAME"
-            )
-        self.layout = CacheLayout.from_attributes(attributes, str(self.path))
+        self.layout = read_layout(self.path)
         self._reads = RowReads(num_threads)
         self._fields = {k: v for k, v in _FEATURE_FIELDS.items() if cls_token or k != "cls_token"}
         self._check_reads = check_reads
@@ -136,11 +130,13 @@ class CacheReader:
 
         self.fingerprints: dict[str, str] = {"dataset": self.layout.dataset_fingerprint}
         self._valid = np.ones(self.num_samples, dtype=bool)
-        self.latents, self._moments = self._open_latents(self._choose(LATENTS, autoencoder)[0])
+        self.latents, self._moments = self._open_latents(choose_component(self.path, LATENTS, autoencoder)[0])
         names = [encoder] if encoder is None or isinstance(encoder, str) else list(encoder)
         if len(set(names)) != len(names):
             raise UsageError(f"--encoder names one encoder twice: {', '.join(map(str, names))}")
-        opened = [self._open_features(*self._choose(FEATURES, name)) for name in names]
+        imported = self.latents.without_images
+        groups = [choose_component(self.path, FEATURES, name, without_images=imported) for name in names]
+        opened = [self._open_features(*group) for group in groups]
         self.features = tuple(spec for spec, _ in opened)
         self._feature_arrays = [arrays for _, arrays in opened]
 
@@ -219,44 +215,10 @@ class CacheReader:
         with self._lock:
             self._reads.files.close()
 
-    def _choose(self, kind: str, name: str | None) -> tuple[str, int | None]:
-        """Return the name of the group to use in latents/ or features/, and the layer where one was asked for."""
-        option, what = ("--autoencoder", "autoencoder") if kind == LATENTS else ("--encoder", "encoder")
-        present = component_names(self.path, kind)
-        if not present:
-            if kind == FEATURES and self.latents.without_images:
-                raise CacheError(
-                    f"{self.path} was imported without images, so no {what} can be added to it; train without "
-                    "alignment (--recipe sit)"
-                )
-            raise CacheError(
-                f"{self.path} holds no {what}. Add one with repa-cache build --cache {self.path} --data PATH "
-                f"{option} NAME" + ("" if kind == LATENTS else ", or train without alignment (--recipe sit)")
-            )
-        if name is None:
-            if len(present) > 1:
-                raise UsageError(f"{self.path} holds several: {', '.join(present)}. Choose with {option}")
-            return present[0], None
-        found = stored_encoder(name, present) if kind == FEATURES else None
-        if found is not None or name in present:
-            return (name, None) if found is None else found
-        raise UsageError(
-            f"{self.path} holds no {what} {name!r}; {nearest(name, present)}. Add it with repa-cache build "
-            f"--cache {self.path} --data PATH {option} {name}"
-        )
-
     def _open(self, kind: str, name: str) -> tuple[ComponentSpec, Mapping[str, Any], dict[str, RowArray]]:
         """Open a finished component, AND its `valid` into ours and note its fingerprint."""
+        component, attributes = finished_component(self.path, self.layout, kind, name)
         group = self.path / kind / name
-        attributes = group_attributes(group) or {}
-        component = ComponentSpec.from_attributes(attributes, str(group))
-        if attributes.get(COMPLETE) is not True:
-            raise CacheError(
-                f"{group} is not complete: its build has not finished. Finish it with "
-                f"{component.build_command(self.path)}"
-            )
-        if attributes.get("dataset_fingerprint") != self.layout.dataset_fingerprint:
-            raise CacheError(f"{group} was made from other data than {self.path} says; build it again")
         arrays = {
             layout.name: open_array(group, layout, files=self._reads.files, check_reads=self._check_reads)
             for layout in component.arrays(self.layout)

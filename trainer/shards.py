@@ -14,6 +14,8 @@ from .library_array import LibraryArray
 from .open_files import OpenFiles
 from .row_reads import RowArray
 
+LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
+CRC32C = {"name": "crc32c"}
 KEY_ENCODING = {"name": "default", "configuration": {"separator": "."}}
 
 
@@ -40,30 +42,39 @@ def open_array(group: Location, layout: ArrayLayout, *, files: OpenFiles, check_
     return LibraryArray(folder, layout, in_shard_files=_in_shard_files(metadata, layout))
 
 
+def in_checked_shards(metadata: dict[str, Any], layout: ArrayLayout) -> bool:
+    """Say whether an array is in shards as the contract has them, each chunk with its crc32c, compressed or not."""
+    codecs = [(codec["name"], codec.get("configuration", {})) for codec in metadata["codecs"]]
+    return _in_our_shards(metadata, codecs, layout) and codecs[0][1]["codecs"][-1] == CRC32C
+
+
 def _in_shard_files(metadata: dict[str, Any], layout: ArrayLayout) -> bool:
     """Say whether a file is one range of samples, named as the contract names it."""
     grid = metadata["chunk_grid"]["configuration"]["chunk_shape"]
     return tuple(grid) == layout.shard and metadata["chunk_key_encoding"] == KEY_ENCODING
 
 
+def _in_our_shards(metadata: dict[str, Any], codecs: list[tuple[str, dict[str, Any]]], layout: ArrayLayout) -> bool:
+    """Say whether each file is a shard with the contract's inner chunks and an index at its end."""
+    if len(codecs) != 1 or codecs[0][0] != "sharding_indexed":
+        return False
+    sharding = codecs[0][1]
+    return (
+        _in_shard_files(metadata, layout)
+        and tuple(sharding["chunk_shape"]) == layout.inner
+        and sharding.get("index_location", "end") == "end"
+        and sharding["index_codecs"] == [LITTLE, CRC32C]
+        and not metadata.get("fill_value")
+    )
+
+
 def _stored_raw(
     metadata: dict[str, Any], codecs: list[tuple[str, dict[str, Any]]], layout: ArrayLayout
 ) -> tuple[bool, bool]:
     """Say whether the shards are ours and uncompressed, and whether each chunk carries a crc32c."""
-    if len(codecs) != 1 or codecs[0][0] != "sharding_indexed":
+    if not _in_our_shards(metadata, codecs, layout):
         return False, False
-    sharding = codecs[0][1]
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    plain_bytes = [little] if np.dtype(layout.dtype).itemsize > 1 else [little, {"name": "bytes"}]
-    inner = sharding["codecs"]
-    checksummed = inner[1:] == [{"name": "crc32c"}]
-    raw = (
-        inner[0] in plain_bytes
-        and (checksummed or len(inner) == 1)
-        and sharding.get("index_location", "end") == "end"
-        and sharding["index_codecs"] == [little, {"name": "crc32c"}]
-        and tuple(sharding["chunk_shape"]) == layout.inner
-        and _in_shard_files(metadata, layout)
-        and not metadata.get("fill_value")
-    )
-    return raw, checksummed
+    inner = codecs[0][1]["codecs"]
+    plain_bytes = [LITTLE] if np.dtype(layout.dtype).itemsize > 1 else [LITTLE, {"name": "bytes"}]
+    checksummed = inner[1:] == [CRC32C]
+    return inner[0] in plain_bytes and (checksummed or len(inner) == 1), checksummed

@@ -27,6 +27,8 @@ def test_what_is_written_is_read_listed_and_deleted(root: Location) -> None:
     (root / "zarr.json").write(b"")
     assert (file.read(), (root / "zarr.json").read()) == (b"two", b"")
     assert root.names() == {"features", "zarr.json"}
+    assert (root.sizes(), file.parent.sizes(), (root / "no").sizes()) == ({"zarr.json": 0}, {"zarr.json": 3}, {})
+    assert (file.size(), (root / "features").size(), (root / "no").size()) == (3, None, None)
     assert (root / "features").names() == {"hog"}
     assert file.exists()
     assert (root / "features").exists()
