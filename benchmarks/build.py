@@ -1,19 +1,23 @@
 """Time the build: images/s of the whole job against the bare forward of the same model on the same batches.
 
-    python benchmarks/build.py                                     # all three models; appends to results/build.jsonl
+    python benchmarks/build.py --ray                               # all three models; appends to results/build.jsonl
     python benchmarks/build.py --model vit-s --images 64 --rounds 5 --ray
 
 Models have random weights, which take as long as any: hog; a ViT-S (dinov2-vit-s); the SD VAE. The whole job reads JPEG
-files, decodes and crops them, encodes, quantises, checks and writes shards; loading models and starting Ray are not in
-its images/s but stand beside it. Bare forward, job in this process and job under Ray (one worker) are timed in turn,
-round after round, so that a slow phase of the machine falls on all of them.
+files, decodes and crops them, encodes, quantises, checks and writes shards: its images/s count from the first range to
+the last commit. Loading models, starting Ray and the pass over the shards that completes a component do not grow with
+the number of images; with them it is the `_all` beside it. Bare forward, job in this process and job under Ray (one
+worker) are timed in turn, round after round, so that a slow phase of the machine falls on all of them; the caches that
+both jobs write are compared byte by byte.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
-import resource
+import os
 import statistics
 import tempfile
 import time
@@ -24,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from conditions import append_line, conditions
+from peak_memory import peak_bytes, reset_peak
 from PIL import Image, ImageFilter
 
 from repa.pipeline.build import run_build
@@ -33,7 +38,7 @@ from repa.pipeline.manifest import Manifest, scan_folder
 from repa.pipeline.plan import BuildOptions, plan_build
 
 # Encoder and autoencoder of each, and its images where none are asked for: a VAE takes seconds an image on a CPU.
-MODELS = {"hog": ("hog", "none", 256), "vit-s": ("dinov2-vit-s", "none", 64), "sd-vae": (None, "sd-vae-ft-mse", 8)}
+MODELS = {"hog": ("hog", "none", 512), "vit-s": ("dinov2-vit-s", "none", 192), "sd-vae": (None, "sd-vae-ft-mse", 8)}
 PHOTO = (500, 375)  # ImageNet's median picture
 RESOLUTION = 256
 
@@ -61,7 +66,7 @@ def options_of(
         encoders=() if encoder is None else (encoder,),
         autoencoder=autoencoder,
         resolution=RESOLUTION,
-        shard_samples=max(1, len(manifest) // 2),
+        shard_samples=max(1, len(manifest) // 4),
         batch_size=arguments.batch_size,
         random_weights=True,
         device=arguments.device,
@@ -96,12 +101,53 @@ def bare_forward(options: BuildOptions) -> Callable[[], float]:
     return run
 
 
-def time_job(options: BuildOptions) -> tuple[float, float]:
-    """Return images/s of the whole job, and of it with loading models and starting workers."""
+def time_job(options: BuildOptions) -> dict[str, float]:
+    """Return what one job takes: images/s, the same with its start and end, and peak memory in MB.
+
+    `worker_mb` is the process that encodes: this one, or Ray's actor; `all_mb` is the sum over this one and all that
+    Ray started, each at its own peak, shared pages counted in each.
+    """
+    peaks: dict[int, tuple[str, int]] = {}
+
+    def look(samples: int) -> None:
+        for pid, title in descendants(os.getpid()).items():
+            with contextlib.suppress(OSError):  # it ended
+                peaks[pid] = (title, peak_bytes(pid))
+
+    reset_peak()
     started = time.perf_counter()
-    report = run_build(options, on_start=lambda done, total: None, on_progress=lambda samples: None)
+    report = run_build(options, on_start=lambda done, total: None, on_progress=look)
+    seconds = time.perf_counter() - started
     assert report.num_images == len(options.manifest), report
-    return report.num_images / report.seconds, report.num_images / (time.perf_counter() - started)
+    own = peak_bytes()
+    workers = [num_bytes for title, num_bytes in peaks.values() if title.startswith("ray::_RayWorker")]
+    return {
+        "rate": report.num_images / report.seconds,
+        "rate_all": report.num_images / seconds,
+        "worker_mb": max(workers, default=own) / 2**20,
+        "all_mb": (own + sum(num_bytes for _, num_bytes in peaks.values())) / 2**20,
+    }
+
+
+def descendants(ancestor: int) -> dict[int, str]:
+    """Return the command lines of all processes below one."""
+    parents, titles = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[int(folder.name)] = (folder / "cmdline").read_text()
+    below = {ancestor}
+    while more := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= more
+    return {pid: titles.get(pid, "") for pid in below - {ancestor}}
+
+
+def digest_of(cache: Path) -> str:
+    """Return a digest of the names and bytes of all files of a cache."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in cache.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(cache)}\n".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def spread(rates: list[float]) -> dict[str, float]:
@@ -114,18 +160,21 @@ def measure(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     manifest = write_photos(folder / "photos", arguments.images or MODELS[model][2])
     forward = bare_forward(options_of(model, manifest, folder / "none", arguments, 0))
     forward()  # a warm-up
-    rates: dict[str, list[float]] = {"forward": [], "decode": [], "in_process": [], "in_process_all": []}
-    if arguments.ray:
-        rates |= {"ray": [], "ray_all": []}
+    jobs = {"in_process": 0} | ({"ray": 1} if arguments.ray else {})
+    rates: dict[str, list[float]] = {"forward": [], "decode": []}
+    memory: dict[str, dict[str, float]] = {}
+    digests = set()
     for i in range(arguments.rounds):
         rates["forward"].append(forward())
         rates["decode"].append(time_decode(manifest))
-        for name, workers in (("in_process", 0), ("ray", 1)):
-            if name in rates:
-                rate, with_start = time_job(options_of(model, manifest, folder / f"{name}{i}", arguments, workers))
-                rates[name].append(rate)
-                rates[f"{name}_all"].append(with_start)
-    jobs = [name for name in ("in_process", "ray") if name in rates]
+        for name, workers in jobs.items():
+            cache = folder / f"{name}{i}"
+            took = time_job(options_of(model, manifest, cache, arguments, workers))
+            rates.setdefault(name, []).append(took["rate"])
+            rates.setdefault(f"{name}_all", []).append(took["rate_all"])
+            memory[name] = {key: max(took[key], memory.get(name, {}).get(key, 0)) for key in ("worker_mb", "all_mb")}
+            digests.add(digest_of(cache))
+    assert len(digests) == 1, "the jobs wrote different bytes"
     # Ratios within a round: both sides saw the same phase of the machine.
     shares = {name: spread([j / f for j, f in zip(rates[name], rates["forward"], strict=True)]) for name in jobs}
     return {
@@ -139,14 +188,14 @@ def measure(model: str, arguments: argparse.Namespace, folder: Path) -> dict[str
         "rounds": arguments.rounds,
         "images_per_s": {name: spread(values) for name, values in rates.items()},
         "share_of_forward": shares,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory": memory,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, action="append", help="one of them; all by default, in turn")
-    parser.add_argument("--images", type=int, help="by default 256, 64 and 8")
+    parser.add_argument("--images", type=int, help="by default 512, 192 and 8")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -13,9 +13,9 @@ def reset_peak() -> int:
     return _status("VmRSS")
 
 
-def peak_bytes() -> int:
-    """Return the most bytes that the process has held since `reset_peak`."""
-    return _status("VmHWM")
+def peak_bytes(process: int | str = "self") -> int:
+    """Return the most bytes that this process has held since `reset_peak`, or another one since its start."""
+    return _status("VmHWM", process)
 
 
 def in_own_process(script: str, *arguments: object) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def in_own_process(script: str, *arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+def _status(field: str, process: int | str = "self") -> int:
+    for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024
