@@ -11,7 +11,7 @@ from .cli import CONTEXT
 
 @click.command(context_settings=CONTEXT)
 @click.argument("checkpoint", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
-@click.option("--cache", type=click.Path(path_type=Path), required=True, help="Its latents and its encoder's tokens.")
+@click.option("--cache", metavar="DIR|URL", required=True, help="Its latents and its encoder's tokens.")
 @click.option("--encoder", metavar="NAME", help="[default: the only one in the cache]")
 @click.option("--depth", "depths", type=int, multiple=True, help="Block, from 1; repeatable. [default: all]")
 @click.option("--t", "times", type=float, multiple=True, default=[0.5], show_default=True, help="Time; repeatable.")
@@ -29,7 +29,7 @@ def cknna_command(checkpoint: Path, **options: Any) -> None:
         _cknna(checkpoint, **options)
 
 
-def _cknna(checkpoint: Path, *, cache: Path, encoder: str | None, **options: Any) -> None:
+def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any) -> None:
     import torch
 
     from .borrowed import cknna

@@ -18,6 +18,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from repa.cache_specs.fingerprint import manifest_fingerprint, transform_fingerprint
 from repa.cache_specs.layout import CROP, VIEWS, ArrayLayout, CacheLayout
 from repa.cache_specs.schema import ComponentSpec
+from repa.cache_specs.storage import location
 from repa.trainer.reader import Batch
 from repa.trainer.sit import SIZES
 
@@ -186,6 +187,19 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Writte
         return write_cache(tmp_path_factory.mktemp("cache") / "cache", **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def upload() -> Callable[[Path, str], str]:
+    """Return a function that puts a local cache below a URL, as a sync tool would, and returns the URL."""
+
+    def put(cache: Path, url: str) -> str:
+        for file in sorted(cache.rglob("*")):
+            if file.is_file():
+                (location(url) / file.relative_to(cache).as_posix()).write(file.read_bytes())
+        return url
+
+    return put
 
 
 @dataclass

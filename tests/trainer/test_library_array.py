@@ -22,16 +22,6 @@ from repa.trainer.row_reads import RowReads
 from repa.trainer.shards import open_array
 
 
-def upload(cache: Path, url: str) -> str:
-    for file in cache.rglob("*"):
-        if file.is_file():
-            place = location(url)
-            for name in file.relative_to(cache).parts:
-                place = place / name
-            place.write(file.read_bytes())
-    return url
-
-
 def tensors(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
     yield from {"rows": batch.rows, "labels": batch.labels, "moments": batch.moments}.items()
     for i, features in enumerate(batch.features):
@@ -54,7 +44,7 @@ def assert_same_rows(reader: CacheReader, other: CacheReader) -> None:
 
 @pytest.mark.parametrize("write_empty_chunks", [True, False])
 def test_a_bucket_gives_the_rows_of_the_folder(
-    make_cache: Callable[..., Any], bucket: str, write_empty_chunks: bool
+    make_cache: Callable[..., Any], upload: Callable[..., str], bucket: str, write_empty_chunks: bool
 ) -> None:
     written = make_cache(
         encoders={"toy": "float16", "toy8": "int8"},
@@ -98,7 +88,9 @@ def test_other_shards_give_the_same_rows(tmp_path: Path, dtype: str, codec: Any)
     np.testing.assert_array_equal(out, values[rows, views])
 
 
-def test_what_is_damaged_or_gone_is_named_by_object_and_sample(make_cache: Callable[..., Any], bucket: str) -> None:
+def test_what_is_damaged_or_gone_is_named_by_object_and_sample(
+    make_cache: Callable[..., Any], upload: Callable[..., str], bucket: str
+) -> None:
     written = make_cache(num_samples=23, shard_samples=5)
     cache = location(upload(written.path, f"{bucket}/cache"))
     reader = CacheReader(str(cache))
@@ -139,3 +131,23 @@ def test_a_compressed_cache_lacks_a_shard(make_cache: Callable[..., Any], tmp_pa
     (tmp_path / "cache/latents/toy-ae/valid/c.1").unlink()
     with pytest.raises(CacheError, match=r"valid/c\.1: samples 5 to 9 cannot be read \(it is missing\)"):
         CacheReader(tmp_path / "cache")
+
+
+def test_a_run_from_a_bucket_is_the_run_from_the_folder(
+    make_cache: Callable[..., Any],
+    upload: Callable[..., str],
+    bucket: str,
+    tmp_path: Path,
+    repa_train: Callable[..., Any],
+) -> None:
+    written = make_cache()
+    url = upload(written.path, f"{bucket}/cache")
+    here = repa_train(written.path, tmp_path / "here", "--steps", "6")
+    there = repa_train(url, tmp_path / "there", "--steps", "3")
+    assert (here.code, there.code) == (0, 0), there.error
+    assert f"{url}" in there.output
+    there = repa_train(url, tmp_path / "there", "--steps", "6", "--resume", "auto")
+    assert there.code == 0, there.error
+    assert there.losses() == here.losses()
+    moved = repa_train(written.path, tmp_path / "there", "--steps", "7", "--resume", "auto")
+    assert moved.code == 0, moved.error

@@ -45,17 +45,11 @@ def written(make_cache: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture(params=["folder", "s3"])
-def source(request: pytest.FixtureRequest, written: Any) -> str:
+def source(request: pytest.FixtureRequest, written: Any, upload: Callable[..., str]) -> str:
     """The same cache in a folder (a slow mount), or in a bucket."""
     if request.param == "folder":
         return str(written.path)
-    cache = location(f"{request.getfixturevalue('bucket')}/cache")
-    for name, data in files(written.path).items():
-        place = cache
-        for part in name.split("/"):
-            place = place / part
-        place.write(data)
-    return str(cache)
+    return upload(written.path, f"{request.getfixturevalue('bucket')}/cache")
 
 
 def test_the_copy_is_the_cache_and_is_made_once(
