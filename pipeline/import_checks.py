@@ -152,7 +152,7 @@ def check_pixel_range(entry: AutoencoderEntry, source: LatentSource, look: Look)
     if not told and not seen:
         return
     low, high = entry.pixel_range
-    what = [f"the encode command of {source.layout}'s tool feeds it pixels in [0, 1]"] if told else []
+    what = [f"data in the layout {source.layout} are of pixels in [0, 1], as its tool encodes them"] if told else []
     if seen is not None:
         unit = "[0, 1]" if seen else "[-1, 1]"
         what.append(f"the channel means of {look.num} samples, {numbers(look.mean)}, are those of pixels in {unit}")

@@ -75,7 +75,7 @@ def _print_plan(options: "ImportOptions", plan: "ImportPlan") -> None:
     what = "moments" if plan.reading.kind == "moments" else "sampled latents"
     images = f"images in {source.image_root}" if source.image_root else "no images"
     click.echo(
-        f"{options.data}: {layout.num_samples} samples of {source.layout}'s layout, {what} "
+        f"{options.data}: {layout.num_samples} samples in the layout {source.layout}, {what} "
         f"{list(plan.reading.shape[1:])}, {len(layout.class_names)} classes, {images}"
     )
     click.echo(f"latents of {plan.look.num} of them: mean {numbers(plan.look.mean)}, std {numbers(plan.look.std)}")

@@ -2,6 +2,7 @@
 
 Both tools put sample n into `<first five digits>/img-mean-std-<eight digits>.npy`, float32 [2C, h, w], mean before
 standard deviation, and the labels into dataset.json beside it. Names of a zip are only ever ids: nothing is unpacked.
+Python's zipfile holds about 1 KB a member: 1.2 GB for ImageNet.
 """
 
 import io

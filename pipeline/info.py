@@ -37,7 +37,7 @@ def _component_lines(store: CacheStore, component: ComponentSpec) -> Iterator[st
     yield f"  {component.spec['loader']} {component.spec['model']}, weights {component.weights}, {component.precision}"
     if component.imported is not None:
         images = "with its images" if component.imported["images"] else "without images"
-        yield f"  imported from {component.imported['layout']}'s layout, {images}"
+        yield f"  imported from the layout {component.imported['layout']}, {images}"
     yield f"  fingerprint {attributes.get('fingerprint')}"
     for name, shape, size in describe(component, store.layout):
         yield f"  {name:<13} {shape:<32} {human_bytes(size)}"

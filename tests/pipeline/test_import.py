@@ -56,7 +56,7 @@ def test_repas_folder(repa_cache: Run, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     done = repa_cache("import", "--data", tmp_path / "repa", "--cache", cache, *SD)
     assert (done.code, done.err) == (0, "")
-    assert "10 samples of repa's layout, moments [8, 4, 4], 3 classes" in done.out
+    assert "10 samples in the layout repa, moments [8, 4, 4], 3 classes" in done.out
     found, attributes = stored(cache, "sd-vae-ft-mse")
     np.testing.assert_array_equal(found[:, 0], moments.astype(np.float16))
     assert ids_and_labels(cache) == (numbered("img", "png", 10), labels)
@@ -77,7 +77,7 @@ def test_repas_folder(repa_cache: Run, tmp_path: Path) -> None:
     np.testing.assert_allclose(attributes["latent_std"], spread, rtol=1e-9)
 
     assert repa_cache("verify", cache).code == 0
-    assert "imported from repa's layout" in repa_cache("info", cache).out
+    assert "imported from the layout repa, with its images" in repa_cache("info", cache).out
 
 
 def test_tokens_are_added_to_an_import_and_both_are_trained_from(repa_cache: Run, tmp_path: Path) -> None:
@@ -107,6 +107,18 @@ def test_an_image_that_changed_since_the_import_is_refused(repa_cache: Run, tmp_
     done = repa_cache("build", "--data", images, "--cache", cache, "--encoder", "hog:grid=2", "--workers", 0)
     assert done.code == 1
     assert "bad image: 00001/img00000005.png: the file has" in done.err
+
+
+def test_an_import_into_a_bucket(repa_cache: Run, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    moments, _ = write_repa(tmp_path / "repa")
+    cache = f"{bucket}/cache"
+    done = repa_cache("import", "--data", tmp_path / "repa", "--cache", cache, *SD)
+    assert (done.code, done.err) == (0, "")
+    assert repa_cache("verify", cache).code == 0
+    batch = CacheReader(cache, encoder=()).rows([9, 0])
+    np.testing.assert_array_equal(batch.moments.numpy(), moments[[9, 0]].astype(np.float16))
 
 
 def test_edm2s_zip_is_kept_apart_as_what_it_is(repa_cache: Run, tmp_path: Path) -> None:

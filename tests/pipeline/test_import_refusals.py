@@ -98,7 +98,10 @@ def test_edm2s_moments_need_a_statement(repa_cache: Run, tmp_path: Path) -> None
     write_edm2(tmp_path / "data.zip", draw_moments(4, mean=MEAN_OF_UNIT_PIXELS), [0] * 4)
     (tmp_path / "data.zip").rename(tmp_path / "data")
     line = refused(repa_cache, tmp_path, "--from", "edm2", *SD)
-    assert "the encode command of edm2's tool feeds it pixels in [0, 1]; the channel means of 4 samples" in line
+    assert (
+        "data in the layout edm2 are of pixels in [0, 1], as its tool encodes them; the channel means of 4 samples"
+        in line
+    )
     assert "or say --pixel-range 0,1 to keep them as sd-vae-ft-mse-pixels01" in line
 
 
