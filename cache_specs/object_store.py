@@ -24,6 +24,7 @@ SCHEMES = ("s3", "gs", "az")
 MAX_RETRIES = 4
 RETRY_S = 30  # of one request with its retries: a server that is gone is said so within this
 CONNECT_S = 5
+REQUEST_S = 120  # for a piece of READ_AHEAD_BYTES, or a part of a put, on a slow line
 READ_AHEAD_BYTES = 8 * 2**20  # a shard read in order is fetched in pieces of this: a request costs tens of ms
 
 
@@ -46,7 +47,7 @@ def _store(root: str) -> Any:
             client_options={
                 "allow_http": True,
                 "connect_timeout": timedelta(seconds=CONNECT_S),
-                "timeout": timedelta(seconds=RETRY_S),
+                "timeout": timedelta(seconds=REQUEST_S),
             },
             retry_config={"max_retries": MAX_RETRIES, "retry_timeout": timedelta(seconds=RETRY_S)},
         )

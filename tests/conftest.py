@@ -1,9 +1,11 @@
 """What every test needs before its first import, and what more than one room's tests share."""
 
+import http.server
 import os
 import secrets
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,6 +92,37 @@ def bucket(object_store: str, monkeypatch: pytest.MonkeyPatch) -> str:
     for key, value in settings.items():
         monkeypatch.setenv(f"AWS_{key}", value)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def refusing_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Yield the URL of a bucket whose server knows none of our keys."""
+    said = b"<Error><Code>InvalidAccessKeyId</Code><Message>The key is not in our records.</Message></Error>"
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(said)
+
+        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "wrong")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        yield f"s3://refusing-{secrets.token_hex(4)}"
+        server.shutdown()
+        thread.join()
 
 
 def write_images(folder: Path, *, num: int = 10, num_classes: int = 2, seed: int = 0) -> list[Path]:

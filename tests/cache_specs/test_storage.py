@@ -98,6 +98,18 @@ def test_what_a_bucket_refuses_is_one_line(bucket: str, monkeypatch: pytest.Monk
     assert "\n" not in str(found.value)
 
 
+def test_wrong_credentials_are_one_line(refusing_bucket: str) -> None:
+    file = location(f"{refusing_bucket}/cache/zarr.json")
+    for call in (file.read, file.names, lambda: file.write(b"data"), file.delete):
+        with pytest.raises(
+            CacheError, match=r"^s3://refusing-\w+/cache/zarr.json: cannot be \w+ \(.*AccessKey"
+        ) as error:
+            call()
+        assert "\n" not in str(error.value)
+    with pytest.raises(CacheError, match=r"cannot be read \("):  # a HEAD, which has no body to say more
+        file.exists()
+
+
 def test_a_folder_that_refuses_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     below = location(tmp_path / "file") / "cache"

@@ -116,14 +116,19 @@ def test_what_is_damaged_or_gone_is_named_by_object_and_sample(
         assert torch.equal(tensor, old)
 
 
-def test_what_cannot_be_reached_is_one_line(bucket: str) -> None:
+def test_what_cannot_be_reached_is_one_line(bucket: str, request: pytest.FixtureRequest) -> None:
     with pytest.raises(CacheError, match=rf"^{bucket}/none: no cache here\. .* repa-cache build --cache {bucket}/none"):
         CacheReader(f"{bucket}/none")
     with pytest.raises(CacheError, match=r"bucket does not exist"):
         CacheReader(f"{bucket}-gone/cache")
+    with pytest.raises(CacheError, match=r"cannot be read \(.*InvalidAccessKeyId"):
+        CacheReader(f"{request.getfixturevalue('refusing_bucket')}/cache")
     layout = ArrayLayout(name="x", shape=(1,), dtype="int8", inner=(1,), shard=(1,))
     with pytest.raises(UsageError, match=r"^az://box/x: rows cannot be read from az:// directly; add --stage DIR"):
         LibraryArray(location("az://box/x"), layout, in_shard_files=True)
+    with pytest.raises(CacheError, match=r"^s3://\S+ cannot be opened \(.*\)$") as error:
+        LibraryArray(location("s3://some-bucket/x"), layout, in_shard_files=True)  # at the server that refuses
+    assert len(str(error.value)) < 400
 
 
 def test_a_compressed_cache_lacks_a_shard(make_cache: Callable[..., Any], tmp_path: Path) -> None:
