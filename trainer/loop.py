@@ -53,9 +53,10 @@ def train_step(run: Run, ahead: ReadAhead, norm: tuple[Tensor, Tensor]) -> Tenso
             else:
                 alignment = torch.zeros_like(denoising)
 
-            # Backward; the gate judges the gradient, which ranks share: a loss that is not finite must show in it
+            # Backward; the gate judges the gradient, which ranks share: a loss that is not finite must show in it.
+            # (As a factor: given to `backward` as its gradient, it has torch import sympy, half a second of a start.)
             loss = denoising + alignment
-            loss.backward(torch.where(torch.isfinite(loss), 1.0, torch.nan))
+            (loss * torch.where(torch.isfinite(loss), 1.0, torch.nan)).backward()
         losses += torch.stack([denoising.detach(), alignment.detach() / coefficient])
 
     # Clip and finiteness, optimizer, EMA, step count
@@ -134,7 +135,7 @@ def save_state(run: Run) -> None:
             steps=run.step,
             model=run.model,
             ema=run.ema.model,
-            opt=run.optimizer.adamw.state_dict(),
+            opt=run.optimizer.state_dict(),
             args=run.config.plain(),
             config=run.record(),
             fingerprints=run.reader.fingerprints,

@@ -70,7 +70,7 @@ def restore(run: Run, stored: Mapping[str, Any]) -> None:
     """Take model, EMA, optimizer and step from a checkpoint of this very run."""
     run.model.load_state_dict(stored["model"])
     run.ema.model.load_state_dict(stored["ema"])
-    run.optimizer.adamw.load_state_dict(stored["opt"])
+    run.optimizer.load_state_dict(stored["opt"])
     run.step = stored["steps"]
 
 

@@ -128,7 +128,9 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(config.num_classes + 1, config.hidden_size)
+        # nn.Embedding() would draw its rows: on meta, where SiT is made, that imports torch's compiler (1.8 s).
+        rows = torch.empty(config.num_classes + 1, config.hidden_size)
+        self.embedding_table = nn.Embedding.from_pretrained(rows, freeze=False)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
@@ -253,7 +255,7 @@ class SiT(nn.Module):
             )
             self.final_layer = FinalLayer(config)
         if not shapes_only:
-            self.to_empty(device="cpu")
+            self._allocate()
             self._initialize(seed)
 
     @property
@@ -265,6 +267,13 @@ class SiT(nn.Module):
     def null_label(self) -> int:
         """The label that stands for no class."""
         return self.config.num_classes
+
+    def _allocate(self) -> None:
+        """Give every parameter memory on the CPU: `to_empty` without its import of sympy, half a second."""
+        for module in self.modules():
+            for name, shape in list(module.named_parameters(recurse=False)):
+                memory = torch.empty(shape.shape, dtype=shape.dtype)
+                module.register_parameter(name, nn.Parameter(memory, requires_grad=shape.requires_grad))
 
     @torch.no_grad()
     def _initialize(self, seed: int) -> None:
