@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any, Self
 
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..cache_specs.errors import JobError, UsageError
+
+# A rank that dies is noticed at once: its connections close, and torchrun ends the others. This is for one that hangs,
+# and must be longer than what rank 0 does alone: a checkpoint on a slow disk, Inception over 50,000 images.
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,7 @@ def join(device: str) -> Iterator[World]:
     """Enter the run's process group, if torchrun made one, and leave it at the end.
 
     `device` is "cuda" or "cpu"; ranks on CUDA take the device of their local rank. Raises UsageError for a CUDA
-    device that is not there.
+    device that is not there, JobError on the ranks that are left when another one dies or hangs for TIMEOUT.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -80,13 +85,18 @@ def join(device: str) -> Iterator[World]:
         yield World(rank=0, size=1, device=place)
         return
     # NCCL must know the device: it would otherwise guess it at the first barrier, and warn.
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", device_id=place if device == "cuda" else None)
+    backend, device_id = ("nccl", place) if device == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, device_id=device_id, timeout=TIMEOUT)
     try:
         yield World(rank=rank, size=size, device=place)
     except RuntimeError as error:
-        # What gloo and NCCL raise where a peer has gone; the peer has printed its own reason.
+        # What gloo and NCCL raise where a peer has gone.
         if any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):
-            raise JobError(f"rank {rank} stops: another rank has stopped; its message says why") from error
+            raise JobError(
+                f"rank {rank} stops: another rank was killed, has failed or does not answer; mend what it may have "
+                f"printed, then start the same command again (repa-train with --resume auto): it goes on where it was "
+                f"last saved"
+            ) from error
         raise
     finally:
         dist.destroy_process_group()
@@ -124,6 +134,8 @@ class StopRequest:
     """SIGTERM as a question asked once a step: `due()` is true on every rank at the same step.
 
     With several ranks the answer is that of the step before: its reduction ran while this step did, so nobody waits.
+    Where one of them fails, torchrun sends SIGTERM to the others within a tenth of a second: the handler then stays, so
+    that they can still print why they stop.
     """
 
     def __init__(self, world: World) -> None:
@@ -132,14 +144,15 @@ class StopRequest:
         self._previous: Any = None
         self._pending: tuple[Any, Tensor] | None = None
         # The device's group must not wait for this one, nor the host for the device.
-        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
 
     def __enter__(self) -> Self:
         self._previous = signal.signal(signal.SIGTERM, self._ask)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or self._world.size == 1:
+            signal.signal(signal.SIGTERM, self._previous)
 
     def due(self) -> bool:
         """Say whether to save and stop at this step."""

@@ -1,24 +1,31 @@
 """repa-train with the small SiT on one thread, for tests that need processes of their own.
 
-    small_train.py alone ARGUMENTS...            repa-train as it is
-    small_train.py ranks CACHE FOLDER PORT...    two ranks train FOLDER/whole, then FOLDER/killed, in which rank 1 dies
-                                                 by SIGKILL at step 8; two new ones continue it. FOLDER/RUN.RANK is what
-                                                 a rank printed; the exit codes go to stdout as JSON
+    small_train.py alone ARGUMENTS...                repa-train as it is
+    small_train.py killed CACHE FOLDER               a rank, under torchrun, of FOLDER/killed: rank 1 dies by SIGKILL in
+                                                     step 8
+    small_train.py ranks CACHE FOLDER PORT PORT PORT PORT
+                                                     two ranks train FOLDER/whole, then FOLDER/ended, to which SIGTERM
+                                                     comes in step 6, then continue it and FOLDER/killed.
+                                                     FOLDER/NUMBER.RANK is what a rank printed; exit codes go to stdout
 
-Ranks are forked from a process that has only imported: importing torch six times would take longer than the test.
+Ranks of the last are forked from a process that has only imported: importing torch takes longer than the training.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo  # with the next two lines what a run imports by and by, once for all forks
+import torch.utils.tensorboard
+import zarr  # noqa: F401
 
-from repa.trainer import grids, loop  # noqa: F401  # everything that a run needs, before the forks
+from repa.trainer import borrowed, grids, loop, resume  # noqa: F401
 from repa.trainer.cli import train_command
 from repa.trainer.sit import SIZES
 
@@ -26,30 +33,62 @@ ARGUMENTS = ["--model", "SiT-Ti/2", "--recipe", "irepa", "--batch-size", "8", "-
 SETTINGS = ("accumulation=2", "alignment.encoder_depth=1", "save_every=3", "log_every=2")
 ARGUMENTS += [f"--set={setting}" for setting in SETTINGS]
 
+train_step = loop.train_step
 
-def fork_ranks(printed: Path, port: str, work: Callable[[], None]) -> list[int]:
-    """Do `work` in two ranks; return their exit codes, minus the signal where one was killed."""
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.dup2(os.open(f"{printed}.{rank}", os.O_WRONLY | os.O_CREAT, 0o666), 1)
-            os.dup2(1, 2)
-            code = 1
-            try:
-                work()
-                code = 0
-            except SystemExit as exit_:
-                code = int(exit_.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        children.append(child)
+
+def forked(printed: str, environment: dict[str, str], work: Callable[[], None]) -> int:
+    """Do `work` in a process of its own, its output in `printed`; return its id."""
+    child = os.fork()
+    if child == 0:
+        os.environ |= environment
+        os.dup2(os.open(printed, os.O_WRONLY | os.O_CREAT, 0o666), 1)
+        os.dup2(1, 2)
+        code = 1
+        try:
+            work()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return child
+
+
+def ended(children: list[int]) -> list[int]:
+    """Wait for processes; return their exit codes, minus the signal where one was killed."""
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def fork_ranks(printed: str, port: str, work: Callable[[], None]) -> list[int]:
+    """Do `work` in two ranks; return their exit codes. Where they wait for SIGTERM, send it, as torchrun would."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    children = [forked(f"{printed}.{rank['RANK']}", rank, work) for rank in ranks]
+    if loop.train_step is waits_for_its_end:
+        folder = Path(printed).parent
+        while len(list(folder.glob("waits.*"))) < 2:
+            time.sleep(0.01)
+        for child in children:
+            os.kill(child, signal.SIGTERM)
+    return ended(children)
+
+
+def killed(run, ahead, norm):
+    if run.step == 7 and run.world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(run, ahead, norm)
+
+
+def waits_for_its_end(run, ahead, norm):
+    if run.step == 5:
+        Path(run.folder.parent, f"waits.{run.world.rank}").touch()
+        request = signal.getsignal(signal.SIGTERM).__self__
+        while not request._asked:
+            time.sleep(0.01)
+    return train_step(run, ahead, norm)
 
 
 def main(phase: str, *arguments: str) -> None:
@@ -60,22 +99,25 @@ def main(phase: str, *arguments: str) -> None:
         return
     cache, folder, *ports = arguments
 
-    def train(name: str, *more: str) -> Callable[[], None]:
+    def train(name: str, *more: str) -> None:
         command = ["--cache", cache, "--out", f"{folder}/{name}", *ARGUMENTS, *more]
-        return lambda: train_command.main(command, standalone_mode=False)
+        train_command.main(command, standalone_mode=False)
 
-    step = loop.train_step
-
-    def dying(run, ahead, norm):
-        if run.step == 7 and run.world.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(run, ahead, norm)
-
-    codes = {"whole": fork_ranks(Path(folder, "whole"), ports[0], train("whole"))}
-    loop.train_step = dying
-    codes["killed"] = fork_ranks(Path(folder, "killed"), ports[1], train("killed"))
-    loop.train_step = step
-    codes["continued"] = fork_ranks(Path(folder, "continued"), ports[2], train("killed", "--resume", "auto"))
+    if phase == "killed":
+        loop.train_step = killed
+        train("killed")
+        return
+    codes = []
+    for number, (name, step, more) in enumerate(
+        (
+            ("whole", train_step, ()),
+            ("ended", waits_for_its_end, ()),
+            ("ended", train_step, ("--resume", "auto")),
+            ("killed", train_step, ("--resume", "auto")),
+        )
+    ):
+        loop.train_step = step
+        codes.append(fork_ranks(f"{folder}/{number}", ports[number], lambda: train(name, *more)))  # noqa: B023  # done here
     print(json.dumps(codes))
 
 
