@@ -97,8 +97,8 @@ class LibraryArray:
         if missing and not (self._in_shard_files and (self.folder / name).size() is None):
             return np.zeros((), dtype=self.layout.dtype)
         raise CacheError(
-            f"{where}: {what} cannot be read ({'it is missing' if missing else _reason(error)}). `repa-cache verify` "
-            "on this cache lists everything damaged; mend it and resume"
+            f"{where}: {what} cannot be read ({'it is missing' if missing else _reason(error)}). See that the storage "
+            "answers, and what `repa-cache verify` says of this cache; then resume"
         ) from error
 
 
