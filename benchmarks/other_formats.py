@@ -7,6 +7,7 @@ others: they are no one's published loader, are not among the rivals of the bar,
 
 import contextlib
 import gc
+import shutil
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from itertools import islice
@@ -98,22 +99,26 @@ class Datasets(ByIndex):
     def write(self) -> None:
         import datasets
 
-        kinds = {1: datasets.Sequence, 2: datasets.Array2D, 3: datasets.Array3D}
+        blocks = {2: datasets.Array2D, 3: datasets.Array3D}
         features = {}
         for name, (dtype, shape, _) in self.samples.fields.items():
             value = datasets.Value(str(dtype))
-            if len(shape) == 1:
-                features[name] = datasets.Sequence(value, length=shape[0])
+            if len(shape) in blocks:
+                features[name] = blocks[len(shape)](shape, str(dtype))
             else:
-                features[name] = kinds[len(shape)](shape, str(dtype)) if shape else value
+                features[name] = datasets.Sequence(value, length=shape[0]) if shape else value
         datasets.disable_progress_bars()
+        made = self.folder / "made"
         rows = datasets.Dataset.from_generator(
             lambda: (self.samples.sample(i) for i in range(len(self.samples))),
             features=datasets.Features(features),
-            cache_dir=str(self.folder / "generated"),
+            cache_dir=str(made),
             writer_batch_size=FILE_SAMPLES,
+            fingerprint="samples",  # or it pickles the generator, and with it every sample, to make one
         )
         rows.save_to_disk(self.folder / "rows")
+        del rows
+        shutil.rmtree(made)
 
     def open(self) -> None:
         import datasets
