@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..cache_specs.errors import CacheError, UsageError, nearest
-from ..cache_specs.group import component_names, group_attributes
-from ..cache_specs.layout import COMPLETE, CacheLayout
+from ..cache_specs.group import METADATA, component_names, group_attributes
+from ..cache_specs.layout import COMPLETE, ArrayLayout, CacheLayout
 from ..cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ..cache_specs.storage import Location
 from ..cache_specs.tables import stored_encoder
@@ -68,3 +68,21 @@ def finished_component(
     if attributes.get("dataset_fingerprint") != layout.dataset_fingerprint:
         raise CacheError(f"{group} was made from other data than {cache} says; build it again")
     return component, attributes
+
+
+def check_ranges(valid: Location, layout: ArrayLayout) -> None:
+    """Raise CacheError where a finished component lacks a range: a copy was interrupted, or a file deleted.
+
+    One listing, of the folder of `valid`: its shard is a range's last file, for the build and for who copies in order
+    of names. Does nothing where it is stored under other names than ours.
+    """
+    names = valid.names() - {METADATA}
+    missing = [index for index in range(layout.num_shards) if layout.shard_file(index) not in names]
+    if missing and (not names or any(name.startswith("c.") for name in names)):
+        first = missing[0] * layout.shard[0]
+        last = min(first + layout.shard[0], layout.shape[0]) - 1
+        raise CacheError(
+            f"{valid / layout.shard_file(missing[0])} (samples {first} to {last}) is missing, and with it "
+            f"{len(missing)} of {layout.num_shards} ranges of a component that says it is complete. Copy it again from "
+            f"where it came from, or delete {valid.parent} and build it again"
+        )

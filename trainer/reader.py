@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ..cache_specs.errors import CacheError, UsageError
-from ..cache_specs.layout import ArrayLayout, layer_array
+from ..cache_specs.layout import BAD_FILES, ArrayLayout, layer_array
 from ..cache_specs.schema import FEATURES, IMPORTED, LATENTS, ComponentSpec, stored_layers
 from ..cache_specs.storage import location
 from ..cache_specs.tables import pick_layer
-from .components import choose_component, finished_component, read_layout
+from .components import check_ranges, choose_component, finished_component, read_layout
 from .row_reads import NUM_THREADS, NDArray, RowArray, RowReads
 from .shards import open_array
 
@@ -224,7 +224,10 @@ class CacheReader:
             for layout in component.arrays(self.layout)
             if layout.name != "source_bytes"
         }
-        self._valid &= self._read_column(arrays.pop("valid"))
+        valid = arrays.pop("valid")
+        check_ranges(group / "valid", valid.layout)
+        if attributes.get(BAD_FILES):  # else every row is valid, and thousands of small files need not be opened
+            self._valid &= self._read_column(valid)
         self.fingerprints[f"{kind}/{name}"] = str(attributes["fingerprint"])
         return component, attributes, arrays
 

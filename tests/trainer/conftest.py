@@ -16,7 +16,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from repa.cache_specs.fingerprint import manifest_fingerprint, transform_fingerprint
-from repa.cache_specs.layout import CROP, VIEWS, ArrayLayout, CacheLayout
+from repa.cache_specs.layout import BAD_FILES, CROP, VIEWS, ArrayLayout, CacheLayout
 from repa.cache_specs.schema import ComponentSpec
 from repa.cache_specs.storage import location
 from repa.trainer.reader import Batch
@@ -146,9 +146,11 @@ def write_cache(
         parts.append((component, rows, {}))
 
     for component, rows, results in parts:
+        bad = (invalid or {}).get(component.path, [])
+        results = {**results, **({BAD_FILES: {ids[row]: "not an image" for row in bad}} if bad else {})}
         group = root.create_group(component.path, attributes={**component.attributes(layout), **results})
         valid = np.ones(num_samples, dtype=bool)
-        valid[(invalid or {}).get(component.path, [])] = False
+        valid[bad] = False
         rows = {**rows, "valid": valid, "source_bytes": np.arange(num_samples)}
         for array in component.arrays(layout):
             data = rows[array.name].astype(array.dtype)

@@ -131,11 +131,19 @@ def test_what_cannot_be_reached_is_one_line(bucket: str, request: pytest.Fixture
     assert len(str(error.value)) < 400
 
 
-def test_a_compressed_cache_lacks_a_shard(make_cache: Callable[..., Any], tmp_path: Path) -> None:
-    shutil.copytree(make_cache(compressed=True).path, tmp_path / "cache")
-    (tmp_path / "cache/latents/toy-ae/valid/c.1").unlink()
+def test_a_compressed_column_lacks_a_shard(make_cache: Callable[..., Any], tmp_path: Path) -> None:
+    written = make_cache(compressed=True, zero_rows=())
+    shutil.copytree(written.path, tmp_path / "cache")
+    group = location(tmp_path / "cache/latents/toy-ae")
+    layout = ArrayLayout(name="valid", shape=(23,), dtype="bool", inner=(5,), shard=(5,))
+    column = open_array(group, layout, files=RowReads().files, check_reads=False)
+    assert isinstance(column, LibraryArray)
+    starts, out = np.arange(0, 23, 5), np.ones((5, 5), dtype=bool)
+    RowReads().read([(column, out)], starts, np.zeros(5, dtype=int))
+    np.testing.assert_array_equal(out.reshape(-1), np.arange(25) < 23)  # beyond the last sample it is false
+    (group / "valid/c.1").delete()
     with pytest.raises(CacheError, match=r"valid/c\.1: samples 5 to 9 cannot be read \(it is missing\)"):
-        CacheReader(tmp_path / "cache")
+        RowReads().read([(column, out)], starts, np.zeros(5, dtype=int))
 
 
 def test_a_run_from_a_bucket_is_the_run_from_the_folder(

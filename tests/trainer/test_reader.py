@@ -7,6 +7,7 @@ import torch
 from repa.cache_specs.errors import CacheError, UsageError
 from repa.trainer.direct_array import DirectArray
 from repa.trainer.library_array import LibraryArray
+from repa.trainer.open_files import OpenFiles
 from repa.trainer.reader import CacheReader
 
 ORDER = np.array([22, 0, 7, 7, 13, 5, 4, 21, 10])
@@ -58,6 +59,29 @@ def test_describes_the_cache(make_cache):
     assert set(reader.fingerprints) == {"dataset", "latents/toy-ae", "features/toy", "valid_rows"}
     # What is not used is not asked for its valid rows.
     assert CacheReader(written.path, encoder=()).valid_rows.tolist() == [row for row in range(23) if row != 2]
+
+
+def test_a_range_that_is_missing_is_refused_before_the_first_row(make_cache):
+    written = make_cache()
+    written.shard("features/toy/valid", 4).unlink()
+    with pytest.raises(CacheError, match=r"valid/c\.4 \(samples 20 to 22\) is missing, and with it 1 of 5 ranges"):
+        CacheReader(written.path)
+    for shard in range(4):
+        written.shard("features/toy/valid", shard).unlink()
+    with pytest.raises(CacheError, match="with it 5 of 5 ranges"):
+        CacheReader(written.path)
+    assert len(CacheReader(written.path, encoder=()).valid_rows) == 23
+
+
+def test_opening_reads_no_shard_unless_rows_were_left_out(make_cache, monkeypatch):
+    files = []
+    opened = OpenFiles.open
+    monkeypatch.setattr(OpenFiles, "open", lambda self, number, path: files.append(path) or opened(self, number, path))
+    CacheReader(make_cache().path)
+    assert files == []
+    written = make_cache(invalid={"features/toy": [2, 9]})
+    CacheReader(written.path)
+    assert sorted(files) == sorted(written.shard("features/toy/valid", shard) for shard in range(5))
 
 
 def test_rows_outside_the_cache_are_refused(make_cache):
