@@ -17,6 +17,7 @@ from .import_source import BadLatent, Kind, check_counts, manifest_without_image
 from .manifest import Manifest, scan_folder
 
 STATE = "state.json"
+SPLITS = "dataset_dict.json"  # a folder of several data sets
 DATA, LABEL = "data", "label"
 
 
@@ -72,6 +73,9 @@ class ArrowSource:
 
 def _arrow_files(folder: Path) -> list[Path]:
     file = folder / STATE
+    if (folder / SPLITS).exists():
+        splits = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{STATE}")))
+        raise UsageError(f"--data {folder}: holds several splits ({splits}); give the folder of one")
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         names = [str(entry["filename"]) for entry in state["_data_files"]]

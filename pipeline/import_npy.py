@@ -97,6 +97,11 @@ class NumberedLatents:
         self.members = members
         names = [name for name in members.names if name.endswith(".npy")]
         if not names:
+            if any(IMAGE_NAME.fullmatch(name) for name in members.names):
+                raise UsageError(
+                    f"--data {members.where}: holds images, and no latents; unpack it, and encode them with repa-cache "
+                    "build --data FOLDER"
+                )
             raise UsageError(
                 f"--data {members.where}: no img-mean-std-00000000.npy in it ({len(members.names)} other files); "
                 "expected latents as the encode command of EDM2's or REPA's dataset tool writes them"

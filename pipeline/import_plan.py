@@ -15,7 +15,7 @@ from ..cache_specs.layout import CacheLayout
 from ..cache_specs.schema import IMPORTED, LATENTS, UNKNOWN, ComponentSpec
 from ..cache_specs.storage import location
 from ..cache_specs.tables import AutoencoderEntry, autoencoder_table
-from .import_arrow import STATE, ArrowSource
+from .import_arrow import SPLITS, STATE, ArrowSource
 from .import_checks import Look, Reading, check_pixel_range, check_scale, check_statistics, look_at
 from .import_edm2 import open_edm2
 from .import_lightningdit import SampledSource
@@ -71,8 +71,8 @@ def detect_layout(data: Path) -> str:
     if data.is_file():
         found = ["edm2"] if data.suffix == ".zip" else []
     else:
-        signs = (("repa", REPA_LATENTS), ("lightningdit", "*.safetensors"), ("arrow", STATE))
-        found = [layout for layout, sign in signs if any(data.glob(sign))]
+        signs = {"repa": [REPA_LATENTS], "lightningdit": ["*.safetensors"], "arrow": [STATE, SPLITS]}
+        found = [layout for layout, names in signs.items() if any(any(data.glob(name)) for name in names)]
         if not found and any(data.glob("[0-9]" * 5 + "/img-mean-std-*.npy")):
             raise UsageError(
                 f"--data {data}: the latents of EDM2's tool, or of REPA's? Say --from edm2, or give the folder above "

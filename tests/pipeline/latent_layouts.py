@@ -6,6 +6,7 @@ Each function returns what it stored, so that a test compares with that and neve
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,12 +111,23 @@ def write_lightningdit(
 
 
 def write_arrow(
-    folder: Path, moments: np.ndarray, *, labels: list[int] | None = None, files: int = 2, dtype: str = "float32"
+    folder: Path,
+    moments: np.ndarray,
+    *,
+    labels: list[int] | None = None,
+    files: int = 2,
+    dtype: str = "float32",
+    nested: Callable[[pa.DataType, int], pa.DataType] = lambda item, length: pa.list_(item),
 ) -> None:
-    """Write moments as `datasets` saves them: Arrow streams in some batches a file, state.json, dataset_info.json."""
+    """Write moments as `datasets` saves them: Arrow streams in some batches a file, state.json, dataset_info.json.
+
+    `nested` gives the type of a list of `length` items; those of datasets' features differ.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"data-{i:05d}-of-{files:05d}.arrow" for i in range(files)]
-    value_type = pa.list_(pa.list_(pa.list_(pa.from_numpy_dtype(np.dtype(dtype)))))
+    value_type = pa.from_numpy_dtype(np.dtype(dtype))
+    for length in reversed(moments.shape[1:]):
+        value_type = nested(value_type, length)
     parts = np.array_split(np.arange(len(moments)), files)
     for name, rows in zip(names, parts, strict=True):
         columns = {"data": pa.array([moments[i].astype(dtype).tolist() for i in rows], type=value_type)}

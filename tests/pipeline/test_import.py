@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import zarr
 
 from repa.cache_specs.errors import CacheError
+from repa.pipeline.import_arrow import ArrowSource
 from repa.trainer import CacheReader
 from repa.trainer.cli import train_command
 
@@ -232,6 +234,20 @@ def test_an_arrow_data_set(repa_cache: Run, tmp_path: Path, dtype: str) -> None:
         found, _ = stored(cache, "sd-vae-ft-mse")
         np.testing.assert_array_equal(found[:, 0], moments.astype(dtype).astype(np.float16))
         assert ids_and_labels(cache) == ([f"{row:08d}" for row in range(10)], labels)
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [lambda item, length: pa.list_(item, length), lambda item, length: pa.large_list(item)],
+    ids=["fixed size", "large"],
+)
+def test_lists_of_every_kind_in_arrow(tmp_path: Path, nested: Callable[[pa.DataType, int], pa.DataType]) -> None:
+    moments = draw_moments(10)
+    write_arrow(tmp_path / "data", moments, labels=[0] * 10, nested=nested)
+    source = ArrowSource(tmp_path / "data", None, None)
+    for row in range(10):
+        np.testing.assert_array_equal(source.read(row)[0], moments[row])
+        assert source.source_bytes(row) == moments[row].nbytes
 
 
 def test_arrow_rows_follow_torchvisions_order_of_the_images(repa_cache: Run, tmp_path: Path) -> None:

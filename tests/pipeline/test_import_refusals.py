@@ -256,6 +256,7 @@ def write_ragged(folder: Path) -> None:
         (lambda folder: change_state(folder, _indices_data_files=[{"filename": "i"}]), "flatten_indices()", 2),
         (lambda folder: (folder / "state.json").write_text("{"), "expected a data set as save_to_disk", 2),
         (lambda folder: (folder / "data-00001-of-00002.arrow").write_bytes(b"1234"), "not a whole Arrow file", 2),
+        (lambda folder: (folder / "dataset_dict.json").write_text("{}"), "holds several splits", 2),
         (write_ragged, "nested lists are not of one length", 1),
         (lambda folder: write_arrow(folder, draw_moments(10)), "name the labels with --labels FILE.txt", 2),
     ],
@@ -298,6 +299,12 @@ def test_arrow_rows_that_are_not_the_images(repa_cache: Run, tmp_path: Path) -> 
 def test_requests_that_do_not_fit_the_data(repa_cache: Run, tmp_path: Path, options: list[str], said: str) -> None:
     write_repa(tmp_path / "data")
     assert said in refused(repa_cache, tmp_path, *options)
+
+
+def test_a_zip_of_images(repa_cache: Run, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "data", "w") as archive:
+        archive.writestr("00000/img00000000.png", b"")
+    assert "holds images, and no latents; unpack it" in refused(repa_cache, tmp_path, "--from", "edm2", *SD)
 
 
 def test_a_layout_that_cannot_be_told(repa_cache: Run, tmp_path: Path) -> None:
