@@ -15,7 +15,8 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 @click.command(context_settings=CONTEXT)
-@click.option("--cache", metavar="DIR", help="Cache made by repa-cache build.")
+@click.option("--cache", metavar="DIR|URL", help="Cache made by repa-cache build: a folder, s3://bucket/prefix.")
+@click.option("--stage", metavar="DIR", help="Copy what is read to a local disk first; all runs share the copy.")
 @click.option("--encoder", "encoders", multiple=True, metavar="NAME", help="Encoder to align with, repeatable.")
 @click.option("--autoencoder", metavar="NAME", help="Latents to train on. [default: the only ones in the cache]")
 @click.option("--model", metavar="SiT-B/2", help="SiT-{Ti,S,B,L,XL}/patch.")
@@ -80,7 +81,8 @@ def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
     from .resume import enter_folder
     from .run import describe, latent_source, prepare
 
-    run = prepare(config, world)
+    config, copy = _staged(config, world) if config.stage else (config, None)
+    run = prepare(config, world, copy=copy)
     decode = None
     if config.grid.every and world.is_main:
         weights = None if config.grid.autoencoder_weights is None else Path(config.grid.autoencoder_weights)
@@ -92,6 +94,23 @@ def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
     train(run, draw_grid=lambda run: draw_training_grid(run, decode), evaluate=evaluate)
     if world.is_main:
         click.echo(f"{run.folder}: {run.step} of {run.config.steps} steps done")
+
+
+def _staged(config: "RunConfig", world: "World") -> tuple["RunConfig", Path]:
+    """Copy what the run reads, a line a tenth: whichever rank copies, all others of its machine wait."""
+    from ..cache_specs.sizes import human_bytes
+    from .run import stage
+
+    tenths = {0}  # told already, of one component
+
+    def tell(done: int, total: int) -> None:
+        if done == 0:
+            tenths.intersection_update({0})
+        elif (tenth := 10 * done // total) not in tenths:
+            tenths.add(tenth)
+            click.echo(f"staged {human_bytes(done)} of {human_bytes(total)}")
+
+    return stage(config, on_progress=tell, on_message=lambda line: click.echo(line) if world.is_main else None)
 
 
 def _explain(config: "RunConfig", world: "World", *, resume: bool) -> None:

@@ -123,6 +123,7 @@ class RunConfig:
     log_every: int = 50
     save_every: int = 10_000
     keep_last: int = 2
+    stage: str | None = None  # folder of a local copy of what the run reads, made before the first step
     check_reads: bool = False  # verify the crc32c of every row that is read
     prefetch_bytes: Bytes = Bytes(512_000_000)  # of micro-batches read ahead, a rank; at least one is
 
@@ -160,7 +161,7 @@ class RunConfig:
 
 # A resume may differ in these. `cache` is where the data lies; what it holds is compared by fingerprint.
 MAY_CHANGE = frozenset(
-    {"steps", "log_every", "save_every", "keep_last", "check_reads", "prefetch_bytes", "cache", "out"}
+    {"steps", "log_every", "save_every", "keep_last", "stage", "check_reads", "prefetch_bytes", "cache", "out"}
     | {f"grid.{item.name}" for item in fields(GridConfig)}
     | {f"evaluation.{item.name}" for item in fields(EvaluationConfig)}
 )

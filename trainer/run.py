@@ -5,6 +5,7 @@ before the first step.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import yaml
 from torch import Tensor, nn
 
 from ..cache_specs.errors import UsageError
+from ..cache_specs.schema import FEATURES, LATENTS
 from ..cache_specs.sizes import human_bytes
+from ..cache_specs.storage import location
 from ..cache_specs.tables import autoencoder_table
 from .batches import Batches, DrawSpec, Place
+from .components import choose_component
 from .config import RunConfig
 from .distributed import World, wrap
 from .ema import EMA
@@ -26,6 +30,7 @@ from .prefetch import batches_ahead
 from .projector import ProjectorConfig
 from .reader import CacheReader
 from .sit import SiT, sit_config
+from .stage import stage_cache
 
 
 @dataclass(kw_only=True)
@@ -71,8 +76,33 @@ def latent_source(reader: CacheReader, norm: LatentNorm) -> LatentSource:
     return LatentSource(name=latents.name, spec=latents.spec, weights=latents.weights, norm=norm)
 
 
-def open_cache(config: RunConfig, world: World) -> tuple[RunConfig, CacheReader]:
-    """Open the cache of a run; return the configuration with nothing left to resolve, and the reader.
+def stage(
+    config: RunConfig, *, on_progress: Callable[[int, int], None], on_message: Callable[[str], None]
+) -> tuple[RunConfig, Path]:
+    """Copy what the run reads of its cache to `config.stage`; return the components by name, and the copy's folder.
+
+    The copy may hold components of other caches of the same images: "the only one" is that of the run's own cache.
+    Raises and calls as `stage_cache`.
+    """
+    assert config.stage is not None
+    source = location(config.cache)
+    autoencoder = config.autoencoder or choose_component(source, LATENTS, None)[0]
+    encoders = config.encoders
+    if config.alignment.projector != "none" and not encoders:
+        encoders = (choose_component(source, FEATURES, None)[0],)
+    folder = stage_cache(
+        config.cache,
+        config.stage,
+        autoencoder=autoencoder,
+        encoders=encoders,
+        on_progress=on_progress,
+        on_message=on_message,
+    )
+    return dataclasses.replace(config, autoencoder=autoencoder, encoders=encoders), folder
+
+
+def open_cache(config: RunConfig, world: World, *, copy: Path | None = None) -> tuple[RunConfig, CacheReader]:
+    """Open the cache of a run, or its staged copy; return the settings with nothing left to resolve, and the reader.
 
     Raises UsageError where the settings do not fit the cache or the number of ranks, CacheError where the cache cannot
     be used.
@@ -81,7 +111,7 @@ def open_cache(config: RunConfig, world: World) -> tuple[RunConfig, CacheReader]
     if config.alignment.projector == "none":
         encoders = ()
     reader = CacheReader(
-        config.cache,
+        config.cache if copy is None else copy,
         autoencoder=config.autoencoder,
         encoder=encoders,
         cls_token=False,
@@ -102,9 +132,9 @@ def open_cache(config: RunConfig, world: World) -> tuple[RunConfig, CacheReader]
     return resolved, reader
 
 
-def prepare(config: RunConfig, world: World) -> Run:
+def prepare(config: RunConfig, world: World, *, copy: Path | None = None) -> Run:
     """Build the parts of a run at step 0; raises as `open_cache`, and UsageError where the model does not fit."""
-    config, reader = open_cache(config, world)
+    config, reader = open_cache(config, world, copy=copy)
     if world.device.type == "cuda":
         settle_convolutions(config.precision)
     model = build_model(config, reader).to(world.device)

@@ -123,6 +123,24 @@ def test_the_flags_of_reading_reach_the_run(make_cache, repa_train, tmp_path):
     assert "whose checksum does not hold" in outcome.error
 
 
+def test_a_staged_copy_trains_as_the_cache_and_is_shared(make_cache, repa_train, tmp_path):
+    """Two caches of the same images share the folder; each run takes the encoder of its own."""
+    here, toy, wide = tmp_path / "here", make_cache().path, make_cache(encoders={"wide": "int8"}).path
+    expected = {cache: repa_train(cache, tmp_path / cache.parent.name, "--steps", "3") for cache in (toy, wide)}
+    for number, cache in enumerate((toy, wide, toy)):
+        run = tmp_path / f"run{number}"
+        outcome = repa_train(cache, run, "--steps", "3", "--stage", str(here))
+        assert outcome.losses() == expected[cache].losses(), outcome.error
+        stored = json.loads((run / "config.json").read_text())
+        assert (stored["cache"], stored["stage"]) == (str(cache), str(here))
+        assert ("\nstaged " in outcome.output) == (number < 2)
+    resumed = repa_train(toy, run, "--steps", "5", "--resume", "auto")
+    assert resumed.losses()[:3] == expected[toy].losses()
+    outcome = repa_train(toy, tmp_path / "dry", "--stage", str(tmp_path / "nothing"), "--dry-run")
+    assert outcome.code == 0
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_an_incomplete_cache_is_refused(make_cache, repa_train, tmp_path):
     outcome = repa_train(make_cache(complete=False).path, tmp_path / "run")
     assert outcome.code == 1
