@@ -167,7 +167,8 @@ def _reading(source: LatentSource, entry: AutoencoderEntry | None, options: Impo
     reading = Reading(
         shape=shape, kind=source.kind, scaled_by=options.scaled_by or 1.0, log_variance=options.log_variance
     )
-    if entry is not None and (entry.latent_channels != reading.channels or entry.kind == "sample" != source.kind):
+    no_posterior = entry is not None and entry.kind == "sample" and source.kind == "moments"
+    if entry is not None and (entry.latent_channels != reading.channels or no_posterior):
         kind = "moments" if entry.kind == "mean_std" else "a sample"
         raise UsageError(
             f"--data {where}: {first} has {source.kind} of {reading.channels} channels; {entry.name} gives {kind} of "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import zarr
 
 from repa.cache_specs.errors import CacheError
 from repa.pipeline.import_arrow import ArrowSource
+from repa.pipeline.store import CacheStore
 from repa.trainer import CacheReader
 from repa.trainer.cli import train_command
 
@@ -286,6 +288,12 @@ def test_stated_conversions(repa_cache: Run, tmp_path: Path) -> None:
         found, attributes = stored(cache, "sd-vae-ft-mse")
         np.testing.assert_allclose(found[:, 0].astype(np.float64), moments, rtol=2**-10, atol=1e-6)
         assert attributes["spec"]["imported"]["scaled_by"] == (1 if name == "log" else 0.18215)
+        component = CacheStore.open(cache).component("latents/sd-vae-ft-mse")
+        assert component is not None
+        program, *command = shlex.split(component.build_command(cache).replace("PATH", str(tmp_path / f"{name}.zip")))
+        assert program == "repa-cache"
+        again = repa_cache(*command)  # what an unfinished import is told to do is the same import
+        assert (again.code, "is there and complete" in again.out) == (0, True), again.err
 
 
 @pytest.fixture(scope="module")
