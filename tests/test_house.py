@@ -87,7 +87,9 @@ WITHOUT = (
 )
 
 
-@pytest.mark.parametrize("arguments", ["--help", "build --help", "import --help", "info --help", "verify --help", "encoders"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "build --help", "import --help", "info --help", "verify --help", "encoders"]
+)
 def test_asking_for_help_loads_nothing_heavy(arguments: str) -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT, *arguments.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
