@@ -8,6 +8,7 @@ an object store a put is the commit (object_store.py).
 
 import contextlib
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -110,7 +111,9 @@ def location(where: "str | Path | Location") -> Location:
         return where
     text = str(where)
     scheme, separator, rest = text.partition("://")
-    if isinstance(where, Path) or not separator:
+    if isinstance(where, Path) and re.match(r"\w\w+:/", text):
+        raise UsageError(f"{text}: a Path drops a slash of a URL; give it as str")
+    if not separator:
         return LocalPath(Path(where))
     if scheme == "file":
         return LocalPath(Path("/" + rest.lstrip("/")))

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,8 @@ def test_paths_and_urls(tmp_path: Path) -> None:
     for url in ("http://host/a", "s3://bucket", "s3://bucket/", "s3:///a"):
         with pytest.raises(UsageError, match=re.escape(f"{url}: expected a folder, or one of s3://BUCKET/PREFIX")):
             location(url)
+    with pytest.raises(UsageError, match=r"s3:/bucket/a: a Path drops a slash of a URL; give it as str"):
+        location(Path("s3://bucket/a"))
     scratch = location("s3://bucket/a").scratch()
     assert scratch != location("s3://bucket/b").scratch()
     assert f"repa-cache-{os.getuid()}" in scratch.parts
@@ -96,6 +99,12 @@ def test_what_a_bucket_refuses_is_one_line(bucket: str, monkeypatch: pytest.Monk
     with pytest.raises(CacheError, match=r"cannot be read \(.*127\.0\.0\.1:9/") as found:
         location("s3://unreachable/cache").read()
     assert "\n" not in str(found.value)
+
+
+def test_without_obstore_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(UsageError, match=r"object stores need obstore, which is not installed; pip install obstore"):
+        location("s3://anywhere/cache").read()
 
 
 def test_wrong_credentials_are_one_line(refusing_bucket: str) -> None:

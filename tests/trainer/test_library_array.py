@@ -1,6 +1,7 @@
 """The library path: the same bytes as the direct one, from compressed shards, buckets and other people's sharding."""
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from repa.cache_specs.errors import CacheError, UsageError
 from repa.cache_specs.layout import ArrayLayout
 from repa.cache_specs.storage import location
-from repa.trainer import CacheReader
+from repa.trainer import CacheReader, library_array
 from repa.trainer.direct_array import DirectArray
 from repa.trainer.library_array import LibraryArray
 from repa.trainer.reader import Batch
@@ -129,6 +130,16 @@ def test_what_cannot_be_reached_is_one_line(bucket: str, request: pytest.Fixture
     with pytest.raises(CacheError, match=r"^s3://\S+ cannot be opened \(.*\)$") as error:
         LibraryArray(location("s3://some-bucket/x"), layout, in_shard_files=True)  # at the server that refuses
     assert len(str(error.value)) < 400
+
+
+def test_without_tensorstore_it_is_said_what_to_install(
+    make_cache: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = make_cache(compressed=True)
+    monkeypatch.setitem(sys.modules, "tensorstore", None)
+    library_array._shared_context.cache_clear()
+    with pytest.raises(UsageError, match=r"moments: .*through tensorstore, which is not installed; pip install"):
+        CacheReader(written.path)
 
 
 def test_a_compressed_column_lacks_a_shard(make_cache: Callable[..., Any], tmp_path: Path) -> None:
