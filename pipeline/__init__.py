@@ -1,4 +1,4 @@
-"""Images to cache: manifest, decoding, frozen models, shards. The command is `repa-cache`.
+"""Images to cache: manifest, decoding, frozen models, shards; others' latents to cache: import. The command is `repa-cache`.
 
 Imports cache_specs only. `repa.trainer` never imports this, but for its composition root, which borrows plain
 callables to decode samples.
@@ -7,13 +7,25 @@ callables to decode samples.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["BuildOptions", "load_autoencoder", "load_encoder", "run_build", "scan_folder"]
+__all__ = [
+    "BuildOptions",
+    "ImportOptions",
+    "load_autoencoder",
+    "load_encoder",
+    "plan_import",
+    "run_build",
+    "run_import",
+    "scan_folder",
+]
 
 _HOMES = {
     "BuildOptions": "plan",
+    "ImportOptions": "import_plan",
     "load_autoencoder": "autoencoders",
     "load_encoder": "encoders",
+    "plan_import": "import_plan",
     "run_build": "build",
+    "run_import": "import_latents",
     "scan_folder": "manifest",
 }
 
@@ -21,6 +33,8 @@ if TYPE_CHECKING:
     from .autoencoders import load_autoencoder
     from .build import run_build
     from .encoders import load_encoder
+    from .import_latents import run_import
+    from .import_plan import ImportOptions, plan_import
     from .manifest import scan_folder
     from .plan import BuildOptions
 

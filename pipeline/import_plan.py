@@ -147,7 +147,7 @@ def _entry(options: ImportOptions) -> AutoencoderEntry | None:
             f"unknown autoencoder {name!r}: {nearest(name, table)}. For latents of one that is not in the table, give "
             "a name of your own and --resolution, the side of the images in pixels"
         )
-    if not name[0].isalnum() or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name):
+    if not name[:1].isalnum() or not all(c.isascii() and (c.isalnum() or c in "._-") for c in name):
         raise UsageError(f"--autoencoder {name!r}: becomes a folder's name: letters, digits and . _ - only")
     return None
 
