@@ -1,4 +1,4 @@
-"""Images to cache: manifest, decoding, frozen models, shards; others' latents to cache: import. The command is `repa-cache`.
+"""Images to cache: manifest, decoding, frozen models, shards; and the latents of others. The command is `repa-cache`.
 
 Imports cache_specs only. `repa.trainer` never imports this, but for its composition root, which borrows plain
 callables to decode samples.
