@@ -25,6 +25,8 @@ from .weights import (
     wrong_weights_error,
 )
 
+_OF_FILMS = ("AutoencoderKLQwenImage",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Autoencoder:
@@ -36,6 +38,11 @@ class Autoencoder:
     precision: str
     device: torch.device
 
+    @property
+    def _of_films(self) -> bool:
+        """Whether the library's model sees [B, C, frames, H, W]; an image is a film of one frame."""
+        return self.spec["library_class"] in _OF_FILMS
+
     @torch.inference_mode()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Return moments [B, M, h, w] float32 of `images` [B, 3, H, W] uint8: mean then std, or the latent itself."""
@@ -43,10 +50,13 @@ class Autoencoder:
         pixels = images.to(self.device).float() * ((high - low) / 255) + low
         if self.model is None:
             return pixels
+        if self._of_films:
+            pixels = pixels.unsqueeze(2)
         with autocast(self.device, self.precision):
             encoded = self.model.encode(pixels)
         if self.spec["kind"] == "mean_std":
-            return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()
+            moments = torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()
+            return moments.squeeze(2) if self._of_films else moments
         # The tiny autoencoder says latents, the deep compression one latent.
         return (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
 
@@ -57,8 +67,12 @@ class Autoencoder:
         if self.model is None:
             pixels = latents
         else:
+            if self._of_films:
+                latents = latents.unsqueeze(2)
             with autocast(self.device, self.precision):
                 pixels = self.model.decode(latents).sample.float()
+            if self._of_films:
+                pixels = pixels.squeeze(2)
         low, high = self.spec["pixel_range"]
         levels = ((pixels - low) * (255 / (high - low))).round_().clamp_(0, 255)
         return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu()

@@ -92,6 +92,8 @@ def _create(spec: Mapping[str, Any], weights: Path | None, *, native_size: bool)
     if weights is not None:
         check_weights_file(name, weights)
         options["pretrained_cfg_overlay"] = {"file": str(weights)}
+    elif (spec["weights_from"] or "").startswith("https://"):
+        options["pretrained_cfg_overlay"] = {"url": spec["weights_from"], "hf_hub_id": None}
     try:
         if spec["converter"]:
             state = _CONVERTERS[spec["converter"]](read_state_dict(weights or hub_file(spec["weights_from"])))

@@ -19,7 +19,7 @@ pytestmark = [
 
 
 NARROW: dict[str, dict[str, Any]] = {
-    "AutoencoderKL": {"block_out_channels": [32, 32, 32, 32]},
+    "AutoencoderKLQwenImage": {"base_dim": 8},
     "AutoencoderTiny": {},
     "AutoencoderDC": {
         "encoder_block_out_channels": [32] * 6,
@@ -34,7 +34,11 @@ DIFFUSERS = {name: entry for name, entry in autoencoder_table().items() if entry
 def narrow_spec(name: str, *, random_weights: bool = True) -> dict[str, Any]:
     """Return a spec with the autoencoder's wiring and factor at a thousandth of its weights."""
     spec = resolve_autoencoder(name, resolution=32, random_weights=random_weights).spec
-    spec["config"] = {**spec["config"], **NARROW[spec["library_class"]]}
+    if spec["library_class"] == "AutoencoderKL":
+        narrow = {"block_out_channels": [32] * len(spec["config"]["block_out_channels"])}
+    else:
+        narrow = NARROW[spec["library_class"]]
+    spec["config"] = {**spec["config"], **narrow}
     return spec
 
 
@@ -53,14 +57,15 @@ def test_the_table_says_what_the_library_says(name: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     entry = DIFFUSERS[name]
+    film = entry.library_class == "AutoencoderKLQwenImage"
     with torch.device("meta"):
         model = getattr(diffusers, entry.library_class)(**entry.config).eval()
         with FlopCounterMode(display=False) as counter:
-            encoded = model.encode(torch.empty(1, 3, 256, 256))
+            encoded = model.encode(torch.empty(1, 3, *(1,) * film, 256, 256))
     assert entry.params_m == pytest.approx(sum(p.numel() for p in model.parameters()) / 1e6, abs=0.0051)
     assert entry.gmac == pytest.approx(counter.get_total_flops() / 2e9, abs=0.0051)
     if entry.kind == "mean_std":
-        latent = encoded.latent_dist.mean
+        latent = encoded.latent_dist.mean[:, :, 0] if film else encoded.latent_dist.mean
     else:
         latent = encoded.latents if name == "taesd" else encoded.latent
     assert latent.shape == (1, entry.latent_channels, 256 // entry.factor, 256 // entry.factor)
@@ -97,6 +102,42 @@ def test_moments_are_mean_and_std_of_the_posterior(images: torch.Tensor) -> None
     torch.testing.assert_close(moments[:, :4], posterior.mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(moments[:, 4:], (0.5 * posterior.logvar).exp(), rtol=1e-4, atol=1e-5)
     assert (moments[:, 4:] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["e2e-vavae", "e2e-invae", "e2e-qwenimage-vae"])
+def test_the_16_fold_and_the_film_autoencoders_give_moments_and_pictures(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    autoencoder = load_autoencoder(narrow_spec(name))
+    moments = autoencoder.encode(images)
+    channels, side = DIFFUSERS[name].latent_channels, 64 // DIFFUSERS[name].factor
+    assert moments.shape == (2, 2 * channels, side, side)
+    model, pixels = autoencoder.model, images.float() / 127.5 - 1
+    with torch.no_grad():  # past the library's own encode: the layers, one after the other
+        if name == "e2e-qwenimage-vae":
+            raw = model.quant_conv(model.encoder(pixels[:, :, None]))[:, :, 0]
+            decoded = model.decoder(model.post_quant_conv(moments[:, :channels, None]))[:, :, 0]
+        else:
+            raw = model.quant_conv(model.encoder(pixels))
+            decoded = model.decoder(model.post_quant_conv(moments[:, :channels]))
+            # attention at the lowest level, and nowhere above it but in the middle
+            assert [hasattr(block, "attentions") for block in model.encoder.down_blocks] == [False] * 4 + [True]
+    torch.testing.assert_close(moments[:, :channels], raw[:, :channels], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moments[:, channels:], (0.5 * raw[:, channels:]).exp(), rtol=1e-4, atol=1e-5)
+    pictures = autoencoder.decode(moments[:, :channels])
+    assert (pictures.shape, pictures.dtype) == ((2, 64, 64, 3), torch.uint8)
+    np.testing.assert_allclose(pictures, (decoded.clamp(-1, 1) + 1).permute(0, 2, 3, 1) * 127.5, atol=0.51)
+
+    state = {key: tensor + 0.01 for key, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    loaded = load_autoencoder(narrow_spec(name, random_weights=False), weights=tmp_path / "w.safetensors")
+    assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.model.state_dict().items())
+    gone = next(iter(state))
+    del state[gone]
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match=f"does not fit {name}: .*{gone}"):
+        load_autoencoder(narrow_spec(name, random_weights=False), weights=tmp_path / "w.safetensors")
 
 
 def test_decoding_gives_pictures(images: torch.Tensor) -> None:

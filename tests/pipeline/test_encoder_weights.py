@@ -94,6 +94,31 @@ def test_mocov3_asks_the_hub_where_no_file_is_given() -> None:
         load_encoder(spec)
 
 
+def test_the_study_s_vgg_is_torchvision_s_file_of_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm.models._builder
+
+    spec = small_spec("vgg16@irepa", random_weights=False)
+    state = published_state(spec)
+    # As in the file, but for classifier.3: the library knows it by its 4096 columns, which a small model has not.
+    renamed = {"pre_logits.fc1": "classifier.0", "head.fc": "classifier.6"}
+    published = {}
+    for key, tensor in state.items():
+        name = next((key.replace(ours, theirs) for ours, theirs in renamed.items() if ours in key), key)
+        published[name] = torch.full_like(tensor, torch.nan) if name.startswith("classifier") else tensor
+    fetched = []
+
+    def fetch(url: str, **options: Any) -> dict[str, torch.Tensor]:
+        fetched.append(url)
+        return published
+
+    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_url", fetch)
+    loaded = load_encoder(spec).model.state_dict()
+    assert fetched == ["https://download.pytorch.org/models/vgg16_features-amdegroot-88682ab5.pth"]
+    assert len(loaded) == 20  # ten convolutions
+    assert all(torch.equal(tensor, state[f"features.{key}"]) for key, tensor in loaded.items())
+    assert (spec["mean"], spec["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
 def test_published_positions_are_those_of_the_perception_encoders_own_code() -> None:
     """An independent forward of PE: bilinear position embedding, rotary positions in whole patches from 1."""
     spec = small_spec("pe-vit-t@irepa", grid=5)
