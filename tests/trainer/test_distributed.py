@@ -17,7 +17,7 @@ from repa.trainer import loop
 from repa.trainer.batches import Batches, Place
 from repa.trainer.checkpoint import load_checkpoint
 from repa.trainer.config import Layer, recipe_layer, resolve, set_layer
-from repa.trainer.distributed import World, join, settle_buckets
+from repa.trainer.distributed import TIMEOUT, World, join, settle_buckets
 from repa.trainer.run import dummy_inputs, prepare
 
 SCRIPT = Path(__file__).with_name("small_train.py")
@@ -101,7 +101,7 @@ def test_buckets_are_settled_in_the_precision_of_the_run(make_cache, small_sit):
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
-def test_nccl_is_told_its_device(monkeypatch):
+def test_nccl_is_told_its_device_and_how_long_to_wait(monkeypatch):
     told = {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
@@ -110,4 +110,5 @@ def test_nccl_is_told_its_device(monkeypatch):
     for name, value in (("WORLD_SIZE", "4"), ("RANK", "2"), ("LOCAL_RANK", "2")):
         monkeypatch.setenv(name, value)
     with join("cuda") as world:
+        assert told["timeout"] == TIMEOUT
         assert told["device_id"] == world.device == torch.device("cuda", 2)

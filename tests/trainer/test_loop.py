@@ -158,6 +158,8 @@ def test_a_run_learns(make_cache, repa_train, tmp_path):
     timed = [record for record in outcome.records if "samples_per_s" in record]
     assert [record["step"] for record in timed] == list(range(3, 61, 3))
     assert all(0 <= record["data_wait"] <= 1 for record in timed)
+    assert all(record["read_gb_per_s"] > 0 for record in timed)
+    assert outcome.output.count("bound by ") == 1
 
 
 def first_step_with(row: int, num_samples: int, batch_size: int) -> int:
