@@ -40,9 +40,10 @@ def _acquire(file: Path, *, wait: bool, option: str) -> int | None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            continue  # another build removed the empty folder between the two calls
         except OSError as error:
+            fleeting = isinstance(error, FileNotFoundError | FileExistsError)
+            if fleeting and (file.parent.is_dir() or not os.path.lexists(file.parent)):
+                continue  # another process removed the empty folder, or made it again, between two calls
             raise CacheError(
                 f"{file.parent.parent}: cannot be written ({error.strerror}); name a {option} that can"
             ) from error
