@@ -225,7 +225,7 @@ def describe(config: RunConfig, reader: CacheReader, norm: LatentNorm, world: Wo
     total, in_projectors = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.projectors))
     batches = make_batches(config, reader, world)
     ahead = batches_ahead(config.prefetch_bytes, batches.num_bytes)
-    over = ", more than prefetch_bytes" if batches.num_bytes > config.prefetch_bytes else ""
+    over = "; one alone is more than prefetch_bytes" if batches.num_bytes > config.prefetch_bytes else ""
     shown = record(config, reader, norm)
     del shown["resolved"]["class_names"]
     settings = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=110)
@@ -234,7 +234,7 @@ def describe(config: RunConfig, reader: CacheReader, norm: LatentNorm, world: Wo
         f"model: {config.model}, {total - in_projectors:.1f} M parameters; projectors {in_projectors:.1f} M\n"
         f"data: {len(reader.valid_rows)} of {reader.num_samples} samples, {len(reader.views)} view(s), "
         f"{batches.row_bytes / 1024:.1f} KiB a sample, {batches.row_bytes * config.batch_size / 2**20:.2f} MiB a step\n"
-        f"read ahead: {ahead} of {human_bytes(batches.num_bytes)} each on every rank{over}"
+        f"read ahead: {ahead} x {human_bytes(batches.num_bytes)} on every rank{over}"
     )
 
 

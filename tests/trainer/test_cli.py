@@ -111,8 +111,8 @@ def test_the_flags_of_reading_reach_the_run(make_cache, repa_train, tmp_path):
     stored = json.loads((out / "config.json").read_text())
     names = ("shuffle", "shuffle_window", "prefetch_bytes", "check_reads")
     assert [stored[name] for name in names] == ["blocks", 2, 1000, True]
-    assert "read ahead: 1 of " in outcome.output
-    assert "each on every rank, more than prefetch_bytes" in outcome.output
+    assert "read ahead: 1 x " in outcome.output
+    assert "on every rank; one alone is more than prefetch_bytes" in outcome.output
 
     resumed = repa_train(written.path, out, "--steps", "4", "--resume", "auto")
     assert "shuffle: stored 'blocks', asked 'global'; shuffle_window: stored 2, asked 16" in resumed.error

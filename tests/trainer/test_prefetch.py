@@ -36,6 +36,7 @@ def test_read_ahead_serves_every_micro_batch_in_order(batches):
                 assert torch.equal(got.draws.noise, expected.draws.noise)
                 seen += got.data.rows.tolist()
         assert ahead.waited_s >= 0
+        assert ahead.reading_s > 0
     # 56 positions from 16 on over 21 valid rows: epoch 1 (21 to 41) is whole among them.
     assert sorted(seen[5:26]) == sorted(batches.reader.valid_rows.tolist())
     assert not {4, 11} & set(seen)
