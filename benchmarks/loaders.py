@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from samples import NDArray, Rows, Samples, open_raw
+from samples import NDArray, Rows, Samples, array_paths, open_raw
 
 from repa.trainer.reader import CacheReader
 
@@ -138,17 +138,11 @@ class Copy(Take):
 
 
 class OfTheCache(ByIndex):
-    """A reader of the cache as it lies; its arrays by the field's name."""
+    """A reader of the cache as it lies. `row` and `label` need no reading."""
 
     def __init__(self, samples: Samples, folder: Path) -> None:
         super().__init__(samples, folder)
         self.folder = samples.cache
-
-    def paths(self) -> dict[str, Path]:
-        """Return the arrays of components by field; `row` and `label` need no reading."""
-        (features,) = (self.folder / "features").glob("*/zarr.json")
-        names = [name for name in self.samples.fields if name not in ("row", "label", "moments")]
-        return {"moments": self.folder / "latents/synthetic/moments", **{n: features.with_name(n) for n in names}}
 
     def known(self, rows: NDArray, out: Rows) -> None:
         """Fill `row` and `label`."""
@@ -158,7 +152,7 @@ class OfTheCache(ByIndex):
     def open(self) -> None:
         import zarr
 
-        self._labels = zarr.open_array(self.folder / "label", mode="r")[:].astype(np.int64)
+        self._labels = np.asarray(zarr.open_array(self.folder / "label", mode="r")[:]).astype(np.int64)
 
 
 class Ours(OfTheCache):
@@ -198,7 +192,7 @@ class TensorStore(OfTheCache):
         spec = {"driver": "zarr3", "recheck_cached_data": "open"}
         self._stores = {
             name: tensorstore.open({**spec, "kvstore": f"file://{path}/"}, context=context, read=True).result()
-            for name, path in self.paths().items()
+            for name, path in array_paths(self.folder).items()
         }
 
     def close(self) -> None:
@@ -227,7 +221,7 @@ class ZarrPython(OfTheCache):
         if self.pipeline is not None:
             settings = {"codec_pipeline": {"path": self.pipeline, "strict": True}}
         with zarr.config.set(settings):
-            self._arrays = {name: zarr.open_array(path, mode="r") for name, path in self.paths().items()}
+            self._arrays = {name: zarr.open_array(path, mode="r") for name, path in array_paths(self.folder).items()}
 
     def fill(self, rows: NDArray, out: Rows) -> Rows:
         self.known(rows, out)

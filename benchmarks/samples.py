@@ -15,6 +15,7 @@ import zarr
 from synthetic_cache import make_cache
 
 NDArray = np.ndarray[Any, Any]
+COPIED_SAMPLES = 256  # at a time
 Rows = dict[str, NDArray]  # arrays by field: of one sample [*row], or of a batch [B, *row]
 
 
@@ -98,20 +99,24 @@ class Samples:
 def make_samples(folder: Path, *, num_samples: int, dtype: str, grid: int, width: int) -> Samples:
     """Write a cache with tokens of `dtype` into `folder`, and its rows as .npy files beside it."""
     cache = make_cache(folder / "cache", num_samples=num_samples, grid=grid, width=width, dtype=dtype)
-    group = zarr.open_group(cache, mode="r")
-    ((_, features),) = group["features"].groups()
-    names = ("patch_tokens", *(("token_scale",) if dtype == "int8" else ()), "channel_mean", "channel_std")
-    sources = {"moments": group["latents/synthetic/moments"], **{name: features[name] for name in names}}
     raw = folder / "npy"
     raw.mkdir()
     np.save(raw / "row.npy", np.arange(num_samples))
-    np.save(raw / "label.npy", group["label"][:].astype(np.int64))
-    for name, source in sources.items():
+    np.save(raw / "label.npy", np.asarray(zarr.open_array(cache / "label", mode="r")[:]).astype(np.int64))
+    for name, path in array_paths(cache).items():
+        source = zarr.open_array(path, mode="r")
         target = np.lib.format.open_memmap(raw / f"{name}.npy", "w+", source.dtype, (num_samples, *source.shape[2:]))
-        for start, stop in shard_ranges(num_samples, source.shards[0]):
+        for start, stop in shard_ranges(num_samples, COPIED_SAMPLES):
             target[start:stop] = source[start:stop, 0]
         target.flush()
     return Samples(cache, raw)
+
+
+def array_paths(cache: Path) -> dict[str, Path]:
+    """Return the arrays of a synthetic cache that training reads, by their name in a batch of `Samples`."""
+    (features,) = (cache / "features").glob("*/zarr.json")
+    found = (features.with_name(name) for name in ("patch_tokens", "token_scale", "channel_mean", "channel_std"))
+    return {"moments": cache / "latents/synthetic/moments", **{path.name: path for path in found if path.exists()}}
 
 
 def open_raw(folder: Path) -> Rows:
