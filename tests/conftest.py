@@ -40,13 +40,24 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
+def s3_settings(endpoint: str) -> dict[str, str]:
+    """Return the variables of the environment by which a bucket is reached."""
+    keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key"}
+    return {"AWS_ENDPOINT_URL": endpoint, "AWS_REGION": "us-east-1", **keys}
+
+
 @pytest.fixture(scope="session")
-def ray_head() -> Iterator[tuple[str, int]]:
-    """Yield the address of the session's one Ray instance, and the process whose descendants it is."""
+def ray_head(object_store: str) -> Iterator[tuple[str, int]]:
+    """Yield the address of the session's one Ray instance, and the process whose descendants it is.
+
+    Its workers know the session's S3 server.
+    """
     # Ray may ask for a token; one of this session's own, whatever the user has set up for real clusters.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     command = [sys.executable, "-W", "ignore", "-c", _RAY_HEAD]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as head:
+    environment = os.environ | s3_settings(object_store)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as head:
         assert head.stdin is not None
         assert head.stdout is not None
         address = head.stdout.readline().strip()
@@ -88,9 +99,8 @@ def bucket(object_store: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the URL of a new bucket, which the AWS_ variables of the environment now lead to."""
     name = f"bucket-{secrets.token_hex(4)}"
     urllib.request.urlopen(urllib.request.Request(f"{object_store}/{name}", method="PUT")).close()
-    settings = {"ENDPOINT_URL": object_store, "ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "REGION": "us-east-1"}
-    for key, value in settings.items():
-        monkeypatch.setenv(f"AWS_{key}", value)
+    for key, value in s3_settings(object_store).items():
+        monkeypatch.setenv(key, value)
     return f"s3://{name}"
 
 

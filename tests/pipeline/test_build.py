@@ -1,16 +1,16 @@
 """Many components in one cache: adding one changes none, builds beside each other, what the commands say of it."""
 
+import contextlib
 import fcntl
 import io
-import multiprocessing
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tqdm
-
-from repa.pipeline.store import CacheStore
 
 
 @pytest.fixture
@@ -85,11 +85,26 @@ def test_the_order_in_which_components_are_added_leaves_no_trace(
     assert tree(tmp_path / "apart") == tree(tmp_path / "together")
 
 
-def _hold(cache: Path, path: str, held: Any, release: Any) -> None:
-    with CacheStore.open(cache).lock(path):
-        (CacheStore.open(cache).partial_folder(path)).mkdir()
-        held.set()
-        release.wait(60)
+# A build as others see it: it holds the lock of a component until its input ends.
+HOLD = """
+import sys
+from repa.pipeline.store import CacheStore
+store = CacheStore.open(sys.argv[1])
+with store.lock(sys.argv[2]):
+    store.partial_folder(sys.argv[2]).mkdir()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def lock_held(cache: Path, path: str) -> Iterator[subprocess.Popen[str]]:
+    """Hold the lock of a component in a process of its own, which is yielded."""
+    command = [sys.executable, "-c", HOLD, str(cache), path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        yield holder
 
 
 def test_one_component_is_built_by_one_build_and_others_go_on(
@@ -97,12 +112,7 @@ def test_one_component_is_built_by_one_build_and_others_go_on(
 ) -> None:
     cache = tmp_path / "cache"
     build(images, cache)
-    context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(cache, "features/hog-grid3", held, release))
-    other.start()
-    try:
-        assert held.wait(60)
+    with lock_held(cache, "features/hog-grid3"):
         second = build(images, cache, "--encoder", "hog:grid=3")
         assert second.code == 1
         assert second.err == (
@@ -111,9 +121,6 @@ def test_one_component_is_built_by_one_build_and_others_go_on(
         )
         assert build(images, cache, "--encoder", "hog:grid=5", "--autoencoder", "none").code == 0
         assert (cache / ".partial/features.hog-grid3").exists()  # the other build's half-written shards are its own
-    finally:
-        release.set()
-        other.join()
     assert build(images, cache, "--encoder", "hog:grid=3").code == 0
     assert not [name for name in tree(cache) if "partial" in name]
 
@@ -121,13 +128,8 @@ def test_one_component_is_built_by_one_build_and_others_go_on(
 def test_a_lock_dies_with_its_process(images: Path, tmp_path: Path, build: Callable[..., Any]) -> None:
     cache = tmp_path / "cache"
     build(images, cache)
-    context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
-    other = context.Process(target=_hold, args=(cache, "features/hog-grid3", held, release))
-    other.start()
-    assert held.wait(60)
-    other.kill()
-    other.join()
+    with lock_held(cache, "features/hog-grid3") as other:
+        other.kill()
     lock = cache / ".partial/features.hog-grid3.lock"
     with lock.open() as file:  # it is there, and nobody holds it
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -137,10 +137,10 @@ def test_a_killed_build_goes_on_to_the_same_objects(
 
 
 def test_ray_workers_put_their_own_shards(
-    images: Path, tmp_path: Path, bucket: str, build: Callable[..., Any], repa_cache: Callable[..., Any]
+    images: Path, tmp_path: Path, bucket: str, build: Callable[..., Any], ray_head: tuple[str, int]
 ) -> None:
     assert build(images, f"{bucket}/one").code == 0
-    done = build(images, f"{bucket}/two", "--workers", 2, "--device", "cpu")
+    done = build(images, f"{bucket}/two", "--workers", 1, "--address", ray_head[0])
     assert done.code == 0, done.err
     assert objects(f"{bucket}/two", tmp_path) == objects(f"{bucket}/one", tmp_path)
 
