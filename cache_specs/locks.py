@@ -8,6 +8,7 @@ bytes twice.
 import contextlib
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,8 +42,7 @@ def _acquire(file: Path, *, wait: bool, option: str) -> int | None:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            fleeting = isinstance(error, FileNotFoundError | FileExistsError)
-            if fleeting and (file.parent.is_dir() or not os.path.lexists(file.parent)):
+            if isinstance(error, FileNotFoundError | FileExistsError) and _is_folder_or_gone(file.parent):
                 continue  # another process removed the empty folder, or made it again, between two calls
             raise CacheError(
                 f"{file.parent.parent}: cannot be written ({error.strerror}); name a {option} that can"
@@ -62,3 +62,10 @@ def _acquire(file: Path, *, wait: bool, option: str) -> int | None:
             if os.stat(file).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
         os.close(descriptor)
+
+
+def _is_folder_or_gone(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)  # one look: between two it may come or go
+    except FileNotFoundError:
+        return True
