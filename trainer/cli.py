@@ -78,9 +78,11 @@ def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
     from .borrowed import load_decoder, load_evaluation
     from .grids import draw_training_grid
     from .loop import train
+    from .open_files import raise_limit
     from .resume import enter_folder
     from .run import describe, latent_source, prepare
 
+    raise_limit()  # a global shuffle comes by every shard: thousands of files
     config, copy = _staged(config, world) if config.stage else (config, None)
     run = prepare(config, world, copy=copy)
     decode = None

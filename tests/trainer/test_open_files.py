@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from repa.trainer.open_files import CLOSED, OpenFiles, default_limit
+from repa.trainer.open_files import CLOSED, OpenFiles, default_limit, raise_limit
 
 
 @pytest.fixture
@@ -70,3 +70,14 @@ def test_the_default_leaves_the_process_most_of_its_files():
     resource = pytest.importorskip("resource")
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert 1 <= default_limit() <= (soft if soft > 0 else 2**20) // 4
+
+
+def test_the_limit_is_raised_as_far_as_the_system_allows():
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+    try:
+        raise_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
