@@ -151,6 +151,11 @@ def encoder_aliases() -> Mapping[str, str]:
     return _table("encoders.yaml")["aliases"]
 
 
+def encoders_left_out() -> Mapping[str, str]:
+    """Return encoders of the study that the table does not have, each with the reason."""
+    return _table("encoders.yaml")["left_out"]
+
+
 def encoder_table_lines() -> Iterator[str]:
     """Yield the table as text, a line an encoder; an asterisk marks the 27 of the iREPA study."""
     short = {name: alias for alias, name in encoder_aliases().items()}
@@ -164,6 +169,8 @@ def encoder_table_lines() -> Iterator[str]:
             f"{entry.params_m:>8.1f} {entry.gmac:>7.1f}  {entry.licence:<25} {entry.source}"
         )
     yield "* one of the 27 of the iREPA study; @irepa: as the study computes it, where that is not the model's card"
+    for name, reason in encoders_left_out().items():
+        yield f"left out: {name}: {reason}"
 
 
 def encoder_name(request: str) -> str:
@@ -197,6 +204,8 @@ def read_encoder_request(request: str) -> EncoderRequest:
         entry = read_encoder_file(Path(asked))
     else:
         name = encoder_name(asked)
+        if name in encoders_left_out():
+            raise UsageError(f"--encoder {request}: {name} is left out: {encoders_left_out()[name]}")
         if name not in encoder_table():
             raise UsageError(f"unknown encoder {name!r}: {nearest(name, [*encoder_table(), *encoder_aliases()])}")
         entry = encoder_table()[name]

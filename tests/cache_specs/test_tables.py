@@ -71,6 +71,7 @@ def test_the_grid_is_the_studys_or_the_one_asked() -> None:
         ("hog:grid=0", "grid is '0'"),
         ("hog:grid=a", "grid is 'a'"),
         ("hog:grid=", "grid is ''"),
+        ("sift", "sift is left out: the study's is kornia's"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(request_: str, said: str) -> None:
