@@ -121,7 +121,7 @@ def test_windows_hold_their_shards_and_an_epoch_is_exact(num, shard, window):
 
 def test_shards_come_in_any_order_and_samples_of_a_window_mix():
     """11 samples in shards of 3: the short shard, of 2, takes every turn equally often, like any other."""
-    order, times = BlockOrder(11, seed=0, shard_samples=3, window=1), 800
+    order, times = BlockOrder(11, seed=0, shard_samples=3, window=1), 400
     epochs = order.at(0, 11 * times).reshape(times, 11) // 3
     turns = np.array([[*dict.fromkeys(epoch)] for epoch in epochs.tolist()])
     _, counts = np.unique(turns, axis=0, return_counts=True)
