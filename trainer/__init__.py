@@ -6,7 +6,7 @@ No encoder, autoencoder or Ray is needed, or imported, to train.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Batch", "CacheReader", "FeatureBatch", "SiT", "load_model"]
+__all__ = ["Batch", "CacheReader", "FeatureBatch", "SiT", "load_model", "stage_cache"]
 
 _HOMES = {
     "Batch": "reader",
@@ -14,12 +14,14 @@ _HOMES = {
     "FeatureBatch": "reader",
     "SiT": "sit",
     "load_model": "pretrained",
+    "stage_cache": "stage",
 }
 
 if TYPE_CHECKING:
     from .pretrained import load_model
     from .reader import Batch, CacheReader, FeatureBatch
     from .sit import SiT
+    from .stage import stage_cache
 
 
 def __getattr__(name: str) -> Any:
