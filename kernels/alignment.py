@@ -1,12 +1,12 @@
-"""The alignment loss that trainers call: one op with a gradient, registered with torch.
+"""The alignment loss that trainers call: one op with a gradient.
 
-`cosine_alignment` checks its arguments and calls `repa::cosine_alignment`, which returns the loss and dz together:
-the fused Triton kernel on CUDA and ROCm, the closed form of `composite` elsewhere. As a triton_op it stays whole under
+`cosine_alignment` checks its arguments and calls `loss_and_dz`, which returns the loss and dz together: the fused
+Triton kernel on CUDA and ROCm, the closed form of `composite` elsewhere. Eager tensors on the CPU reach it through an
+autograd function, all others through `repa::cosine_alignment` (registered.py): as a triton_op it stays whole under
 torch.compile(fullgraph=True), and Inductor sees the Triton launches and the composite's arithmetic, not a black box.
 """
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ def _is_eager(t: Tensor) -> bool:
     return type(t) in (Tensor, torch.nn.Parameter)
 
 
-def _loss_and_dz(
+def loss_and_dz(
     z: Tensor,
     tokens: Tensor,
     token_scale: Tensor | None,
@@ -54,13 +54,13 @@ def _loss_and_dz(
         return loss, z.new_empty(0) if dz is None else dz
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1])
     ctx.set_materialize_grads(False)  # dz's own gradient does not exist: do not fill [B,T,E] zeros for it
     ctx.num_inputs = len(inputs)
 
 
-def _backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "cosine_alignment: backward(create_graph=True) asks for a second derivative, which the fused op does not "
@@ -88,20 +88,12 @@ def _times_upstream(dz: Tensor, grad: Tensor) -> Tensor:
     return dz if grad.item() == 1.0 else (dz.float() * grad).to(dz.dtype)
 
 
-# torch searches the source of an op for Triton kernels, and to read it imports its compiler, 1.5 s at every start; ours
-# are imported inside, where it does not look. A partial has no source, and lacks of a function only what is set here.
-_unsearched = functools.partial(_loss_and_dz)
-vars(_unsearched)["__globals__"] = globals()
-_op = torch.library.triton_op("repa::cosine_alignment", _unsearched, mutates_args={})
-torch.library.register_autograd("repa::cosine_alignment", _backward, setup_context=_save)
-
-
 class _OnCPU(torch.autograd.Function):
-    """The same without the registered op, whose first call imports torch's compiler: 1.8 s and 150 MB of a start."""
+    """The op for eager tensors on the CPU, which need no registered one."""
 
-    forward = staticmethod(_loss_and_dz)
-    setup_context = staticmethod(_save)
-    backward = staticmethod(_backward)
+    forward = staticmethod(loss_and_dz)
+    setup_context = staticmethod(save)
+    backward = staticmethod(backward)
 
 
 def cosine_alignment(
@@ -140,7 +132,9 @@ def cosine_alignment(
     """
     arguments.check(z, tokens, token_scale, channel_mean, channel_std, gamma, weight, row_weight, row_index)
     needs_dz = z.requires_grad and torch.is_grad_enabled()
-    plain = not torch.compiler.is_compiling() and not z.is_cuda and _is_eager(z)
-    op = _OnCPU.apply if plain else _op
+    if not torch.compiler.is_compiling() and not z.is_cuda and _is_eager(z):
+        op = _OnCPU.apply
+    else:
+        from .registered import cosine_alignment as op
     loss, _ = op(z, tokens, token_scale, channel_mean, channel_std, row_weight, row_index, gamma, weight, needs_dz)
     return loss

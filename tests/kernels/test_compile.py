@@ -69,7 +69,7 @@ with FakeTensorMode():
     z = torch.empty(4, 32, 64, device="cuda", dtype=torch.bfloat16)
     tokens = torch.empty(4, 32, 64, device="cuda", dtype=torch.float16)
 def op(z, tokens):
-    return alignment._loss_and_dz(z, tokens, None, None, None, None, None, 0.6, 0.5, True)
+    return alignment.loss_and_dz(z, tokens, None, None, None, None, None, 0.6, 0.5, True)
 graph = make_fx(op, tracing_mode="fake")(z, tokens)
 calls = [node for node in graph.graph.nodes if node.op == "call_function"]
 print(json.dumps([[node.target.__name__, node.kwargs.get("grid")] for node in calls]))
