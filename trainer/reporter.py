@@ -28,7 +28,8 @@ class Reporter:
         self._clock = clock
         batches = run.batches
         step_bytes = run.config.batch_size * batches.row_bytes
-        self._speed = Speed(batch_size=run.config.batch_size, step_bytes=step_bytes)
+        staged = run.config.stage is not None
+        self._speed = Speed(batch_size=run.config.batch_size, step_bytes=step_bytes, staged=staged)
         self._steps: list[Tensor] = []
         self._names = ["denoising_loss", "alignment_loss", "grad_norm"]
         self._last_log = (0.0, 0.0, 0.0)

@@ -6,7 +6,7 @@ thread was at work. The quotient of bytes and the last is what the thread could 
 
 from dataclasses import dataclass
 
-WARM_UP_STEPS = 20  # compilation, first touches of files and memory: said to nobody
+WARM_UP_STEPS = 20  # compilation, first touches of files and memory: not counted
 MEASURED_STEPS = 50
 DATA_BOUND = 0.05  # of the time spent waiting for data; below it there is little to win
 
@@ -26,11 +26,15 @@ class Interval:
 
 
 class Speed:
-    """The speed of a run whose steps take `batch_size` samples and `step_bytes` bytes over all ranks."""
+    """The speed of a run whose steps take `batch_size` samples and `step_bytes` bytes over all ranks.
 
-    def __init__(self, *, batch_size: int, step_bytes: int) -> None:
+    `staged` says that the cache is read from a local copy already.
+    """
+
+    def __init__(self, *, batch_size: int, step_bytes: int, staged: bool) -> None:
         self._batch_size = batch_size
         self._step_bytes = step_bytes
+        self._remedies = "" if staged else "stage the cache on a local disk (--stage DIR), "
         self._warm_up = WARM_UP_STEPS  # steps still to come
         self._measured = Interval()
         self._said = False
@@ -68,6 +72,5 @@ class Speed:
             )
         return (
             f"bound by data: {wait:.0f} % of the time waits for it, at {used:.2g} GB/s ({possible:.2g} while it is "
-            f"read). Stage the cache on a local disk (--stage DIR), read less (int8 tokens, fewer encoders), or raise "
-            f"--prefetch-bytes"
+            f"read); {self._remedies}read less (int8 tokens, fewer encoders), or raise --prefetch-bytes"
         )

@@ -9,8 +9,8 @@ from repa.trainer.reporter import Reporter
 from repa.trainer.speed import Interval, Speed
 
 
-def speed() -> Speed:
-    return Speed(batch_size=256, step_bytes=100_000_000)
+def speed(*, staged: bool = False) -> Speed:
+    return Speed(batch_size=256, step_bytes=100_000_000, staged=staged)
 
 
 def test_a_record_has_samples_bytes_and_the_share_that_waited():
@@ -33,13 +33,14 @@ def test_the_bound_is_said_once_after_the_warm_up(log_every, at):
     assert said == [(at, expected)]
 
 
-def test_a_run_bound_by_data_is_told_what_to_do():
-    meter = speed()
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_run_bound_by_data_is_told_what_to_do(staged):
+    meter = speed(staged=staged)
     meter.bound(Interval(steps=50, seconds=1, waited_s=0, reading_s=1), last=False)
     line = meter.bound(Interval(steps=50, seconds=10, waited_s=4.1, reading_s=9.9), last=False)
     assert line is not None
-    assert line.startswith("bound by data: 41 % of the time waits for it, at 0.5 GB/s (0.51 while it is read). ")
-    assert "--stage DIR" in line
+    assert line.startswith("bound by data: 41 % of the time waits for it, at 0.5 GB/s (0.51 while it is read); ")
+    assert ("--stage DIR" in line) == (not staged)
     assert "--prefetch-bytes" in line
 
 
@@ -65,7 +66,7 @@ def test_the_slowest_rank_counts_and_the_main_one_speaks(tmp_path, capsys, main)
         folder=tmp_path,
         world=world,
         step=0,
-        config=SimpleNamespace(batch_size=8, steps=200),
+        config=SimpleNamespace(batch_size=8, steps=200, stage=None),
         batches=SimpleNamespace(row_bytes=125_000_000),
         reader=SimpleNamespace(features=()),
     )
