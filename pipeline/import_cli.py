@@ -79,6 +79,8 @@ def _print_plan(options: "ImportOptions", plan: "ImportPlan") -> None:
         f"{list(plan.reading.shape[1:])}, {len(layout.class_names)} classes, {images}"
     )
     click.echo(f"latents of {plan.look.num} of them: mean {numbers(plan.look.mean)}, std {numbers(plan.look.std)}")
+    if plan.warning is not None:
+        click.echo(f"warning: {plan.warning}", err=True)
     click.echo(f"{options.cache}: {plan.component.path}, {layout.resolution} px, views {' + '.join(layout.views)}")
     for name, shape, size in describe(plan.component, layout):
         click.echo(f"  {name:<13} {shape:<32} {human_bytes(size)}")

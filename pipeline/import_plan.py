@@ -19,6 +19,7 @@ from .import_arrow import SPLITS, STATE, ArrowSource
 from .import_checks import Look, Reading, check_pixel_range, check_scale, check_statistics, look_at
 from .import_edm2 import open_edm2
 from .import_lightningdit import SampledSource
+from .import_pairs import doubt_of_pairs
 from .import_repa import LATENTS as REPA_LATENTS
 from .import_repa import open_repa
 from .import_source import BadLatent, LatentSource
@@ -62,6 +63,7 @@ class ImportPlan:
     look: Look
     layout: CacheLayout
     component: ComponentSpec
+    warning: str | None
 
 
 def detect_layout(data: Path) -> str:
@@ -134,7 +136,8 @@ def plan_import(options: ImportOptions) -> ImportPlan:
         flip=len(source.views) > 1,
     )
     component = _component(source, reading, entry, look, resolution, options)
-    return ImportPlan(source=source, reading=reading, look=look, layout=layout, component=component)
+    warning = doubt_of_pairs(source, reading, resolution=resolution)
+    return ImportPlan(source=source, reading=reading, look=look, layout=layout, component=component, warning=warning)
 
 
 def _entry(options: ImportOptions) -> AutoencoderEntry | None:
