@@ -66,12 +66,12 @@ def stage_cache(
     if not _is_copied(source / METADATA, target / METADATA):
         with _alone(target, "cache", on_message):
             _copy_root(source, target)
-    for component in components:
-        record = source / component.path / METADATA, target / component.path / METADATA
-        if _is_copied(*record):
-            continue
+    records = {c.path: (source / c.path / METADATA, target / c.path / METADATA) for c in components}
+    wanted = [component for component in components if not _is_copied(*records[component.path])]
+    _check_room(target, [shard for component in wanted for shard in _missing(source, target, layout, component)])
+    for component in wanted:
         with _alone(target, component.path, on_message) as partials:
-            if not _is_copied(*record):
+            if not _is_copied(*records[component.path]):
                 _copy_component(source, target, layout, component, partials, on_progress, on_message)
     return target.path
 
@@ -141,11 +141,9 @@ def _copy_component(
     group, copy = source / component.path, target / component.path
     arrays = component.arrays(layout)
     for array in arrays:
-        _check_shards(group / array.name, array)
         _copy_record(group / array.name / METADATA, copy / array.name / METADATA)
-    missing = [shard for array in arrays for shard in _missing(group, copy, array, layout.num_ranges)]
+    missing = list(_missing(source, target, layout, component))
     total = sum(shard.num_bytes for shard in missing)
-    _check_room(target, component, total)
     if missing:
         on_message(f"{copy}: copying {len(missing)} shards, {human_bytes(total)}, from {source}")
     try:
@@ -180,22 +178,27 @@ def _check_shards(array: Location, layout: ArrayLayout) -> None:
         )
 
 
-def _missing(group: Location, copy: LocalPath, array: ArrayLayout, num_ranges: int) -> Iterator[_Shard]:
-    there, sizes = (copy / array.name).names(), (group / array.name).sizes()
-    for name in map(array.shard_file, range(num_ranges)):
-        if name in there:
-            continue
-        if name not in sizes:
-            raise CacheError(f"{group / array.name / name}: missing; run the build of {group} again")
-        yield _Shard(name=f"{array.name}/{name}", num_bytes=sizes[name], layout=array)
+def _missing(source: Location, target: LocalPath, layout: CacheLayout, component: ComponentSpec) -> Iterator[_Shard]:
+    """Yield the shards of a component that are not in the copy; raise CacheError where the source is not as ours."""
+    group, copy = source / component.path, target / component.path
+    for array in component.arrays(layout):
+        _check_shards(group / array.name, array)
+        there, sizes = (copy / array.name).names(), (group / array.name).sizes()
+        for name in map(array.shard_file, range(layout.num_ranges)):
+            if name in there:
+                continue
+            if name not in sizes:
+                raise CacheError(f"{group / array.name / name}: missing; run the build of {group} again")
+            yield _Shard(name=f"{array.name}/{name}", num_bytes=sizes[name], layout=array)
 
 
-def _check_room(target: LocalPath, component: ComponentSpec, num_bytes: int) -> None:
-    free = shutil.disk_usage(target.path).free
+def _check_room(target: LocalPath, shards: Sequence[_Shard]) -> None:
+    """Raise JobError where the disk has not the room for all of them; another that copies now may still fill it."""
+    num_bytes, free = sum(shard.num_bytes for shard in shards), shutil.disk_usage(target.path).free
     if num_bytes > free:
         raise JobError(
-            f"{target}: {component.path} needs {human_bytes(num_bytes)} more and {human_bytes(free)} are free; make "
-            "room, or name a --stage on another disk"
+            f"{target}: {human_bytes(num_bytes)} are to be copied and {human_bytes(free)} are free; make room, or name "
+            "a --stage on another disk"
         )
 
 

@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_is_said_before_the_copy_and_during_it(
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        with pytest.raises(JobError, match=r"latents/toy-ae needs [\d.]+ kB more and 1\.0 kB are free; make room"):
+        with pytest.raises(JobError, match=r"[\d.]+ kB are to be copied and 1\.0 kB are free; make room"):
             stage_cache(written.path, tmp_path / "stage", encoders=["toy"])
     assert downloads == []
     with monkeypatch.context() as patch:
@@ -195,6 +195,10 @@ def test_copies_of_other_builds_and_shards_of_others_are_refused(
     metadata["codecs"][0]["configuration"]["codecs"].pop()  # the checksum
     array.write_text(json.dumps(metadata))
     with pytest.raises(CacheError, match="so a copy could not be verified; train from it as it is, without --stage"):
+        stage_cache(other, tmp_path / "new", encoders=["toy8-int8"])
+    metadata["chunk_key_encoding"]["configuration"]["separator"] = "/"
+    array.write_text(json.dumps(metadata))
+    with pytest.raises(CacheError, match="so a copy could not be verified"):
         stage_cache(other, tmp_path / "new", encoders=["toy8-int8"])
     for error, text, options in (
         (UsageError, "holds several", {}),
