@@ -56,6 +56,7 @@ def cli() -> None:
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the forward.")
 @click.option("--device", metavar="DEVICE", help="cpu or cuda. [default: cuda where there is one]")
 @click.option("--workers", type=int, help="Ray workers; 0 encodes in this process. [default: one a GPU, else 1]")
+@click.option("--threads", type=int, help="CPU threads a worker. [default: this machine's cores / workers]")
 @click.option("--address", metavar="ADDR", help="Ray cluster to join: auto, or host:port.")
 @click.option("--skip-bad", is_flag=True, help="Leave unreadable images out instead of stopping short of them.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built; load and write nothing.")

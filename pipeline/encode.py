@@ -71,7 +71,8 @@ class Worker:
     """The models of a build on one device.
 
     `threads` sets torch's intra-op threads explicitly: the same number gives the same bits in-process and under Ray,
-    which would otherwise set it to 1.
+    which would otherwise set it to 1. Another number may change the last bits of convolutions on a CPU (the SD VAE's
+    moments by 3e-6), so that builds which must agree byte for byte name the same one.
     """
 
     def __init__(

@@ -238,6 +238,7 @@ def test_a_link_to_itself_is_named(images: Path, tmp_path: Path, build: Callable
         (["--resolution", "4"], ["expected at least 8"]),
         (["--batch-size", "0"], ["--batch-size 0"]),
         (["--workers", "-1"], ["--workers -1"]),
+        (["--threads", "0"], ["--threads 0: expected at least 1"]),
         (["--shard-samples", "0"], ["--shard-samples 0"]),
         (["--workers", "0", "--address", "auto"], ["leave out --address"]),
         (["--weights", "hog"], ["expected NAME=FILE"]),

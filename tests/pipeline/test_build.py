@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import tqdm
 
 
@@ -38,6 +40,16 @@ def test_adding_a_component_or_asking_again_touches_no_file(
     assert {file: after[file] for file in before} == before
     groups = {str(file.parent.relative_to(cache)) for file in after if file.name == "zarr.json"}
     assert {"features/hog-grid3", "features/hog-grid4-int8"} <= groups
+
+
+def test_the_models_get_the_threads_that_are_asked_for(
+    images: Path, tmp_path: Path, build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    assert build(images, tmp_path / "one", "--threads", 3).code == 0
+    assert build(images, tmp_path / "two").code == 0
+    assert asked == [3, os.cpu_count()]
 
 
 def test_a_build_that_names_no_autoencoder_finishes_the_latents_that_were_begun(
