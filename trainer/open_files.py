@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-# A quarter of what the process may hold: a batch may double it, and the process opens other files too. The usual limit
-# is 1,024; repa-train raises it as far as it may (`raise_limit`).
+# A quarter of what the process may hold, of which a batch may take half again: there may be two readers, and other
+# files are opened too. The usual limit is 1,024; repa-train raises it as far as it may (`raise_limit`).
 SHARE_OF_LIMIT = 4
 MOST = 32_768
 CLOSED = -1
@@ -43,9 +43,9 @@ def default_limit() -> int:
 class OpenFiles:
     """Descriptors by file number; the least recently used are closed, but only between batches.
 
-    12 bytes a file, open or not, and some 100 an open one. `limit` holds between batches; what one batch reads comes on
-    top while it is read, and callers ask for no more than `limit` files at once (row_reads.py). What is open is closed
-    with the object.
+    12 bytes a file, open or not, and some 100 an open one. `limit` holds between batches; what one batch reads comes
+    on top while it is read, and callers ask for no more than half of `limit` at once (row_reads.py). What is open is
+    closed with the object.
     """
 
     def __init__(self, limit: int | None = None) -> None:

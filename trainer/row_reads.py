@@ -53,8 +53,8 @@ class RowReads:
 
         On return, or once this has raised, nothing writes into the buffers. One call at a time.
         """
-        # An array may need a file for each row, and these many may be open.
-        at_once = max(1, self.files.limit // max(1, len(reads)))
+        # Each row of an array may lie in a file of its own, and these many may be open beside those of other batches.
+        at_once = max(1, self.files.limit // 2 // max(1, len(reads)))
         for first in range(0, len(rows), at_once):
             part = slice(first, first + at_once)
             try:

@@ -41,7 +41,7 @@ def test_every_task_runs_once(num_threads, num):
 
 def test_a_batch_of_more_files_than_may_be_open_is_read_in_parts():
     reads = RowReads(2)
-    reads.files.limit = 5
+    reads.files.limit = 9
     arrays = [Tasks(copy), Tasks(copy)]
     outs = [np.full(7, -1) for _ in arrays]
     reads.read(list(zip(arrays, outs, strict=True)), np.arange(7), np.zeros(7, dtype=int))
