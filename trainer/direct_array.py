@@ -116,11 +116,19 @@ class DirectArray:
 
     def _open(self, shard: int) -> None:
         """Open the file of `shard`; parse its index the first time, later make sure that it is the same file."""
+        number = self._first_file + shard
         try:
-            descriptor = self._files.open(self._first_file + shard, self.folder / self.layout.shard_file(shard))
-            status = os.fstat(descriptor)
+            descriptor = self._files.open(number, self.folder / self.layout.shard_file(shard))
         except OSError as error:
             raise self._error(shard, f"cannot be opened: {error.strerror}") from error
+        try:
+            self._check_file(shard, descriptor)
+        except BaseException:
+            self._files.discard(number)  # what is open counts as checked
+            raise
+
+    def _check_file(self, shard: int, descriptor: int) -> None:
+        status = os.fstat(descriptor)
         # The inode is unsigned and of 64 bits.
         identity = np.array([status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1)], dtype=np.int64)
         if not self._identity[shard].any():

@@ -87,8 +87,12 @@ class OpenFiles:
             num = len(self) - self.limit + self.limit // 8
             numbers = np.fromiter(self._open, dtype=np.int64, count=len(self))
             for number in numbers[np.argpartition(self._used[numbers], num - 1)[:num]].tolist():
-                self._descriptors[number] = CLOSED
-                os.close(self._open.pop(number))
+                self.discard(number)
+
+    def discard(self, number: int) -> None:
+        """Close file `number`."""
+        self._descriptors[number] = CLOSED
+        os.close(self._open.pop(number))
 
     def close(self) -> None:
         """Close all; a later `open` opens them again."""

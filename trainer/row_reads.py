@@ -53,6 +53,7 @@ class RowReads:
 
         On return, or once this has raised, nothing writes into the buffers. One call at a time.
         """
+        assert all(out.flags.c_contiguous and len(out) == len(rows) for _, out in reads), "buffers of another batch"
         # Each row of an array may lie in a file of its own, and these many may be open beside those of other batches.
         at_once = max(1, self.files.limit // 2 // max(1, len(reads)))
         for first in range(0, len(rows), at_once):

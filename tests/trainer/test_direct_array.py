@@ -172,8 +172,9 @@ def test_a_damaged_shard_is_named_with_its_samples(make_cache, damage, message, 
     damage(written.shard("features/toy/patch_tokens", 2))
     reader = CacheReader(written.path, num_threads=num_threads)
     written.assert_rows(reader.rows([0, 9]), [0, 9], [0, 0])
-    with pytest.raises(CacheError, match=message) as caught:
-        reader.rows([0, 14])
+    for _ in range(2):  # whoever goes on after an error meets it again
+        with pytest.raises(CacheError, match=message) as caught:
+            reader.rows([0, 14])
     assert "features/toy/patch_tokens/c.2." in str(caught.value)
     assert "(samples 10 to 14)" in str(caught.value)
     written.assert_rows(reader.rows([0, 9]), [0, 9], [0, 0])  # the others are served on
@@ -226,8 +227,10 @@ def test_an_index_with_a_good_checksum_and_a_bad_entry_is_refused(make_cache, ch
     entries = entries_of(file, layout)
     change(entries)
     file.write_bytes(file.read_bytes()[: -index_bytes(layout)] + pack_index(entries))
-    with pytest.raises(CacheError, match=message) as caught:
-        CacheReader(written.path).rows([5])
+    reader = CacheReader(written.path)
+    for _ in range(2):
+        with pytest.raises(CacheError, match=message) as caught:
+            reader.rows([5])
     assert "moments/c.1." in str(caught.value)
     assert "(samples 5 to 9)" in str(caught.value)
 
@@ -244,8 +247,9 @@ def test_a_file_that_was_replaced_is_refused(make_cache):
     os.replace(other, file)  # of the same size and date
     assert torch.equal(reader.rows([1]).moments, expected)  # the open file is still the old one
     reader.close()
-    with pytest.raises(CacheError, match=r"moments/c\.0.*\(samples 0 to 4\) is not the file that it was"):
-        reader.rows([1])
+    for _ in range(2):
+        with pytest.raises(CacheError, match=r"moments/c\.0.*\(samples 0 to 4\) is not the file that it was"):
+            reader.rows([1])
 
 
 def test_a_file_that_was_written_anew_is_refused(make_cache):
