@@ -11,6 +11,7 @@
 Ranks of the last are forked from a process that has only imported: importing torch takes longer than the training.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -21,8 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch._dynamo  # with the next two lines what a run imports by and by, once for all forks
-import torch.utils.tensorboard
+import torch.utils.tensorboard  # with the next two lines what a run imports by and by, once for all forks
 import zarr  # noqa: F401
 
 from repa.trainer import borrowed, grids, loop, resume  # noqa: F401
@@ -107,15 +107,15 @@ def main(phase: str, *arguments: str) -> None:
         loop.train_step = killed
         train("killed")
         return
+    importlib.import_module("torch._dynamo")  # DistributedDataParallel does, where there are ranks
     codes = []
-    for number, (name, step, more) in enumerate(
-        (
-            ("whole", train_step, ()),
-            ("ended", waits_for_its_end, ()),
-            ("ended", train_step, ("--resume", "auto")),
-            ("killed", train_step, ("--resume", "auto")),
-        )
-    ):
+    runs = (
+        ("whole", train_step, ()),
+        ("ended", waits_for_its_end, ()),
+        ("ended", train_step, ("--resume", "auto")),
+        ("killed", train_step, ("--resume", "auto")),
+    )
+    for number, (name, step, more) in enumerate(runs):
         loop.train_step = step
         codes.append(fork_ranks(f"{folder}/{number}", ports[number], lambda: train(name, *more)))  # noqa: B023  # done here
     print(json.dumps(codes))
