@@ -181,7 +181,8 @@ def prepare(samples: Samples, folder: Path, options: argparse.Namespace) -> list
                 for batch in loader.batches(batch_size, 1, 0):
                     samples.check(batch)
             else:
-                samples.check_epoch(loader.batches(batch_size, len(samples) // batch_size, 0))
+                epoch = loader.batches(batch_size, len(samples) // batch_size, 0)
+                samples.check_epoch(epoch, shuffled=loader.shuffled)
             loader.close()
             loaders.append(loader)
             print(f"{loader.name}: its bytes are those of the source", flush=True)

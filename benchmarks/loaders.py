@@ -29,6 +29,7 @@ class Loader:
     name: str
     order = "global"
     package: str | None = None
+    shuffled = True  # within batches, too
     rival = False  # one of those that ours must beat by 4
     untimed = 0
     slow = False
@@ -126,6 +127,7 @@ class Copy(Take):
 
     name = "memcpy"
     order = "blocks of a batch"
+    shuffled = False
 
     def order_of(self, batch_size: int, num: int, seed: int) -> NDArray:
         starts = np.random.default_rng(seed).permutation(len(self.samples) // batch_size)[:num] * batch_size

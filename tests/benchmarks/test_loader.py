@@ -58,7 +58,7 @@ def epoch(samples: Samples, kind: type[Loader], folder: Path) -> None:
     tried.write()
     tried.open()
     try:
-        samples.check_epoch(tried.batches(8, NUM // 8, 3))
+        samples.check_epoch(tried.batches(8, NUM // 8, 3), shuffled=tried.shuffled)
     finally:
         tried.close()
 
