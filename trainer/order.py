@@ -81,21 +81,21 @@ class BlockOrder:
     def _in_epoch(self, epoch: int, positions: NDArray) -> NDArray:
         """Return the samples at positions [num], each below N, of one epoch."""
         # The short shard's turn is drawn by itself. The others are alike: where each begins is a matter of counting.
-        turn = self._draw(epoch, _SHORT) % self._num_shards
-        windows = self._turns(positions, turn) // self._window
+        short = self._draw(epoch, _SHORT) % self._num_shards
+        windows = self._turns(positions, short) // self._window
         shuffled = np.empty_like(positions)
         for window in np.unique(windows).tolist():
             here = windows == window
-            first, end = self._begins(np.array([window, window + 1]) * self._window, turn).clip(max=self._num).tolist()
+            first, end = self._begins(np.array([window, window + 1]) * self._window, short).clip(max=self._num).tolist()
             keys = permutation_keys(end - first, self._seed, _ORDER, epoch, _WINDOWS + window)
             shuffled[here] = first + permuted(positions[here] - first, end - first, keys)
 
-        turns = self._turns(shuffled, turn)
+        turns = self._turns(shuffled, short)
         alike = max(1, self._num_shards - 1)
         keys = permutation_keys(alike, self._seed, _ORDER, epoch, _SHARDS)
-        shards = permuted(np.minimum(turns - (turns > turn), alike - 1), alike, keys)
-        shards[turns == turn] = self._num_shards - 1
-        return shards * self._shard + shuffled - self._begins(turns, turn)
+        shards = permuted(np.minimum(turns - (turns > short), alike - 1), alike, keys)
+        shards[turns == short] = self._num_shards - 1
+        return shards * self._shard + shuffled - self._begins(turns, short)
 
     def _draw(self, epoch: int, use: int) -> int:
         return int(np.random.SeedSequence(self._seed, spawn_key=(_ORDER, epoch, use)).generate_state(1, np.uint64)[0])

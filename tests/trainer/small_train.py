@@ -3,9 +3,9 @@
     small_train.py alone ARGUMENTS...                repa-train as it is
     small_train.py killed CACHE FOLDER               a rank, under torchrun, of FOLDER/killed: rank 1 dies by SIGKILL in
                                                      step 8
-    small_train.py ranks CACHE FOLDER PORT PORT PORT PORT
-                                                     two ranks train FOLDER/whole, then FOLDER/ended, to which SIGTERM
-                                                     comes in step 6, then continue it and FOLDER/killed.
+    small_train.py ranks CACHE FOLDER PORT...        two ranks train FOLDER/whole, then FOLDER/ended, to which SIGTERM
+                                                     comes in step 6, then continue it and FOLDER/killed. Meanwhile two
+                                                     others train FOLDER/hung, one of which stands still from step 4 on.
                                                      FOLDER/NUMBER.RANK is what a rank printed; exit codes go to stdout
 
 Ranks of the last are forked from a process that has only imported: importing torch takes longer than the training.
@@ -19,13 +19,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.utils.tensorboard  # with the next two lines what a run imports by and by, once for all forks
 import zarr  # noqa: F401
 
-from repa.trainer import borrowed, grids, loop, resume  # noqa: F401
+from repa.trainer import borrowed, distributed, grids, loop, resume  # noqa: F401
 from repa.trainer.cli import train_command
 from repa.trainer.sit import SIZES
 
@@ -62,11 +63,16 @@ def ended(children: list[int]) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def fork_ranks(printed: str, port: str, work: Callable[[], None]) -> list[int]:
-    """Do `work` in two ranks; return their exit codes. Where they wait for SIGTERM, send it, as torchrun would."""
+def start_ranks(printed: str, port: str, work: Callable[[], None]) -> list[int]:
+    """Do `work` in two ranks; return their ids."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    children = [forked(f"{printed}.{rank['RANK']}", rank, work) for rank in ranks]
+    return [forked(f"{printed}.{rank['RANK']}", rank, work) for rank in ranks]
+
+
+def fork_ranks(printed: str, port: str, work: Callable[[], None]) -> list[int]:
+    """Do `work` in two ranks; return their exit codes. Where they wait for SIGTERM, send it, as torchrun would."""
+    children = start_ranks(printed, port, work)
     if loop.train_step is waits_for_its_end:
         folder = Path(printed).parent
         while len(list(folder.glob("waits.*"))) < 2:
@@ -79,6 +85,12 @@ def fork_ranks(printed: str, port: str, work: Callable[[], None]) -> list[int]:
 def killed(run, ahead, norm):
     if run.step == 7 and run.world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(run, ahead, norm)
+
+
+def stands_still(run, ahead, norm):
+    if run.step == 3 and run.world.rank == 1:
+        time.sleep(60)
     return train_step(run, ahead, norm)
 
 
@@ -108,6 +120,9 @@ def main(phase: str, *arguments: str) -> None:
         train("killed")
         return
     importlib.import_module("torch._dynamo")  # DistributedDataParallel does, where there are ranks
+    timeout, distributed.TIMEOUT, loop.train_step = distributed.TIMEOUT, timedelta(seconds=12), stands_still
+    hung = start_ranks(f"{folder}/hung", ports.pop(), lambda: train("hung"))
+    distributed.TIMEOUT = timeout
     codes = []
     runs = (
         ("whole", train_step, ()),
@@ -118,6 +133,8 @@ def main(phase: str, *arguments: str) -> None:
     for number, (name, step, more) in enumerate(runs):
         loop.train_step = step
         codes.append(fork_ranks(f"{folder}/{number}", ports[number], lambda: train(name, *more)))  # noqa: B023  # done here
+    codes.append(ended(hung[:1]))
+    os.kill(hung[1], signal.SIGKILL)
     print(json.dumps(codes))
 
 

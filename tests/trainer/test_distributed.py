@@ -41,7 +41,10 @@ def settings(cache: Path, *assignments: str):
 
 
 def test_two_ranks_train_and_resume_exactly_after_a_death_or_an_end(make_cache, tmp_path, run_outcome, small_sit):
-    """One run, under torchrun, loses a rank by SIGKILL, another is ended by SIGTERM; both go on to the same numbers."""
+    """One run, under torchrun, loses a rank by SIGKILL, another is ended by SIGTERM; both go on to the same numbers.
+
+    In a third a rank stands still: the other one stops when the timeout, here of 12 seconds, is over.
+    """
     cache = make_cache().path
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launch, SCRIPT, "killed", cache, tmp_path]
@@ -52,11 +55,12 @@ def test_two_ranks_train_and_resume_exactly_after_a_death_or_an_end(make_cache, 
     assert "start the same command again (repa-train with --resume auto)" in done.stderr
     assert max((tmp_path / "killed/checkpoints").iterdir()).name == "0000006.pt"
 
-    command = [sys.executable, SCRIPT, "ranks", cache, tmp_path, *free_ports(4)]
+    command = [sys.executable, SCRIPT, "ranks", cache, tmp_path, *free_ports(5)]
     done = subprocess.run(command, env=ALONE, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     printed = {file.name: file.read_text() for file in tmp_path.glob("*.[01]")}
-    assert json.loads(done.stdout) == [[0, 0]] * 4, printed
+    assert json.loads(done.stdout) == [[0, 0]] * 4 + [[1]], printed
+    assert printed["hung.0"].count(line) == 1
     assert "7 of 11 steps done" in printed["1.0"]
     assert "11 of 11 steps done" in printed["2.0"]
     whole = run_outcome(tmp_path / "whole")
