@@ -62,7 +62,7 @@ def stage_cache(
     asked = [(LATENTS, autoencoder), *((FEATURES, name) for name in ([None] if encoders is None else encoders))]
     groups = [(kind, choose_component(source, kind, name)[0]) for kind, name in asked]
     components = [finished_component(source, layout, kind, name)[0] for kind, name in dict.fromkeys(groups)]
-    target = LocalPath(Path(folder).absolute() / layout.dataset_fingerprint.removeprefix("sha256:")[:16])
+    target = LocalPath(Path(folder).absolute() / layout.dataset_fingerprint[:16])
     if not _is_copied(source / METADATA, target / METADATA):
         with _alone(target, "cache", on_message):
             _copy_root(source, target)
