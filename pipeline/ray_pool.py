@@ -38,9 +38,7 @@ class _RayWorker:
     """
 
     def load(self, options: JobOptions, device: str) -> list[ComponentSpec]:
-        self._device = ThreadPoolExecutor(
-            max_workers=1, initializer=torch.set_num_threads, initargs=(options.threads,), thread_name_prefix="encode"
-        )
+        self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._worker = self._device.submit(
             Worker, options.cache, options.layout, options.requests, device=device, threads=options.threads
         ).result()
@@ -53,9 +51,8 @@ class _RayWorker:
             while refs:
                 yield ray.get(refs.pop(0))  # popped: the object store may drop it as soon as it is encoded
 
-        return (
-            self._device.submit(self._worker.encode_range, index, paths, fetched(), skip_bad=skip_bad).result().result()
-        )
+        committing = self._device.submit(self._worker.encode_range, index, paths, fetched(), skip_bad=skip_bad).result()
+        return committing.result()
 
 
 class RayPool:

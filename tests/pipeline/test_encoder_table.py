@@ -41,6 +41,7 @@ def test_the_table_says_what_timm_says(name: str) -> None:
         assert model.embed_dim == entry.width
         assert len(model.blocks) == entry.depth
         assert model.patch_embed.patch_size == (entry.patch, entry.patch)
+        assert model.patch_embed.num_patches == spec["grid"][0] * spec["grid"][1] == 256
         assert model.num_prefix_tokens == entry.prefix_tokens
         assert (model.norm.__class__.__name__ == "Identity") == (entry.tensor == "no_norm")
         # C-RADIO's prefix holds a summary a teacher, and no class token of its own.
@@ -83,5 +84,8 @@ def test_the_table_says_what_transformers_says(name: str) -> None:
         model = transformers.Dinov2Model(dinov2_config(spec))
     assert CARDS[name].params_m == pytest.approx(num_params(model), rel=2e-4)
     assert len(model.encoder.layer) == spec["depth"]
+    assert model.config.hidden_size == CARDS[name].width
+    assert model.config.patch_size == CARDS[name].patch
+    assert (spec["input_size"][0] // model.config.patch_size) ** 2 == 256
     # 64 or 128 channels a head, as published
     assert spec["width"] // model.config.num_attention_heads in (64, 128)
