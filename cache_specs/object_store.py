@@ -2,8 +2,8 @@
 
 A put is whole or not at all, so it is the commit: nothing is written beside and renamed. Credentials, region and
 endpoint are those of the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ..., GOOGLE_APPLICATION_CREDENTIALS,
-AZURE_STORAGE_ACCOUNT_NAME, ...), or of the machine's role. obstore is one wheel that brings no AWS library, and puts and
-gets a large object in parallel parts; fsspec's s3fs brings aiobotocore, which holds botocore to a narrow range of versions.
+AZURE_STORAGE_ACCOUNT_NAME, ...), or of the machine's role. obstore is one wheel that brings no AWS library, and moves
+a large object in parallel parts; fsspec's s3fs brings aiobotocore, which holds botocore to a narrow range of versions.
 """
 
 import contextlib
