@@ -33,7 +33,17 @@ BATCH_SIZES = (64, 256)
 LIMIT_BAR, RIVAL_BAR, DISK_BAR = 0.90, 4.0, 1.1
 SLOW_ROUNDS, COLD_ROUNDS = 3, 3
 STILL_WARM = 0.01  # of a loader's files in the page cache: mapped by something, so there is no cold figure
-PACKAGES = ("litdata", "webdataset", "mosaicml-streaming", "grain", "array-record", "safetensors", "datasets")
+PACKAGES = (
+    "litdata",
+    "webdataset",
+    "mosaicml-streaming",
+    "grain",
+    "array-record",
+    "safetensors",
+    "datasets",
+    "tensorstore",
+    "zarrs",
+)
 
 
 def time_batches(loader: Loader, batch_size: int, num: int, seed: int) -> float:
