@@ -104,7 +104,7 @@ class CacheReader:
     encoder      names of groups in features/, or one; None for the only one. () reads no tokens. A name may end in
                  :layer=9, which picks one layer of a group that holds several: its arrays then stand for the group's
     cls_token    read it too, where the encoder has one
-    check_reads  also verify each row's crc32c, which `repa-cache verify` otherwise does
+    check_reads  also verify each row's crc32c, as ours all carry one; `repa-cache verify` otherwise does
     num_threads  that read a batch, the caller's among them
 
     Raises CacheError for what is missing, incomplete, damaged or of another format, and UsageError for a name that
