@@ -10,13 +10,15 @@ deterministic (run.settle_convolutions), the alignment loss and its gradient too
 asks a GPU for equal bits.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..cache_specs.errors import JobError, UsageError
+from ..cache_specs.locks import locked
 from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from .config import differences
 from .metrics import METRICS_FILE
@@ -24,19 +26,28 @@ from .reader import CacheReader
 from .run import Run
 
 CONFIG_FILE = "config.json"
+LOCK_FOLDER = ".training"  # there while a process trains
 
 
-def enter_folder(run: Run, *, resume: bool) -> None:
-    """Take the run's folder: restore its newest checkpoint if `resume`, then write config.json.
+@contextlib.contextmanager
+def enter_folder(run: Run, *, resume: bool) -> Iterator[None]:
+    """Hold the run's folder: restore its newest checkpoint if `resume`, then write config.json.
 
-    Raises as `check_folder`.
+    Raises as `check_folder`, and JobError where another process trains there: a job that was queued again while the
+    first has not ended yet. Both would write one metrics file.
     """
-    stored = check_folder(run.folder, run.record(), run.reader, resume=resume)
-    if stored is not None:
-        restore(run, stored)
-    run.world.wait()  # every rank has looked before rank 0 writes
-    if run.world.is_main:
-        write_config(run.folder, run.record())
+    lock = run.folder / LOCK_FOLDER / "lock"
+    with locked(lock, wait=False, option="--out") if run.world.is_main else contextlib.nullcontext(True) as alone:
+        (taken,) = run.world.most([0.0 if alone else 1.0])
+        if taken:
+            raise JobError(f"{run.folder}: another process trains there. Wait for its end, or choose another --out")
+        stored = check_folder(run.folder, run.record(), run.reader, resume=resume)
+        if stored is not None:
+            restore(run, stored)
+        run.world.wait()  # every rank has looked before rank 0 writes
+        if run.world.is_main:
+            write_config(run.folder, run.record())
+        yield
 
 
 def check_folder(

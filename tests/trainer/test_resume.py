@@ -160,6 +160,29 @@ def test_resume_auto_starts_where_there_is_nothing(make_cache, repa_train, tmp_p
     assert outcome.losses() == repa_train(cache, tmp_path / "other", "--steps", "2").losses()
 
 
+def test_a_second_process_is_refused_while_the_first_one_trains(make_cache, repa_train, tmp_path, monkeypatch):
+    cache, out, step = make_cache().path, tmp_path / "run", loop.train_step
+    refused = []
+
+    def beside_another(run, ahead, norm):
+        if run.step == 3:
+            before = {file: file.read_bytes() for file in out.glob("*.json*")}
+            refused.append(repa_train(cache, out, "--steps", "9", "--resume", "auto", "--set", "seed=1"))
+            assert {file: file.read_bytes() for file in out.glob("*.json*")} == before
+        return step(run, ahead, norm)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", beside_another)
+        outcome = repa_train(cache, out, "--steps", "5")
+    assert [other.code for other in refused] == [1]
+    assert refused[0].error == (
+        f"repa-train: {out}: another process trains there. Wait for its end, or choose another --out\n"
+    )
+    assert outcome.losses() == repa_train(cache, tmp_path / "whole", "--steps", "5").losses()
+    assert repa_train(cache, out, "--steps", "7", "--resume", "auto").code == 0
+    assert not list(out.glob(".*"))
+
+
 def test_a_cut_checkpoint_is_refused_until_it_is_deleted(finished, repa_train, tmp_path):
     written, out = finished
     newest = out / "checkpoints/0000006.pt"
