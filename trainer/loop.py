@@ -99,19 +99,20 @@ def train(
                     run.step = bad[0] - 1  # the state that the gate has kept
                     if run.step > saved:
                         save_state(run)
+                    world.wait()  # where one rank ends with an error, torchrun kills those that still save
                     raise JobError(not_finite(run, *bad))
             if save:
                 save_state(run)
                 saved = run.step
-            if grid and draw_grid is not None and world.is_main:
-                try:
+            try:
+                if grid and draw_grid is not None and world.is_main:
                     draw_grid(run)
-                except JobError:
-                    if run.step > saved:
-                        save_state(run)  # the picture failed, not the training
-                    raise
-            if evaluation and evaluate is not None:
-                evaluate(run)
+                if evaluation and evaluate is not None:
+                    evaluate(run)
+            except Exception:
+                if run.step > saved:
+                    save_state(run)  # the pictures failed, not the training
+                raise
             if last:
                 break
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from repa.cache_specs.errors import JobError
 from repa.trainer import loop
 from repa.trainer.batches import DrawSpec
 from repa.trainer.checkpoint import load_checkpoint
@@ -184,6 +185,29 @@ def test_a_step_that_is_not_finite_stops_the_run_at_the_state_before(make_cache,
         assert all(torch.equal(ours[part][name], theirs[part][name]) for name in theirs[part])
     for index, state in theirs["opt"]["state"].items():
         assert all(torch.equal(state[name], ours["opt"]["state"][index][name]) for name in state)
+
+
+def test_ranks_that_stop_at_such_a_step_wait_for_the_one_that_saves(make_cache, small_sit, tmp_path, monkeypatch):
+    """torchrun ends all ranks when the first has failed, and soon kills them: a checkpoint must be whole by then."""
+    done: list[str] = []
+    monkeypatch.setattr(loop, "save_state", lambda run: done.append(f"saved {run.step}"))
+    monkeypatch.setattr(World, "wait", lambda world: done.append("waited"))
+    run = make_run(make_cache().path, f"out={tmp_path}", "steps=5", "log_every=5")
+    losses = iter([0.0, 0.0, float("nan"), 0.0, 0.0])
+    monkeypatch.setattr(loop.Reporter, "add", lambda self, _: self._steps.append(torch.full((3,), next(losses))))
+    with pytest.raises(JobError, match="step 3 is not finite"):
+        loop.train(run)
+    assert done == ["saved 2", "waited"]
+
+
+def test_an_evaluation_that_fails_costs_no_steps(make_cache, small_sit, tmp_path):
+    def fail(run):
+        raise RuntimeError("out of memory")
+
+    run = make_run(make_cache().path, f"out={tmp_path}", "steps=5", "evaluation.every=3")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.train(run, evaluate=fail)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000003.pt"]
 
 
 def test_a_loss_that_overflows_updates_nothing_though_its_gradient_is_finite(
