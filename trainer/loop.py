@@ -115,6 +115,9 @@ def train(
                 raise
             if last:
                 break
+            if save or grid or evaluation:
+                world.wait()  # for what rank 0 did alone
+                reporter.resume_clock()
 
 
 def not_finite(run: Run, step: int, numbers: dict[str, float]) -> str:

@@ -1,9 +1,9 @@
 """What a run reports: metrics.jsonl with each step exactly once, TensorBoard beside it, a line or a bar on the screen.
 
 A record is one step: {"step": 1, "denoising_loss": ..., "alignment_loss": ..., "grad_norm": ...}, losses averaged
-over micro-batches and ranks. The last step of each log also carries, for the time since the last one and all ranks
-together, samples_per_s, read_gb_per_s (10^9 bytes that the reader returned, a second) and data_wait, the share of it
-that the slowest rank waited for data.
+over micro-batches and ranks. The last step of each log also carries, for the time since the last one (less what saving,
+grids and evaluation took) and all ranks together, samples_per_s, read_gb_per_s (10^9 bytes that the reader returned, a
+second) and data_wait, the share of it that the slowest rank waited for data.
 """
 
 import contextlib

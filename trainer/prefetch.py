@@ -60,6 +60,7 @@ class ReadAhead:
         self._batches = batches
         self._steps = range(first, last)
         self._copies = CopyStream(device) if device.type == "cuda" else None
+        self.depth = depth
         self.waited_s = 0.0
         self.reading_s = 0.0
         self._in_use: Batch | None = None

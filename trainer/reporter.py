@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .metrics import MetricsFile, Progress, TensorBoard
-from .prefetch import ReadAhead
+from .prefetch import MOST_AHEAD, ReadAhead
 from .run import Run
 from .speed import Interval, Speed
 
@@ -28,8 +28,12 @@ class Reporter:
         self._clock = clock
         batches = run.batches
         step_bytes = run.config.batch_size * batches.row_bytes
-        staged = run.config.stage is not None
-        self._speed = Speed(batch_size=run.config.batch_size, step_bytes=step_bytes, staged=staged)
+        self._speed = Speed(
+            batch_size=run.config.batch_size,
+            step_bytes=step_bytes,
+            staged=run.config.stage is not None,
+            deepest=ahead.depth == MOST_AHEAD,
+        )
         self._steps: list[Tensor] = []
         self._names = ["denoising_loss", "alignment_loss", "grad_norm"]
         self._last_log = (0.0, 0.0, 0.0)
@@ -86,6 +90,11 @@ class Reporter:
             if verdict is not None:
                 self._progress.say(verdict)
         return bad
+
+    def resume_clock(self) -> None:
+        """Count time from now on: what was done since the last log is no part of the speed of steps."""
+        assert not self._steps
+        self._last_log = self._now()
 
     def _now(self) -> tuple[float, float, float]:
         return self._clock(), self._ahead.waited_s, self._ahead.reading_s

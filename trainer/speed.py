@@ -9,6 +9,7 @@ from dataclasses import dataclass
 WARM_UP_STEPS = 20  # compilation, first touches of files and memory: not counted
 MEASURED_STEPS = 50
 DATA_BOUND = 0.05  # of the time spent waiting for data; below it there is little to win
+READS_ALWAYS = 0.95  # of the time spent reading: the rest is what a thread at work all the time spends between batches
 
 
 @dataclass(kw_only=True)
@@ -28,13 +29,14 @@ class Interval:
 class Speed:
     """The speed of a run whose steps take `batch_size` samples and `step_bytes` bytes over all ranks.
 
-    `staged` says that the cache is read from a local copy already.
+    `staged` says that the cache is read from a local copy already, `deepest` that no more can be read ahead.
     """
 
-    def __init__(self, *, batch_size: int, step_bytes: int, staged: bool) -> None:
+    def __init__(self, *, batch_size: int, step_bytes: int, staged: bool, deepest: bool) -> None:
         self._batch_size = batch_size
         self._step_bytes = step_bytes
-        self._remedies = "" if staged else "stage the cache on a local disk (--stage DIR), "
+        self._staged = staged
+        self._deepest = deepest
         self._warm_up = WARM_UP_STEPS  # steps still to come
         self._measured = Interval()
         self._said = False
@@ -70,7 +72,12 @@ class Speed:
                 f"bound by the model: {wait:.1f} % of the time waits for data ({used:.2g} of {possible:.2g} GB/s that "
                 f"reading makes)"
             )
+        remedies = [] if self._staged else ["stage the cache on a local disk (--stage DIR)"]
+        remedies.append("read less (int8 tokens, fewer encoders)")
+        # A thread that is always at work would not read more with more room to put it.
+        if not self._deepest and measured.reading_s < READS_ALWAYS * measured.seconds:
+            remedies.append("raise --prefetch-bytes")
         return (
             f"bound by data: {wait:.0f} % of the time waits for it, at {used:.2g} GB/s ({possible:.2g} while it is "
-            f"read); {self._remedies}read less (int8 tokens, fewer encoders), or raise --prefetch-bytes"
+            f"read); {' or '.join(remedies)}"
         )

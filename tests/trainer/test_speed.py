@@ -9,8 +9,8 @@ from repa.trainer.reporter import Reporter
 from repa.trainer.speed import Interval, Speed
 
 
-def speed(*, staged: bool = False) -> Speed:
-    return Speed(batch_size=256, step_bytes=100_000_000, staged=staged)
+def speed(*, staged: bool = False, deepest: bool = False) -> Speed:
+    return Speed(batch_size=256, step_bytes=100_000_000, staged=staged, deepest=deepest)
 
 
 def test_a_record_has_samples_bytes_and_the_share_that_waited():
@@ -33,15 +33,23 @@ def test_the_bound_is_said_once_after_the_warm_up(log_every, at):
     assert said == [(at, expected)]
 
 
-@pytest.mark.parametrize("staged", [False, True])
-def test_a_run_bound_by_data_is_told_what_to_do(staged):
-    meter = speed(staged=staged)
+@pytest.mark.parametrize(
+    ("staged", "deepest", "reading_s", "remedies"),
+    [
+        (False, False, 5, "stage the cache on a local disk (--stage DIR) or read less (int8 tokens, fewer encoders) or "
+                          "raise --prefetch-bytes"),
+        (True, False, 5, "read less (int8 tokens, fewer encoders) or raise --prefetch-bytes"),
+        (True, True, 5, "read less (int8 tokens, fewer encoders)"),
+        (True, False, 9.9, "read less (int8 tokens, fewer encoders)"),
+    ],
+)  # fmt: skip
+def test_a_run_bound_by_data_is_told_what_would_help(staged, deepest, reading_s, remedies):
+    meter = speed(staged=staged, deepest=deepest)
     meter.bound(Interval(steps=50, seconds=1, waited_s=0, reading_s=1), last=False)
-    line = meter.bound(Interval(steps=50, seconds=10, waited_s=4.1, reading_s=9.9), last=False)
-    assert line is not None
-    assert line.startswith("bound by data: 41 % of the time waits for it, at 0.5 GB/s (0.51 while it is read); ")
-    assert ("--stage DIR" in line) == (not staged)
-    assert "--prefetch-bytes" in line
+    line = meter.bound(Interval(steps=50, seconds=10, waited_s=4.1, reading_s=reading_s), last=False)
+    possible = f"{5 / reading_s:.2g}"
+    start = f"bound by data: 41 % of the time waits for it, at 0.5 GB/s ({possible} while it is read); "
+    assert line == start + remedies
 
 
 def test_a_short_run_speaks_at_its_last_log_or_has_not_warmed_up():
@@ -61,7 +69,7 @@ def test_the_slowest_rank_counts_and_the_main_one_speaks(tmp_path, capsys, main)
         return [max(ours, theirs) for ours, theirs in zip(values, (0.0, 5.0, 10.0), strict=True)]
 
     world = SimpleNamespace(is_main=main, size=2, mean=lambda values: values, most=most)
-    ahead = SimpleNamespace(waited_s=0.0, reading_s=0.0)
+    ahead = SimpleNamespace(waited_s=0.0, reading_s=0.0, depth=2)
     run = SimpleNamespace(
         folder=tmp_path,
         world=world,
@@ -79,6 +87,8 @@ def test_the_slowest_rank_counts_and_the_main_one_speaks(tmp_path, capsys, main)
             now[0] += 10
             ahead.reading_s += 2
             reporter.log()
+            now[0] += 1000  # a checkpoint is saved
+            reporter.resume_clock()
     assert asked == [[10, 0, 2]] * 4
     lines = capsys.readouterr().out.splitlines()
     if not main:
