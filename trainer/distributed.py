@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..cache_specs.errors import JobError, UsageError
+from ..cache_specs.errors import JobError, RepaError, UsageError
 
 # A rank that dies is noticed at once: its connections close, and torchrun ends the others. This is for one that hangs,
 # and must be longer than what rank 0 does alone: a checkpoint on a slow disk, Inception over 50,000 images.
@@ -89,6 +89,8 @@ def join(device: str) -> Iterator[World]:
     dist.init_process_group(backend, device_id=device_id, timeout=TIMEOUT)
     try:
         yield World(rank=rank, size=size, device=place)
+    except RepaError:
+        raise  # says itself what is wrong, whatever words are in its paths
     except RuntimeError as error:
         # What gloo and NCCL raise where a peer has gone.
         if any(word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from repa.cache_specs.errors import UsageError
+from repa.cache_specs.errors import JobError, UsageError
 from repa.trainer import loop
 from repa.trainer.batches import Batches, Place
 from repa.trainer.checkpoint import load_checkpoint
@@ -116,3 +116,13 @@ def test_nccl_is_told_its_device_and_how_long_to_wait(monkeypatch):
     with join("cuda") as world:
         assert told["timeout"] == TIMEOUT
         assert told["device_id"] == world.device == torch.device("cuda", 2)
+
+
+def test_an_error_of_ours_is_not_taken_for_a_lost_rank(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(JobError, match=r"^runs/gloo-test: no room$"), join("cpu"):
+        raise JobError("runs/gloo-test: no room")
+    with pytest.raises(JobError, match="another rank was killed"), join("cpu"):
+        raise RuntimeError("[../third_party/gloo] Connection reset by peer")
