@@ -14,6 +14,8 @@ from pathlib import Path
 
 from .errors import CacheError
 
+MOST_TRIES = 1000  # at a folder that others remove and make: some tries a race; what never succeeds is no race
+
 
 @contextlib.contextmanager
 def locked(file: Path, *, wait: bool, option: str = "--cache") -> Iterator[bool]:
@@ -37,12 +39,15 @@ def locked(file: Path, *, wait: bool, option: str = "--cache") -> Iterator[bool]
 
 
 def _acquire(file: Path, *, wait: bool, option: str) -> int | None:
+    tries = 0
     while True:
+        tries += 1
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            if isinstance(error, FileNotFoundError | FileExistsError) and _is_folder_or_gone(file.parent):
+            race = isinstance(error, FileNotFoundError | FileExistsError) and _is_folder_or_gone(file.parent)
+            if race and tries < MOST_TRIES:
                 continue  # another process removed the empty folder, or made it again, between two calls
             raise CacheError(
                 f"{file.parent.parent}: cannot be written ({error.strerror}); name a {option} that can"

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -370,6 +371,15 @@ def test_a_place_where_no_cache_can_be(images: Path, tmp_path: Path, build: Call
     refuse(build(images, tmp_path / "other.zarr"), 1, "not a cache")
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="a file system in which no folder can be made: Linux's /proc"
+)
+def test_a_folder_that_can_never_be_made_is_no_race(images: Path, build: Callable[..., Any]) -> None:
+    done = build(images, Path("/proc/caches/small"))
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "/proc/caches/small: cannot be written (No such file or directory); name a --cache that can" in done.err
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ESTALE])
 def test_a_file_system_without_locks(
     images: Path, tmp_path: Path, build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, number: int
@@ -387,32 +397,50 @@ def test_a_file_system_without_locks(
 
 
 AS_ANOTHER = """
-import os
+import json, os, sys
 import repa.pipeline.build, repa.cache_specs.tables  # now: the other user may not read the interpreter's folders
 from repa.pipeline.cli import main
 repa.cache_specs.tables.encoder_table(), repa.cache_specs.tables.autoencoder_table()
 if os.geteuid() == 0:
     os.setegid(65534); os.seteuid(65534)
-main()
+for arguments in json.loads(sys.stdin.read()):
+    sys.argv = ["repa-cache", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        assert stop.code in (1, 2)
+    else:
+        raise AssertionError(arguments)
 """
 
 
-def test_what_another_user_may_not_read_or_write(images: Path, tmp_path: Path, small_options: list[str]) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(folder.stat().st_mode | 0o755)  # pytest's folders are its user's alone
-    (tmp_path / "readonly").mkdir(mode=0o555)
-
-    def run(cache: Path) -> str:
-        command = [sys.executable, "-c", AS_ANOTHER, "build", "--data", images, "--cache", cache, *small_options]
-        done = subprocess.run(command, capture_output=True, text=True, cwd="/")
-        assert done.returncode in (1, 2), done
-        assert done.stderr.count("\n") == 1, done.stderr
-        return done.stderr
-
-    (images / "class 1").chmod(0)
-    assert f"--data {images / 'class 1'}: cannot be read (Permission denied)" in run(tmp_path / "cache")
-    (images / "class 1").chmod(0o755)
-    images.parent.chmod(0o700)
-    assert f"--data {images}: cannot be read (Permission denied)" in run(Path("/") / "nowhere")
-    images.parent.chmod(0o755)
-    assert f"{tmp_path / 'readonly/cache'}: cannot be written (Permission denied)" in run(tmp_path / "readonly/cache")
+def test_what_another_user_may_not_read_or_write(
+    make_images: Callable[..., list[Path]], small_options: list[str]
+) -> None:
+    # Not below pytest's folders: every session that starts takes back what others may do there.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        images, partly, hidden, readonly = (folder / part for part in ("images", "partly", "hidden", "readonly"))
+        make_images(images, num=2)
+        make_images(partly, num=2)
+        (partly / "class 1").chmod(0)
+        make_images(hidden / "images", num=2)
+        hidden.chmod(0o600)
+        readonly.mkdir(mode=0o555)
+        cases = (
+            (partly, folder / "cache", f"--data {partly / 'class 1'}: cannot be read (Permission denied)"),
+            (hidden / "images", folder / "cache", f"--data {hidden / 'images'}: cannot be read (Permission denied)"),
+            (images, readonly / "cache", f"{readonly / 'cache'}: cannot be written (Permission denied)"),
+        )
+        commands = [["build", "--data", str(data), "--cache", str(cache), *small_options] for data, cache, _ in cases]
+        done = subprocess.run(
+            [sys.executable, "-c", AS_ANOTHER], input=json.dumps(commands), capture_output=True, text=True, cwd="/"
+        )
+        for private in (partly / "class 1", hidden):
+            private.chmod(0o755)  # for their removal
+        assert done.returncode == 0, done
+        lines = done.stderr.splitlines()
+        assert len(lines) == len(cases), lines
+        for line, (_, _, said) in zip(lines, cases, strict=True):
+            assert said in line
