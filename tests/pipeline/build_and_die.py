@@ -1,4 +1,4 @@
-"""Run builds that kill themselves with SIGKILL at a chosen disk operation; run by test_kill.py, not by pytest.
+"""Run commands that kill themselves with SIGKILL at a chosen disk operation; run by conftest.py, not by pytest.
 
 Reads lines of JSON, `[point, arguments]`. Each is one `repa-cache`, in a process forked from this one after the imports
 (torch has started no thread yet), that dies at its point-th disk operation: a write (half of its bytes are written
@@ -13,7 +13,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import repa.pipeline.build  # noqa: F401  # imported once, for every fork
+import repa.pipeline.build
+import repa.pipeline.import_latents  # noqa: F401
+from repa.cache_specs.tables import autoencoder_table, encoder_table
 from repa.pipeline.cli import main
 
 
@@ -62,5 +64,7 @@ def run_one(point: int, arguments: list[str]) -> tuple[str, int]:
 
 
 if __name__ == "__main__":
+    autoencoder_table()
+    encoder_table()
     for line in sys.stdin:
         print(json.dumps(run_one(*json.loads(line))), flush=True)

@@ -1,7 +1,10 @@
 """Small builds through the command line's own entry, in this process."""
 
+import json
+import os
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,3 +70,28 @@ def tree() -> Callable[[Path], dict[str, bytes]]:
 def small_options() -> list[str]:
     """Return the options of the small build."""
     return SMALL.split()
+
+
+@pytest.fixture(scope="session")
+def run_and_die() -> Iterator[Callable[..., tuple[str, int]]]:
+    """Yield a function that runs `repa-cache`, killed at its point-th disk operation (0: not at all).
+
+    Returns how it ended and the number of its operations. One process imports torch for all of them.
+    """
+    script = Path(__file__).with_name("build_and_die.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def run(point: int, *arguments: object) -> tuple[str, int]:
+            stdin.write(json.dumps([point, list(map(str, arguments))]) + "\n")
+            stdin.flush()
+            ended, operations = json.loads(stdout.readline())
+            return ended, operations
+
+        yield run
+        stdin.close()

@@ -1,11 +1,8 @@
 """What an import stores is what the source holds, sample by sample, read back with bare zarr."""
 
 import json
-import os
 import shlex
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -296,38 +293,18 @@ def test_stated_conversions(repa_cache: Run, tmp_path: Path) -> None:
         assert (again.code, "is there and complete" in again.out) == (0, True), again.err
 
 
-@pytest.fixture(scope="module")
-def import_and_die() -> Iterator[Callable[[int, Path, Path], tuple[str, int]]]:
-    """Yield a function that imports, killed at its point-th disk operation (0: not at all): its end and operations."""
-    script = Path(__file__).with_name("build_and_die.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, script], text=True, env=environment, **pipes) as process:
-        stdin, stdout = process.stdin, process.stdout
-        assert stdin is not None
-        assert stdout is not None
-
-        def run(point: int, data: Path, cache: Path) -> tuple[str, int]:
-            stdin.write(json.dumps([point, ["import", "--data", str(data), "--cache", str(cache), *SD]]) + "\n")
-            stdin.flush()
-            ended, operations = json.loads(stdout.readline())
-            return ended, operations
-
-        yield run
-        stdin.close()
-
-
 def test_an_import_killed_anywhere_and_run_again_equals_one_never_killed(
-    import_and_die: Callable[[int, Path, Path], tuple[str, int]],
+    run_and_die: Callable[..., tuple[str, int]],
     tmp_path: Path,
     tree: Callable[[Path], dict[str, bytes]],
 ) -> None:
     write_repa(tmp_path / "repa")
-    ended, operations = import_and_die(0, tmp_path / "repa", tmp_path / "clean")
+    command = ["import", "--data", tmp_path / "repa", *SD, "--cache"]
+    ended, operations = run_and_die(0, *command, tmp_path / "clean")
     assert ended == "exit 0"
     assert operations > 40  # the points below lie within a real import
     for point in range(2, operations + 1, 11):
         cache = tmp_path / f"cache{point}"
-        assert import_and_die(point, tmp_path / "repa", cache)[0] == "killed"
-        assert import_and_die(0, tmp_path / "repa", cache)[0] == "exit 0"
+        assert run_and_die(point, *command, cache)[0] == "killed"
+        assert run_and_die(0, *command, cache)[0] == "exit 0"
         assert tree(cache) == tree(tmp_path / "clean"), point

@@ -1,41 +1,22 @@
 """A build killed at any moment and run again leaves the tree of one that was never killed, names and bytes."""
 
-import json
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("build_and_die.py")
 
+@pytest.fixture(scope="session")
+def build_and_die(
+    run_and_die: Callable[..., tuple[str, int]], small_options: list[str]
+) -> Callable[..., tuple[str, int]]:
+    """Return a function that makes the small build, killed at its point-th disk operation (0: not at all)."""
 
-@pytest.fixture(scope="module")
-def build_and_die(small_options: list[str]) -> Iterator[Callable[..., tuple[str, int]]]:
-    """Yield a function that makes the small build, killed at its point-th disk operation (0: not at all).
+    def run(point: int, images: Path, cache: Path, *options: str) -> tuple[str, int]:
+        return run_and_die(point, "build", "--data", images, "--cache", cache, *small_options, *options)
 
-    Returns how it ended and the number of its operations. One process imports torch for all of them.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [sys.executable, SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        stdin, stdout = process.stdin, process.stdout
-
-        def run(point: int, images: Path, cache: Path, *options: str) -> tuple[str, int]:
-            arguments = ["build", "--data", str(images), "--cache", str(cache), *small_options, *options]
-            stdin.write(json.dumps([point, arguments]) + "\n")
-            stdin.flush()
-            ended, operations = json.loads(stdout.readline())
-            return ended, operations
-
-        yield run
-        stdin.close()
+    return run
 
 
 @pytest.fixture(scope="module")
