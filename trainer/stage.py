@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cache_specs.errors import CacheError, JobError
+from ..cache_specs.errors import CacheError, JobError, UsageError
 from ..cache_specs.group import METADATA
 from ..cache_specs.layout import ArrayLayout, CacheLayout
 from ..cache_specs.locks import locked
@@ -55,14 +55,15 @@ def stage_cache(
     process copies of a component. Any processes may call this at once: one copies a component, the others wait for it.
 
     Raises CacheError where the source cannot be read or a copy is of another build, JobError where the disk has not the
-    room for what is missing, UsageError for a name that the cache does not hold.
+    room for what is missing, UsageError for a name that the cache does not hold and for a `folder` that cannot
+    hold a copy of it.
     """
     source = location(cache)
     layout = read_layout(source)
     asked = [(LATENTS, autoencoder), *((FEATURES, name) for name in ([None] if encoders is None else encoders))]
     groups = [(kind, choose_component(source, kind, name)[0]) for kind, name in asked]
     components = [finished_component(source, layout, kind, name)[0] for kind, name in dict.fromkeys(groups)]
-    target = LocalPath(Path(folder).absolute() / layout.dataset_fingerprint[:16])
+    target = _stage_folder(source, folder) / layout.dataset_fingerprint[:16]
     if not _is_copied(source / METADATA, target / METADATA):
         with _alone(target, "cache", on_message):
             _copy_root(source, target)
@@ -74,6 +75,20 @@ def stage_cache(
             if not _is_copied(*records[component.path]):
                 _copy_component(source, target, layout, component, partials, on_progress, on_message)
     return target.path
+
+
+def _stage_folder(source: Location, folder: str | Path) -> LocalPath:
+    """Return where copies go; raise UsageError where one would not be local, or would lie in what it is a copy of."""
+    target = location(folder)
+    if not isinstance(target, LocalPath):
+        raise UsageError(f"--stage {folder}: expected a folder of this machine; a copy elsewhere would gain nothing")
+    if isinstance(source, LocalPath):
+        here, there = source.path.resolve(), target.path.resolve()
+        if here in (there, *there.parents):
+            raise UsageError(f"--stage {folder}: it lies in --cache {source}; name a folder outside, on a local disk")
+        if here.parent == there:
+            raise UsageError(f"--stage {folder}: --cache {source} is a copy in it already; leave --stage away")
+    return target.absolute()
 
 
 @contextlib.contextmanager

@@ -210,6 +210,27 @@ def test_copies_of_other_builds_and_shards_of_others_are_refused(
     assert isinstance(location(copy), LocalPath)
 
 
+def test_a_folder_that_is_no_place_for_a_copy_is_refused(written: Any, tmp_path: Path) -> None:
+    copy = stage_cache(written.path, tmp_path / "stage", encoders=[])
+    (tmp_path / "link").symlink_to(written.path)
+    before = files(written.path)
+    for cache, folder, said in (
+        (written.path, written.path, "it lies in --cache"),
+        (written.path, tmp_path / "link" / "below", "it lies in --cache"),
+        (tmp_path / "link", written.path / "below", "it lies in --cache"),
+        (copy, tmp_path / "stage", "is a copy in it already; leave --stage away"),
+        (written.path, "s3://bucket/stage", "expected a folder of this machine"),
+    ):
+        with pytest.raises(UsageError, match=rf"^--stage {folder}: .*{said}"):
+            stage_cache(cache, folder, encoders=[])
+    assert files(written.path) == before
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(
+        CacheError, match=r"cannot be written \((Not a directory|File exists)\); name a --stage that can"
+    ):
+        stage_cache(written.path, tmp_path / "file", encoders=[])
+
+
 def test_a_whole_copy_on_a_disk_that_cannot_be_written_is_used(written: Any, tmp_path: Path) -> None:
     copy = stage_cache(written.path, tmp_path / "stage", encoders=[])
     before = os.stat(copy).st_mtime_ns
