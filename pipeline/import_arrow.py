@@ -13,7 +13,7 @@ import numpy as np
 
 from ..cache_specs.errors import UsageError
 from ..cache_specs.layout import VIEWS
-from .import_source import BadLatent, Kind, check_counts, manifest_without_images
+from .import_source import BadLatent, Kind, manifest_without_images
 from .manifest import Manifest, scan_folder
 
 STATE = "state.json"
@@ -30,6 +30,7 @@ class ArrowSource:
     pixel_range: tuple[float, float] | None = (-1.0, 1.0)  # as REPA's, whose preprocessing the study uses
 
     def __init__(self, folder: Path, images: Path | None, labels_file: Path | None) -> None:
+        self.where = folder
         self._batches: list[Any] = []
         labels: list[np.ndarray] = []
         for file in _arrow_files(folder):
@@ -44,8 +45,8 @@ class ArrowSource:
         own = np.concatenate(labels) if labels else None
         if labels_file is not None:
             own = _read_labels(labels_file)
-        if own is not None:
-            check_counts(str(folder), "labels", len(own), num)
+        if own is not None and len(own) != num:
+            raise UsageError(f"--data {folder}: {len(own)} labels for {num} samples; expected one each")
         self.image_root = images
         if images is not None:
             self.manifest, self._order = _in_image_order(folder, images, own, num)
@@ -79,7 +80,12 @@ def _arrow_files(folder: Path) -> list[Path]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
         names = [str(entry["filename"]) for entry in state["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UsageError(
+            f"--data {folder}: {STATE} cannot be read ({error.strerror}); expected the folder that save_to_disk of "
+            "datasets writes"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file}: expected a data set as save_to_disk of datasets writes it ({error!r})") from error
     if state.get("_indices_data_files"):
         raise UsageError(f"--data {folder}: its rows are in another order; write it anew after flatten_indices()")
@@ -138,12 +144,13 @@ def _read_labels(file: Path) -> np.ndarray:
 def _in_image_order(folder: Path, images: Path, labels: np.ndarray | None, num: int) -> tuple[Manifest, np.ndarray]:
     """Return the manifest of `images`, and the data set's row of each of its rows.
 
-    ImageFolder sorts the classes, then the files of each; the manifest sorts whole paths.
+    ImageFolder sorts the classes, the folders below each, then the files of each; the manifest sorts whole paths.
     """
     manifest = scan_folder(images)
     if len(manifest) != num:
         raise UsageError(f"--data {folder}: {num} rows, and {len(manifest)} images in {images}; expected one row each")
-    keys = [(*path.split("/")[:1], path) for path in manifest.sample_ids.tolist()]
+    paths = manifest.sample_ids.tolist()
+    keys = [(path.split("/")[0], *path.rpartition("/")[::2]) for path in paths]
     rows = np.argsort(np.array(sorted(range(num), key=keys.__getitem__), dtype=np.int64))
     if labels is not None:
         differ = np.flatnonzero(manifest.labels != labels[rows])

@@ -15,7 +15,7 @@ import numpy as np
 from ..cache_specs.errors import JobError, UsageError
 from ..cache_specs.fingerprint import canonical_json
 from ..cache_specs.tables import AutoencoderEntry
-from .import_source import BadLatent, Kind, LatentSource
+from .import_source import BadLatent, Kind, LatentSource, spread_rows
 
 LOOKED_AT = 1024  # samples, evenly spread: the mean of a channel to about 0.02 of its std
 # Channel means over ImageNet of stabilityai/sd-vae-ft-mse (-ema has the same encoder): of pixels in [-1, 1] as
@@ -86,8 +86,7 @@ class Look:
 
 def look_at(source: LatentSource, reading: Reading) -> Look:
     """Read up to `LOOKED_AT` samples; raise `JobError` where one of them cannot be used."""
-    size = len(source.manifest)
-    rows = np.unique(np.linspace(0, size - 1, min(LOOKED_AT, size)).round().astype(np.int64)).tolist()
+    rows = spread_rows(len(source.manifest), LOOKED_AT)
     digest = hashlib.sha256()
     bad: dict[int, str] = {}
     count, total, squares = 0, np.zeros(reading.channels), np.zeros(reading.channels)
@@ -110,7 +109,7 @@ def look_at(source: LatentSource, reading: Reading) -> Look:
     if bad:
         row, reason = next(iter(bad.items()))
         raise JobError(
-            f"{source.manifest.where}: {len(bad)} of {len(rows)} samples looked at cannot be used, the first is "
+            f"{source.where}: {len(bad)} of {len(rows)} samples looked at cannot be used, the first is "
             f"{source.manifest.sample_ids[row]}: {reason}"
         )
     mean = total / count
@@ -172,14 +171,13 @@ def check_statistics(source: LatentSource, look: Look) -> None:
     mean, std = published
     if mean.shape != look.mean.shape or std.shape != look.std.shape:
         raise UsageError(
-            f"--data {source.manifest.where}: its statistics are of {len(mean)} channels, its latents have "
-            f"{len(look.mean)}"
+            f"--data {source.where}: its statistics are of {len(mean)} channels, its latents have {len(look.mean)}"
         )
     off = np.maximum(np.abs(mean - look.mean), np.abs(std - look.std)) > STATISTICS_TOLERANCE * look.std
     if off.any():
         channel = int(np.flatnonzero(off)[0])
         raise UsageError(
-            f"--data {source.manifest.where}: its statistics say mean {mean[channel]:.4g} and std {std[channel]:.4g} "
+            f"--data {source.where}: its statistics say mean {mean[channel]:.4g} and std {std[channel]:.4g} "
             f"of channel {channel}, and {look.num} samples have {look.mean[channel]:.4g} and {look.std[channel]:.4g}; "
             "remove the statistics' file if it belongs to other latents (the cache computes its own)"
         )

@@ -1,8 +1,10 @@
-"""Import from EDM2: the zip (or folder) that the encode command of its dataset tool writes (NVlabs/edm2).
+"""Import from EDM2, the zip (or folder) of its dataset tool's encode command, and from REPA, whose tool is a copy.
 
-Its moments are mean and standard deviation, float32, of pixels in [0, 1]. Stable Diffusion's autoencoders expect
-[-1, 1], and what they make of the one is no affine of what they make of the other: import_checks.py refuses such
-moments unless the user has said to keep them as what they are.
+Moments are mean and standard deviation, float32. REPA's (sihyun-yu/REPA: `images/` and `vae-sd/` in one folder) are of
+pixels in [-1, 1], and its sample ids are those of the images, so that `repa-cache build --data FOLDER/images` adds
+encoders' tokens. EDM2's (NVlabs/edm2) are of pixels in [0, 1]. Stable Diffusion's autoencoders expect [-1, 1], and what
+they make of the one is no affine of what they make of the other: import_checks.py refuses such moments unless the user
+has said to keep them as what they are.
 """
 
 from pathlib import Path
@@ -16,9 +18,12 @@ from .import_npy import IMAGE_NAME, FolderMembers, NumberedLatents, ZipMembers, 
 from .import_source import Kind, manifest_without_images
 from .manifest import scan_folder
 
+REPA_IMAGES = "images"
+REPA_LATENTS = "vae-sd"
+
 
 class NumberedSource:
-    """Numbered moments, and the images of the same numbers where there are some: a `LatentSource`.
+    """EDM2's numbered moments, and the images of the same numbers where there are some: a `LatentSource`.
 
     `images` is the folder that the tool's convert command wrote, whose images the moments were made of.
     """
@@ -30,10 +35,11 @@ class NumberedSource:
 
     def __init__(self, latents: NumberedLatents, images: Path | None) -> None:
         self._latents = latents
+        self.where = latents.members.where
         self.image_root = images
         labels = latents.labels()
         if images is None:
-            self.manifest, order = manifest_without_images(str(latents.members.where), latents.names.tolist(), labels)
+            self.manifest, order = manifest_without_images(str(self.where), latents.names.tolist(), labels)
             self._numbers = latents.numbers[order]
             return
         self.manifest = scan_folder(images)
@@ -54,7 +60,7 @@ class NumberedSource:
 
     def _check_pairs(self, labels: np.ndarray) -> None:
         """Raise `UsageError` where images and latents are not the same numbers with the same labels."""
-        where = f"{self.image_root} and {self._latents.members.where}"
+        where = f"{self.image_root} and {self.where}"
         numbers, counts = np.unique(self._numbers, return_counts=True)
         if (counts > 1).any():
             raise UsageError(f"--data {self.image_root}: two images have the number {numbers[counts > 1][0]:08d}")
@@ -83,3 +89,21 @@ def open_edm2(data: Path, images: Path | None) -> NumberedSource:
     """Open `data`, a zip or a folder of EDM2's latents; raise `UsageError` where it is none."""
     members = ZipMembers(data) if data.is_file() else FolderMembers(data)
     return NumberedSource(NumberedLatents(members), images)
+
+
+class RepaSource(NumberedSource):
+    """REPA's numbered moments and images: a `LatentSource`."""
+
+    layout: ClassVar[str] = "repa"
+    pixel_range: tuple[float, float] | None = (-1.0, 1.0)
+
+
+def open_repa(data: Path, images: Path | None) -> RepaSource:
+    """Open REPA's folder, its images elsewhere if `images` says so; raise `UsageError` where it is none."""
+    if not (data / REPA_LATENTS).is_dir():
+        raise UsageError(
+            f"--data {data}: no folder {REPA_LATENTS}/ in it; expected REPA's, with {REPA_IMAGES}/ and {REPA_LATENTS}/"
+        )
+    if images is None and (data / REPA_IMAGES).is_dir():
+        images = data / REPA_IMAGES
+    return RepaSource(NumberedLatents(FolderMembers(data / REPA_LATENTS)), images)

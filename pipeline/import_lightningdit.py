@@ -31,7 +31,7 @@ class SampledSource:
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open
 
-        self._folder = folder
+        self.where = folder
         self._files: list[Any] = []
         names, labels, counts = sorted(file.name for file in folder.glob("*.safetensors")), [], []
         if not names:
@@ -91,7 +91,7 @@ class SampledSource:
 
     def published_statistics(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return mean and std [C] of latents_stats.pt, which LightningDiT takes over at most 10,000 samples."""
-        file = self._folder / STATISTICS
+        file = self.where / STATISTICS
         if not file.exists():
             return None
         try:

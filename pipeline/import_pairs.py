@@ -10,7 +10,7 @@ import numpy as np
 
 from .decode import BadImage, decode
 from .import_checks import Reading
-from .import_source import BadLatent, LatentSource
+from .import_source import BadLatent, LatentSource, spread_rows
 
 MOST_PAIRS = 256  # a second or two of decoding
 FEWEST_PAIRS = 32  # below, chance decides
@@ -23,8 +23,7 @@ def doubt_of_pairs(source: LatentSource, reading: Reading, *, resolution: int) -
 
     None where they do, or where there are too few images to tell.
     """
-    size = len(source.manifest)
-    rows = np.unique(np.linspace(0, size - 1, min(MOST_PAIRS, size)).round().astype(np.int64)).tolist()
+    rows = spread_rows(len(source.manifest), MOST_PAIRS)
     side = reading.shape[-1]
     if source.image_root is None or len(rows) < FEWEST_PAIRS or resolution % side:
         return None

@@ -17,15 +17,12 @@ from ..cache_specs.storage import location
 from ..cache_specs.tables import AutoencoderEntry, autoencoder_table
 from .import_arrow import SPLITS, STATE, ArrowSource
 from .import_checks import Look, Reading, check_pixel_range, check_scale, check_statistics, look_at
-from .import_edm2 import open_edm2
+from .import_edm2 import REPA_LATENTS, open_edm2, open_repa
 from .import_lightningdit import SampledSource
 from .import_pairs import doubt_of_pairs
-from .import_repa import LATENTS as REPA_LATENTS
-from .import_repa import open_repa
 from .import_source import BadLatent, LatentSource
 from .plan import resolve_layout
 
-LAYOUTS = ("repa", "edm2", "lightningdit", "arrow")
 LIKE_A_KNOWN_NAME = 0.85  # difflib's ratio above which an unknown autoencoder is taken for a typing error
 
 
@@ -52,6 +49,8 @@ class ImportOptions:
     def __post_init__(self) -> None:
         if self.scaled_by is not None and not 0 < self.scaled_by < float("inf"):
             raise UsageError(f"--scaled-by {self.scaled_by}: expected a number above 0")
+        if self.resolution is not None and self.resolution < 1:
+            raise UsageError(f"--resolution {self.resolution}: expected at least 1 pixel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +66,7 @@ class ImportPlan:
 
 
 def detect_layout(data: Path) -> str:
-    """Return which of `LAYOUTS` lies at `data`; raise `UsageError` where it is none, or several."""
-    if not data.exists():
-        raise UsageError(f"--data {data}: no such file or folder")
+    """Return whose layout lies at `data`; raise `UsageError` where it is none, or several."""
     if data.is_file():
         found = ["edm2"] if data.suffix == ".zip" else []
     else:
@@ -90,6 +87,10 @@ def detect_layout(data: Path) -> str:
 
 def open_source(options: ImportOptions) -> LatentSource:
     """List the samples of `options.data`; raise `UsageError` where it is not what its layout says."""
+    if not options.data.exists():
+        raise UsageError(f"--data {options.data}: no such file or folder")
+    if options.images is not None and not options.images.is_dir():
+        raise UsageError(f"--images {options.images}: no such folder; give that of the images that were encoded")
     layout = options.layout or detect_layout(options.data)
     data = options.data.absolute()
     images = None if options.images is None else options.images.absolute()
@@ -157,7 +158,7 @@ def _entry(options: ImportOptions) -> AutoencoderEntry | None:
 
 def _reading(source: LatentSource, entry: AutoencoderEntry | None, options: ImportOptions) -> Reading:
     """Return how rows are read, by the first of them; raise `UsageError` where the autoencoder has no such latents."""
-    where, first = source.manifest.where, source.manifest.sample_ids[0]
+    where, first = source.where, source.manifest.sample_ids[0]
     try:
         shape = source.read(0).shape
     except BadLatent as error:
@@ -193,11 +194,11 @@ def _check_images(source: LatentSource, resolution: int) -> None:
             with Image.open(file) as image:
                 found = image.size
         except OSError as error:
-            raise UsageError(f"--images {file}: not an image ({error})") from error
+            raise UsageError(f"{file}: not an image ({error}); mend it, or name the images with --images") from error
         if found != (resolution, resolution):
             raise UsageError(
-                f"--images {file}: {found[0]} x {found[1]} pixels, and the latents are of {resolution} x {resolution}; "
-                "expected the images that they were made of"
+                f"{file}: {found[0]} x {found[1]} pixels, and the latents are of {resolution} x {resolution}; "
+                "expected the images that they were made of; name these with --images"
             )
 
 

@@ -1,8 +1,8 @@
 """What an import reads from: somebody's latents in their own layout, as rows of one manifest.
 
-Each published layout has a module beside this one (import_repa.py, import_edm2.py, import_lightningdit.py,
-import_arrow.py) that lists samples, labels and ids, and reads one row as it lies there. What the numbers mean is
-checked and converted in one place for all of them, import_checks.py.
+Each published layout is read by a module beside this one (import_edm2.py, which reads REPA's too,
+import_lightningdit.py, import_arrow.py) that lists samples, labels and ids, and reads one row as it lies there. What
+the numbers mean is checked and converted in one place for all of them, import_checks.py.
 """
 
 from collections.abc import Sequence
@@ -25,13 +25,14 @@ class BadLatent(Exception):
 class LatentSource(Protocol):
     """Latents of a manifest's samples.
 
-    `kind` is what a row holds: moments (the posterior's C means, then C standard deviations or log-variances) or
-    sample (C planes of one draw). `views` are the cache's. `image_root` is the folder that the sample ids are relative
-    to, None where there are no images. `pixel_range` is what the layout's own tool feeds the autoencoder, None where
-    that is not known.
+    `where` is the file or folder of the latents, for messages. `kind` is what a row holds: moments (the posterior's C
+    means, then C standard deviations or log-variances) or sample (C planes of one draw). `views` are the cache's.
+    `image_root` is the folder that the sample ids are relative to, None where there are no images. `pixel_range` is
+    what the layout's own tool feeds the autoencoder, None where that is not known.
     """
 
     layout: ClassVar[str]
+    where: Path
     kind: Kind
     views: tuple[str, ...]
     manifest: Manifest
@@ -88,7 +89,6 @@ def check_unique(where: str, ids: np.ndarray) -> None:
         raise UsageError(f"--data {where}: two samples are called {ids[same[0]]}; a sample's id must be its own")
 
 
-def check_counts(where: str, what: str, found: int, expected: int) -> None:
-    """Raise `UsageError` where there are not as many `what` as samples."""
-    if found != expected:
-        raise UsageError(f"--data {where}: {found} {what} for {expected} samples; expected one each")
+def spread_rows(size: int, most: int) -> list[int]:
+    """Return up to `most` of `size` rows, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, size - 1, min(most, size)).round().astype(np.int64)).tolist()

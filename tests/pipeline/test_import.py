@@ -250,17 +250,21 @@ def test_lists_of_every_kind_in_arrow(tmp_path: Path, nested: Callable[[pa.DataT
 
 
 def test_arrow_rows_follow_torchvisions_order_of_the_images(repa_cache: Run, tmp_path: Path) -> None:
-    # Classes are sorted first: `a` before `a-b`, whose paths come the other way round ("-" sorts before "/").
-    files = ["a/2.png", "a/9.png", "a-b/1.png"]
+    from torchvision.datasets import ImageFolder
+
+    # Classes are sorted first: `a` before `a-b`, whose paths come the other way round ("-" sorts before "/"). Then the
+    # files directly in a class, before those in folders below it.
+    files = ["a/2.png", "a/9.png", "a/10/1.png", "a-b/1.png"]
     images = write_images_of(tmp_path, files)
-    moments = draw_moments(3)
+    assert [Path(file).relative_to(images).as_posix() for file, _ in ImageFolder(images).samples] == files
+    moments = draw_moments(4)
     write_arrow(tmp_path / "arrow", moments)
     done = repa_cache("import", "--data", tmp_path / "arrow", "--cache", tmp_path / "cache", *SD, "--images", images)
     assert (done.code, done.err) == (0, "")
     ids, labels = ids_and_labels(tmp_path / "cache")
-    assert (ids, labels) == (["a-b/1.png", "a/2.png", "a/9.png"], [1, 0, 0])
+    assert (ids, labels) == (["a-b/1.png", "a/10/1.png", "a/2.png", "a/9.png"], [1, 0, 0, 0])
     found, _ = stored(tmp_path / "cache", "sd-vae-ft-mse")
-    np.testing.assert_array_equal(found[:, 0], moments[[2, 0, 1]].astype(np.float16))
+    np.testing.assert_array_equal(found[:, 0], moments[[3, 2, 0, 1]].astype(np.float16))
 
 
 def test_stated_conversions(repa_cache: Run, tmp_path: Path) -> None:

@@ -71,7 +71,12 @@ def not_finite(moments: np.ndarray) -> np.ndarray:
         (scaled, "look multiplied by 0.18215 already. Say what they were multiplied by", 2, "--scaled-by=1"),
         (of_unit_pixels, "are those of pixels in [0, 1]", 2, "--pixel-range=-1,1"),
         (log_variances, "no standard deviations; say --log-variance", 1, "--log-variance"),
-        (not_finite, "10 of 10 samples looked at cannot be used, the first is 00000/img00000000.png: not all", 1, None),
+        (
+            not_finite,
+            "vae-sd: 10 of 10 samples looked at cannot be used, the first is 00000/img00000000.png: not",
+            1,
+            None,
+        ),
         (lambda moments: moments.astype(np.int32), "int32 [8, 4, 4], expected floating-point", 1, None),
         (lambda moments: moments[:4], "has moments of 2 channels; sd-vae-ft-mse gives moments of 4", 2, None),
         (lambda moments: moments[:, :, :3], "is [8, 4, 3]; expected [2C, h, h]", 2, None),
@@ -295,6 +300,9 @@ def test_arrow_rows_that_are_not_the_images(repa_cache: Run, tmp_path: Path) -> 
         ([*SD, "--scaled-by", "0.01"], "are too large"),
         ([*SD, "--labels", "x.csv"], "the layout repa has its own labels"),
         ([*SD, "--from", "edm2"], "data/dataset.json: missing"),
+        ([*SD, "--from", "arrow"], "state.json cannot be read (No such file or directory)"),
+        ([*SD, "--images", "nowhere"], "--images nowhere: no such folder"),
+        ([*SD, "--resolution", "0"], "--resolution 0: expected at least 1 pixel"),
     ],
 )
 def test_requests_that_do_not_fit_the_data(repa_cache: Run, tmp_path: Path, options: list[str], said: str) -> None:
@@ -309,7 +317,8 @@ def test_a_zip_of_images(repa_cache: Run, tmp_path: Path) -> None:
 
 
 def test_a_layout_that_cannot_be_told(repa_cache: Run, tmp_path: Path) -> None:
-    assert "no such file or folder" in refused(repa_cache, tmp_path, *SD)
+    for options in ([], ["--from", "edm2"]):
+        assert "data: no such file or folder" in refused(repa_cache, tmp_path, *SD, *options)
     (tmp_path / "data").mkdir()
     assert "looks like no known layout; say which with --from" in refused(repa_cache, tmp_path, *SD)
     write_repa(tmp_path / "data")
