@@ -111,8 +111,8 @@ def location(where: "str | Path | Location") -> Location:
         return where
     text = str(where)
     scheme, separator, rest = text.partition("://")
-    if isinstance(where, Path) and re.match(r"\w\w+:/", text):
-        raise UsageError(f"{text}: a Path drops a slash of a URL; give it as str")
+    if not separator and re.match(r"\w\w+:/", text):
+        raise UsageError(f"{text}: a URL has two slashes, as s3://BUCKET/PREFIX (a Path drops one: give it as str)")
     if not separator:
         return LocalPath(Path(where))
     if scheme == "file":
@@ -173,7 +173,10 @@ class LocalPath:
             raise _read_error(self.path, error) from error
 
     def exists(self) -> bool:
-        return self.path.exists()
+        try:
+            return self.path.exists()
+        except OSError as error:
+            raise _read_error(self.path, error) from error
 
     def size(self) -> int | None:
         try:

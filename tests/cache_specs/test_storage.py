@@ -77,8 +77,9 @@ def test_paths_and_urls(tmp_path: Path) -> None:
     for url in ("http://host/a", "s3://bucket", "s3://bucket/", "s3:///a"):
         with pytest.raises(UsageError, match=re.escape(f"{url}: expected a folder, or one of s3://BUCKET/PREFIX")):
             location(url)
-    with pytest.raises(UsageError, match=r"s3:/bucket/a: a Path drops a slash of a URL; give it as str"):
-        location(Path("s3://bucket/a"))
+    for where in (Path("s3://bucket/a"), "s3:/bucket/a"):  # no folder of that name is made
+        with pytest.raises(UsageError, match=r"s3:/bucket/a: a URL has two slashes, .*\(a Path drops one"):
+            location(where)
     scratch = location("s3://bucket/a").scratch()
     assert scratch != location("s3://bucket/b").scratch()
     assert f"repa-cache-{os.getuid()}" in scratch.parts
@@ -129,3 +130,7 @@ def test_a_folder_that_refuses_is_one_line(tmp_path: Path) -> None:
         pass
     with pytest.raises(CacheError, match=r"cannot be read \(Is a directory"):
         location(tmp_path).read()
+    long = location(tmp_path / ("x" * 300))
+    for look in (long.exists, long.size, long.names, long.sizes, long.read):
+        with pytest.raises(CacheError, match=r"cannot be read \(File name too long\)"):
+            look()
