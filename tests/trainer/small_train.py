@@ -4,9 +4,10 @@
     small_train.py killed CACHE FOLDER               a rank, under torchrun, of FOLDER/killed: rank 1 dies by SIGKILL in
                                                      step 8
     small_train.py ranks CACHE FOLDER PORT...        two ranks train FOLDER/whole, then FOLDER/ended, to which SIGTERM
-                                                     comes in step 6, then continue it and FOLDER/killed. Meanwhile two
-                                                     others train FOLDER/hung, one of which stands still from step 4 on.
-                                                     FOLDER/NUMBER.RANK is what a rank printed; exit codes go to stdout
+                                                     comes in step 6, then continue it and, when stdin is closed,
+                                                     FOLDER/killed. Meanwhile two others train FOLDER/hung, one of which
+                                                     stands still from step 4 on. FOLDER/NUMBER.RANK is what a rank
+                                                     printed; exit codes go to stdout
 
 Ranks of the last are forked from a process that has only imported: importing torch takes longer than the training.
 """
@@ -120,7 +121,7 @@ def main(phase: str, *arguments: str) -> None:
         train("killed")
         return
     importlib.import_module("torch._dynamo")  # DistributedDataParallel does, where there are ranks
-    timeout, distributed.TIMEOUT, loop.train_step = distributed.TIMEOUT, timedelta(seconds=12), stands_still
+    timeout, distributed.TIMEOUT, loop.train_step = distributed.TIMEOUT, timedelta(seconds=10), stands_still
     hung = start_ranks(f"{folder}/hung", ports.pop(), lambda: train("hung"))
     distributed.TIMEOUT = timeout
     codes = []
@@ -132,6 +133,8 @@ def main(phase: str, *arguments: str) -> None:
     )
     for number, (name, step, more) in enumerate(runs):
         loop.train_step = step
+        if name == "killed":
+            sys.stdin.read()
         codes.append(fork_ranks(f"{folder}/{number}", ports[number], lambda: train(name, *more)))  # noqa: B023  # done here
     codes.append(ended(hung[:1]))
     os.kill(hung[1], signal.SIGKILL)
