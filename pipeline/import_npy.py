@@ -171,7 +171,7 @@ def read_labels(members: Members) -> dict[str, int] | None:
             return None
         labels = {}
         for name, label in pairs:
-            if not isinstance(label, int) or isinstance(label, bool):
+            if not isinstance(label, int) or isinstance(label, bool) or abs(label) >= 2**31:
                 raise ValueError(f"label {label!r} of {name}")
             if name in labels:
                 raise ValueError(f"two labels of {name}")

@@ -141,6 +141,11 @@ def larger_images(root: Path) -> None:
         (lambda root: (root / "images/00001/img00000005.png").rename(root / "images/5.png"), "the first is 5.png", 2),
         (lambda root: (root / "vae-sd/dataset.json").unlink(), "dataset.json: missing", 2),
         (lambda root: (root / "vae-sd/dataset.json").write_text('{"labels": [["a", "b"]]}'), "label 'b' of a", 2),
+        (
+            lambda root: (root / "vae-sd/dataset.json").write_text(f'{{"labels": [["a", {2**70}]]}}'),
+            f"label {2**70}",
+            2,
+        ),
         (one_label_more, "11 labels for 10 latents", 2),
         (two_labels_of_one, "two labels of 00000/img-mean-std-00000000.npy", 2),
         (other_labels, "the labels differ for 4 samples, the first is 00000004: 1 of the image, 0 of its latents", 2),
