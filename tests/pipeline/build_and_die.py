@@ -1,9 +1,9 @@
 """Run commands that kill themselves with SIGKILL at a chosen disk operation; run by conftest.py, not by pytest.
 
-Reads lines of JSON, `[point, arguments]`. Each is one `repa-cache`, in a process forked from this one after the imports
-(torch has started no thread yet), that dies at its point-th disk operation: a write (half of its bytes are written
-first), an fsync or a rename (before it). Point 0 lets it run to its end. Answers each line with how the process ended
-and how many operations there were.
+Reads lines of JSON, `[point, arguments, environment]`. Each is one `repa-cache`, in a process forked from this one
+after the imports (torch has started no thread yet), that dies at its point-th operation: a write (half of its bytes are
+written first), an fsync or a rename (before it), a put to an object store (before it, or when it is done). Point 0 lets
+it run to its end. Answers each line with how the process ended and how many operations there were.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 import repa.pipeline.build
 import repa.pipeline.import_latents  # noqa: F401
+from repa.cache_specs.object_store import ObjectPath
 from repa.cache_specs.tables import autoencoder_table, encoder_table
 from repa.pipeline.cli import main
 
@@ -37,15 +38,29 @@ def die_at(point: int) -> list[int]:
 
     for name in plain:
         setattr(os, name, counted(name))
+
+    def counted_put(put: Callable[..., None]) -> Callable[..., None]:
+        def operation(*arguments: Any) -> None:
+            for step in (lambda: None, lambda: put(*arguments)):
+                step()
+                count[0] += 1
+                if count[0] == point:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return operation
+
+    for name in ("take", "write"):
+        setattr(ObjectPath, name, counted_put(getattr(ObjectPath, name)))
     return count
 
 
-def run_one(point: int, arguments: list[str]) -> tuple[str, int]:
+def run_one(point: int, arguments: list[str], environment: dict[str, str]) -> tuple[str, int]:
     """Fork, build, return the end and the number of operations."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.environ.update(environment)
         plain_write = os.write
         count = die_at(point)
         sys.argv = ["repa-cache", *arguments]

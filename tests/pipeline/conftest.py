@@ -74,9 +74,10 @@ def small_options() -> list[str]:
 
 @pytest.fixture(scope="session")
 def run_and_die() -> Iterator[Callable[..., tuple[str, int]]]:
-    """Yield a function that runs `repa-cache`, killed at its point-th disk operation (0: not at all).
+    """Yield a function that runs `repa-cache`, killed at its point-th write, rename or put (0: not at all).
 
-    Returns how it ended and the number of its operations. One process imports torch for all of them.
+    Returns how it ended and the number of its operations. One process imports torch for all of them; buckets are those
+    of the AWS_ variables at the call.
     """
     script = Path(__file__).with_name("build_and_die.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -88,7 +89,8 @@ def run_and_die() -> Iterator[Callable[..., tuple[str, int]]]:
         stdin, stdout = process.stdin, process.stdout
 
         def run(point: int, *arguments: object) -> tuple[str, int]:
-            stdin.write(json.dumps([point, list(map(str, arguments))]) + "\n")
+            buckets = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+            stdin.write(json.dumps([point, list(map(str, arguments)), buckets]) + "\n")
             stdin.flush()
             ended, operations = json.loads(stdout.readline())
             return ended, operations

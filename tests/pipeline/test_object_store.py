@@ -1,9 +1,6 @@
 """A cache in a bucket: the objects are the files of a local build, whatever was killed or deleted on the way."""
 
 import secrets
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,25 @@ def images(tmp_path_factory: pytest.TempPathFactory, make_images: Callable[..., 
     folder = tmp_path_factory.mktemp("data")
     make_images(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def local(
+    images: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    run_and_die: Callable[..., tuple[str, int]],
+    small_options: list[str],
+) -> Path:
+    """Return the cache that a build makes of the images in a folder."""
+    cache = tmp_path_factory.mktemp("local") / "cache"
+    assert run_and_die(0, "build", "--data", images, "--cache", cache, *small_options)[0] == "exit 0"
+    return cache
+
+
+@pytest.fixture
+def clean(local: Path) -> dict[str, bytes]:
+    """Return what every build of the images in a bucket must come to: the files of the local one."""
+    return files(local)
 
 
 @pytest.fixture
@@ -51,6 +67,7 @@ def files(cache: Path) -> dict[str, bytes]:
 
 def test_objects_are_the_files_of_a_local_build(
     images: Path,
+    local: Path,
     tmp_path: Path,
     bucket: str,
     temporary: Path,
@@ -58,30 +75,33 @@ def test_objects_are_the_files_of_a_local_build(
     repa_cache: Callable[..., Any],
 ) -> None:
     cache = f"{bucket}/caches/in1k"
-    assert build(images, tmp_path / "local").code == 0
     done = build(images, cache)
     assert done.code == 0, done.err
-    assert objects(cache, tmp_path) == files(tmp_path / "local")
+    assert objects(cache, tmp_path) == files(local)
     assert not [path for path in temporary.rglob("*") if path.is_file()]
 
-    here, there = repa_cache("info", tmp_path / "local"), repa_cache("info", cache)
-    assert there.out == here.out.replace(str(tmp_path / "local"), cache)
+    here, there = repa_cache("info", local), repa_cache("info", cache)
+    assert there.out == here.out.replace(str(local), cache)
     checked = repa_cache("verify", cache)
     assert (checked.code, checked.out.partition(", ")[0]) == (0, f"{cache}: 24 shards")
-    measured = [repa_cache("metrics", where, "--encoder", "hog-grid4").out for where in (tmp_path / "local", cache)]
-    assert measured[1] == measured[0].replace(str(tmp_path / "local"), cache)
+    measured = [repa_cache("metrics", where, "--encoder", "hog-grid4").out for where in (local, cache)]
+    assert measured[1] == measured[0].replace(str(local), cache)
     assert "everything asked for is there" in build(images, cache).out
 
-    copy_tree(location(tmp_path / "local"), location(f"{bucket}/synced"))
+    copy_tree(location(local), location(f"{bucket}/synced"))
     assert repa_cache("verify", f"{bucket}/synced").code == 0
 
 
 def test_what_was_deleted_or_damaged_is_named_and_made_again(
-    images: Path, tmp_path: Path, bucket: str, build: Callable[..., Any], repa_cache: Callable[..., Any]
+    images: Path,
+    clean: dict[str, bytes],
+    tmp_path: Path,
+    bucket: str,
+    build: Callable[..., Any],
+    repa_cache: Callable[..., Any],
 ) -> None:
     cache = f"{bucket}/cache"
     assert build(images, cache).code == 0
-    whole = objects(cache, tmp_path)
     group = location(cache) / "features/hog-grid4"
     (group / "patch_tokens/c.1.0.0.0").delete()
     shard = bytearray((group / "channel_mean/c.0.0.0").read() or b"")
@@ -94,55 +114,42 @@ def test_what_was_deleted_or_damaged_is_named_and_made_again(
     assert f"aws s3 rm {group}/channel_mean/c.0.0.0" in checked.err
     (group / "channel_mean/c.0.0.0").delete()
     assert build(images, cache).code == 0
-    assert objects(cache, tmp_path) == whole
+    assert objects(cache, tmp_path) == clean
 
     # Without its own record a component's shards are kept where `valid` says whose they are, and go where not.
     (group / "zarr.json").delete()
     assert build(images, cache, "--dtype", "float16").code == 0
-    assert objects(cache, tmp_path) == whole
-
-
-# A build that dies at its n-th request that changes the bucket: before it is sent, or once it is done.
-DIE = """
-import os, signal, sys
-from repa.cache_specs.object_store import ObjectPath
-from repa.pipeline.cli import main
-point, sys.argv = int(sys.argv[1]), ["repa-cache", *sys.argv[2:]]
-count = 0
-def dying(plain):
-    def call(*arguments):
-        global count
-        for step in (lambda: None, lambda: plain(*arguments)):
-            step()
-            count += 1
-            if count == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-    return call
-ObjectPath.take, ObjectPath.write = dying(ObjectPath.take), dying(ObjectPath.write)
-main()
-"""
+    assert objects(cache, tmp_path) == clean
 
 
 def test_a_killed_build_goes_on_to_the_same_objects(
-    images: Path, tmp_path: Path, bucket: str, build: Callable[..., Any], small_options: list[str]
+    images: Path,
+    clean: dict[str, bytes],
+    tmp_path: Path,
+    bucket: str,
+    build: Callable[..., Any],
+    run_and_die: Callable[..., tuple[str, int]],
+    small_options: list[str],
 ) -> None:
-    clean, cache = f"{bucket}/clean", f"{bucket}/killed"
-    assert build(images, clean).code == 0
-    command = ["build", "--data", str(images), "--cache", cache, *small_options]
-    for point in (9, 50):  # in the cache's metadata, among the shards
-        done = subprocess.run([sys.executable, "-c", DIE, str(point), *command], capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+    cache = f"{bucket}/killed"
+    for point in (9, 100, 60):  # in the cache's metadata, among the shards
+        ended, _ = run_and_die(point, "build", "--data", images, "--cache", cache, *small_options)
+        assert ended == "killed"
     assert build(images, cache).code == 0
-    assert objects(cache, tmp_path) == objects(clean, tmp_path)
+    assert objects(cache, tmp_path) == clean
 
 
 def test_ray_workers_put_their_own_shards(
-    images: Path, tmp_path: Path, bucket: str, build: Callable[..., Any], ray_head: tuple[str, int]
+    images: Path,
+    clean: dict[str, bytes],
+    tmp_path: Path,
+    bucket: str,
+    build: Callable[..., Any],
+    ray_head: tuple[str, int],
 ) -> None:
-    assert build(images, f"{bucket}/one").code == 0
-    done = build(images, f"{bucket}/two", "--workers", 1, "--address", ray_head[0])
+    done = build(images, f"{bucket}/cache", "--workers", 1, "--address", ray_head[0])
     assert done.code == 0, done.err
-    assert objects(f"{bucket}/two", tmp_path) == objects(f"{bucket}/one", tmp_path)
+    assert objects(f"{bucket}/cache", tmp_path) == clean
 
 
 def test_one_build_of_a_component_at_a_time_on_this_machine(
