@@ -83,7 +83,7 @@ def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
     from .run import describe, latent_source, prepare
 
     raise_limit()  # a global shuffle comes by every shard: thousands of files
-    config, copy = _staged(config, world) if config.stage else (config, None)
+    config, copy = _staged(config, world) if config.stage is not None else (config, None)
     run = prepare(config, world, copy=copy)
     decode = None
     if config.grid.every and world.is_main:
@@ -116,16 +116,22 @@ def _staged(config: "RunConfig", world: "World") -> tuple["RunConfig", Path]:
 
 
 def _explain(config: "RunConfig", world: "World", *, resume: bool) -> None:
+    described, step = _checked(config, world, resume=resume)
+    if world.is_main:
+        click.echo(described)
+        click.echo(f"start: step {step}")
+        click.echo("dry run: nothing was trained or written")
+
+
+def _checked(config: "RunConfig", world: "World", *, resume: bool) -> tuple[str, int]:
+    """Check settings, cache and folder, writing nothing; return what would run, and from which step on."""
     from .resume import check_folder
     from .run import describe, latent_norm, open_cache, record
 
     config, reader = open_cache(config, world)
     norm = latent_norm(config, reader)
     stored = check_folder(Path(config.out), record(config, reader, norm), reader, resume=resume)
-    if world.is_main:
-        click.echo(describe(config, reader, norm, world))
-        click.echo(f"start: step {stored['steps'] if stored else 0}")
-        click.echo("dry run: nothing was trained or written")
+    return describe(config, reader, norm, world), stored["steps"] if stored else 0
 
 
 def train() -> None:

@@ -149,6 +149,8 @@ class RunConfig:
                 f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}; "
                 f"change one of them"
             )
+        if self.stage == "":  # as of a variable that is not set
+            raise UsageError("stage is empty; name a local folder for the copy, or leave it out")
         if not 0 <= self.label_dropout <= 1:
             raise UsageError(f"label_dropout is {self.label_dropout}; expected 0 to 1")
         if not 0 <= self.ema_decay < 1:

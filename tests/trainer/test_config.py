@@ -88,6 +88,7 @@ def test_every_recipe_resolves_for_every_size():
         (set_layer(["alignment.proj_coeff=0"]), "alignment.projector=none"),
         (set_layer(["alignment.kernel_size=2"]), "expected an odd number"),
         (set_layer(["optimizer.learning_rate=.nan"]), "optimizer.learning_rate is nan"),
+        (set_layer(['stage=""']), "stage is empty; name a local folder"),
         (set_layer(["label_dropout=2"]), "label_dropout is 2.0; expected 0 to 1"),
         (set_layer(["ema_decay=1"]), "ema_decay is 1.0"),
     ],
