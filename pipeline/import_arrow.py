@@ -63,10 +63,10 @@ class ArrowSource:
         index = int(np.searchsorted(self._stops, place, side="right"))
         return _nested(self._batches[index], place - int(self._stops[index - 1] if index else 0))[None]
 
-    def source_bytes(self, row: int) -> int:
+    def source_bytes(self, row: int, stored: np.ndarray) -> int:
         if self.image_root is not None:
             return (self.image_root / str(self.manifest.sample_ids[row])).stat().st_size
-        return self.read(row).nbytes
+        return stored.nbytes
 
     def published_statistics(self) -> None:
         return None

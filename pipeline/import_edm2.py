@@ -50,7 +50,7 @@ class NumberedSource:
     def read(self, row: int) -> np.ndarray:
         return self._latents.read(int(self._numbers[row]))[None]
 
-    def source_bytes(self, row: int) -> int:
+    def source_bytes(self, row: int, stored: np.ndarray) -> int:
         if self.image_root is not None:
             return (self.image_root / str(self.manifest.sample_ids[row])).stat().st_size
         return self._latents.members.size(self._latents.name(int(self._numbers[row])))

@@ -74,8 +74,9 @@ def _import_range(
 
     def read(row: int) -> tuple[np.ndarray, int] | str:
         try:
-            values = plan.reading.convert(plan.source.read(row))
-            num_bytes = plan.source.source_bytes(row)
+            stored = plan.source.read(row)
+            values = plan.reading.convert(stored)
+            num_bytes = plan.source.source_bytes(row, stored)
         except BadLatent as error:
             return str(error)
         except OSError as error:

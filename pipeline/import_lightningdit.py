@@ -86,8 +86,8 @@ class SampledSource:
         stacked = torch.stack(views)
         return (stacked.float() if stacked.dtype == torch.bfloat16 else stacked).numpy()
 
-    def source_bytes(self, row: int) -> int:
-        return self.read(row).nbytes
+    def source_bytes(self, row: int, stored: np.ndarray) -> int:
+        return stored.nbytes
 
     def published_statistics(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Return mean and std [C] of latents_stats.pt, which LightningDiT takes over at most 10,000 samples."""

@@ -43,8 +43,8 @@ class LatentSource(Protocol):
         """Return [V, M, h, w] of the manifest's sample `row` as it is stored there; raise `BadLatent`."""
         ...
 
-    def source_bytes(self, row: int) -> int:
-        """Return the size of the sample's image file, or of its stored latents where there are no images."""
+    def source_bytes(self, row: int, stored: np.ndarray) -> int:
+        """Return the size of the sample's image file, or of its latents, `stored` as `read` returns them, without."""
         ...
 
     def published_statistics(self) -> tuple[np.ndarray, np.ndarray] | None:

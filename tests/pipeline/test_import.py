@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,21 @@ def test_repas_folder(repa_cache: Run, tmp_path: Path) -> None:
     assert "imported from the layout repa, with its images" in repa_cache("info", cache).out
 
 
+def test_repas_folder_without_its_images(repa_cache: Run, tmp_path: Path) -> None:
+    moments, labels = write_repa(tmp_path / "repa")
+    shutil.rmtree(tmp_path / "repa/images")
+    cache = tmp_path / "cache"
+    done = repa_cache("import", "--data", tmp_path / "repa", "--cache", cache, *SD)
+    assert (done.code, done.err) == (0, "")
+    assert "no images" in done.out
+    found, attributes = stored(cache, "sd-vae-ft-mse")
+    np.testing.assert_array_equal(found[:, 0], moments.astype(np.float16))
+    assert ids_and_labels(cache) == (numbered("img-mean-std-", "npy", 10), labels)
+    assert attributes["spec"]["imported"]["images"] is False
+    sizes = zarr.open_array(cache / "latents/sd-vae-ft-mse/source_bytes", mode="r")[:]
+    assert list(sizes) == [len(npy_bytes(values)) for values in moments]
+
+
 def test_tokens_are_added_to_an_import_and_both_are_trained_from(repa_cache: Run, tmp_path: Path) -> None:
     write_repa(tmp_path / "repa")
     cache, images = tmp_path / "cache", tmp_path / "repa/images"
@@ -97,6 +113,17 @@ def test_tokens_are_added_to_an_import_and_both_are_trained_from(repa_cache: Run
     assert again.code == 0
     assert "latents/sd-vae-ft-mse: not encoded again: imported" in again.out
     assert "features/hog-grid2: 3 samples encoded again" in again.out
+
+
+def test_one_import_at_a_time(repa_cache: Run, tmp_path: Path) -> None:
+    write_repa(tmp_path / "repa")
+    command = ["import", "--data", tmp_path / "repa", "--cache", tmp_path / "cache", *SD]
+    assert repa_cache(*command).code == 0
+    with CacheStore.open(tmp_path / "cache").lock("latents/sd-vae-ft-mse"):
+        done = repa_cache(*command)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "another build of latents/sd-vae-ft-mse is running; wait for it, then run this again" in done.err
+    assert repa_cache(*command).code == 0
 
 
 def test_an_image_that_changed_since_the_import_is_refused(repa_cache: Run, tmp_path: Path) -> None:
@@ -164,6 +191,8 @@ def test_lightningdits_files_are_samples(repa_cache: Run, tmp_path: Path, flip: 
     ]
     assert ids == files
     assert attributes["spec"]["kind"] == "sample"
+    sizes = zarr.open_array(cache / "latents/vavae-f16d32/source_bytes", mode="r")[:]
+    assert list(sizes) == [latents[0].nbytes] * 10
     wide = found.astype(np.float64)
     np.testing.assert_allclose(attributes["latent_mean"], wide.mean(axis=(0, 1, 3, 4)), rtol=1e-9)
     np.testing.assert_allclose(attributes["latent_std"], wide.std(axis=(0, 1, 3, 4)), rtol=1e-9)
@@ -245,8 +274,9 @@ def test_lists_of_every_kind_in_arrow(tmp_path: Path, nested: Callable[[pa.DataT
     write_arrow(tmp_path / "data", moments, labels=[0] * 10, nested=nested)
     source = ArrowSource(tmp_path / "data", None, None)
     for row in range(10):
-        np.testing.assert_array_equal(source.read(row)[0], moments[row])
-        assert source.source_bytes(row) == moments[row].nbytes
+        stored = source.read(row)
+        np.testing.assert_array_equal(stored[0], moments[row])
+        assert source.source_bytes(row, stored) == moments[row].nbytes
 
 
 def test_arrow_rows_follow_torchvisions_order_of_the_images(repa_cache: Run, tmp_path: Path) -> None:
