@@ -171,7 +171,8 @@ class CacheStore:
         option = "--cache" if isinstance(self.path, LocalPath) else "TMPDIR"
         with locked(file, wait=wait, option=option) as held:
             if not held:
-                without = ", or leave it to that build with --autoencoder none" if name.startswith(LATENTS) else ""
+                alone = "; encoders alone are built beside it with --autoencoder none"
+                without = alone if name.startswith(LATENTS) else ""
                 raise JobError(
                     f"{self.path}: another build of {name} is running; wait for it, then run this again if needed"
                     f"{without}"
