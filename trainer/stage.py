@@ -67,12 +67,11 @@ def stage_cache(
     if not _is_copied(source / METADATA, target / METADATA):
         with _alone(target, "cache", on_message):
             _copy_root(source, target)
-    records = {c.path: (source / c.path / METADATA, target / c.path / METADATA) for c in components}
-    wanted = [component for component in components if not _is_copied(*records[component.path])]
+    wanted = [component for component in components if not _is_whole(source, target, layout, component)]
     _check_room(target, [shard for component in wanted for shard in _missing(source, target, layout, component)])
     for component in wanted:
         with _alone(target, component.path, on_message) as partials:
-            if not _is_copied(*records[component.path]):
+            if not _is_whole(source, target, layout, component):
                 _copy_component(source, target, layout, component, partials, on_progress, on_message)
     return target.path
 
@@ -142,6 +141,15 @@ def _is_copied(source: Location, target: LocalPath) -> bool:
         return False
     _copy_record(source, target)
     return True
+
+
+def _is_whole(source: Location, target: LocalPath, layout: CacheLayout, component: ComponentSpec) -> bool:
+    """Say whether a component is copied and still there: scratch disks remove files that are old; raise as above."""
+    copy = target / component.path
+    return _is_copied(source / component.path / METADATA, copy / METADATA) and all(
+        (copy / array.name).names().issuperset({METADATA, *map(array.shard_file, range(layout.num_ranges))})
+        for array in component.arrays(layout)
+    )
 
 
 def _copy_component(

@@ -210,6 +210,18 @@ def test_copies_of_other_builds_and_shards_of_others_are_refused(
     assert isinstance(location(copy), LocalPath)
 
 
+def test_what_was_removed_from_a_copy_is_copied_again(written: Any, tmp_path: Path, downloads: list[str]) -> None:
+    """As scratch disks do with files that were not used for long."""
+    copy = stage_cache(written.path, tmp_path / "stage", encoders=["toy"])
+    whole = files(copy)
+    downloads.clear()
+    for name in ("patch_tokens/c.2.0.0.0", "valid/c.1", "valid/zarr.json"):
+        (copy / "features/toy" / name).unlink()
+    assert stage_cache(written.path, tmp_path / "stage", encoders=["toy"]) == copy
+    assert len(downloads) == 2
+    assert files(copy) == whole
+
+
 def test_a_folder_that_is_no_place_for_a_copy_is_refused(written: Any, tmp_path: Path) -> None:
     copy = stage_cache(written.path, tmp_path / "stage", encoders=[])
     (tmp_path / "link").symlink_to(written.path)
