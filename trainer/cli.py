@@ -83,7 +83,10 @@ def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
     from .run import describe, latent_source, prepare
 
     raise_limit()  # a global shuffle comes by every shard: thousands of files
-    config, copy = _staged(config, world) if config.stage is not None else (config, None)
+    copy = None
+    if config.stage is not None:
+        _checked(config, world, resume=resume)  # what would be refused is so before hours of copying
+        config, copy = _staged(config, world)
     run = prepare(config, world, copy=copy)
     decode = None
     if config.grid.every and world.is_main:

@@ -137,9 +137,10 @@ def test_a_staged_copy_trains_as_the_cache_and_is_shared(make_cache, repa_train,
         assert ("\nstaged " in outcome.output) == (number < 2)
     resumed = repa_train(toy, run, "--steps", "5", "--resume", "auto")
     assert resumed.losses()[:3] == expected[toy].losses()
-    outcome = repa_train(toy, tmp_path / "dry", "--stage", str(tmp_path / "nothing"), "--dry-run")
-    assert outcome.code == 0
-    assert not (tmp_path / "nothing").exists()
+    refused = ((tmp_path / "new", "--model", "SiT-Ti/4"), (run, "--steps", "9"), (run, "--resume", "auto"))
+    for code, (out, *more) in ((0, (tmp_path / "dry", "--dry-run")), *((2, arguments) for arguments in refused)):
+        assert repa_train(toy, out, "--stage", str(tmp_path / "nothing"), "--set", "seed=1", *more).code == code
+        assert not (tmp_path / "nothing").exists()
 
 
 def test_an_incomplete_cache_is_refused(make_cache, repa_train, tmp_path):
