@@ -6,6 +6,7 @@ Python's zipfile holds about 1 KB a member: 1.2 GB for ImageNet.
 """
 
 import io
+import itertools
 import json
 import re
 import zipfile
@@ -73,7 +74,7 @@ class ZipMembers:
             if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
                 raise UsageError(f"--data {file}: a member is called {name!r}, which leads out of the zip; not used")
         if len(set(self.names)) < len(self.names):
-            twice = next(name for i, name in enumerate(sorted(self.names)[1:]) if name == sorted(self.names)[i])
+            twice = next(name for name, following in itertools.pairwise(sorted(self.names)) if name == following)
             raise UsageError(f"--data {file}: two members are called {twice}; a sample's id must be its own")
 
     def read(self, name: str) -> bytes:

@@ -12,7 +12,6 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
-from ..cache_specs.errors import UsageError
 from .manifest import Manifest, numbered_classes
 
 Kind = Literal["moments", "sample"]
@@ -65,12 +64,11 @@ class NoImages:
 def manifest_without_images(where: str, ids: Sequence[str], labels: np.ndarray) -> tuple[Manifest, np.ndarray]:
     """Return the manifest of samples that have no images, and where in `ids` each of its rows is: [N] int64.
 
-    `labels` [N] are whole numbers. Raises `UsageError` where two samples have one id, or a label is out of range.
+    `ids` are N different names, `labels` [N] whole numbers. Raises `UsageError` where a label is out of range.
     """
     names = np.array(ids, dtype=np.dtypes.StringDType())
     order = np.array(sorted(range(len(ids)), key=lambda i: ids[i].encode()), dtype=np.int64)
     names, numbers = names[order], np.asarray(labels)[order]
-    check_unique(where, names)
     listed, classes = numbered_classes(names.tolist(), numbers.tolist(), Path(where))
     manifest = Manifest(
         where=where,
@@ -80,13 +78,6 @@ def manifest_without_images(where: str, ids: Sequence[str], labels: np.ndarray) 
         source=NoImages(where),
     )
     return manifest, order
-
-
-def check_unique(where: str, ids: np.ndarray) -> None:
-    """Raise `UsageError` where two samples of the sorted `ids` are one."""
-    same = np.flatnonzero(ids[1:] == ids[:-1])
-    if len(same):
-        raise UsageError(f"--data {where}: two samples are called {ids[same[0]]}; a sample's id must be its own")
 
 
 def spread_rows(size: int, most: int) -> list[int]:
