@@ -10,11 +10,18 @@ from repa.trainer.checkpoint import CheckpointError, save_checkpoint
 from repa.trainer.ema import EMA
 from repa.trainer.pretrained import load_model, open_model
 from repa.trainer.projector import ProjectorConfig
-from repa.trainer.sit import SiT, sit_config
+from repa.trainer.sit import SIZES, SiT, sit_config
 
 MLP = ProjectorConfig(kind="mlp", out_dim=5, hidden_dim=7)
 CONV = ProjectorConfig(kind="conv", out_dim=5, kernel_size=3)
 LINEAR = ProjectorConfig(kind="linear", out_dim=6)
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the two sizes their names' depths and little width."""
+    for name, width in (("Ti", 32), ("S", 48)):
+        monkeypatch.setitem(SIZES, name, (SIZES[name][0], width, 2))
 
 
 def trained(*projectors: ProjectorConfig, seed: int = 0, depth: int = 4, name: str = "SiT-Ti/8") -> SiT:
@@ -147,11 +154,11 @@ def test_other_models_are_refused_in_words(tmp_path: Path):
     state = dict(model.state_dict())
     normed = state | {"blocks.0.attn.q_norm.weight": torch.zeros(64)}
     refuse(r"blocks\.0\.attn\.q_norm\.weight is \[64\], expected absent \(1 names differ\)", normed, qk_norm=True)
-    refuse("depth 5 and width 128 are none of the sizes", {k: v for k, v in state.items() if "blocks.5" not in k})
+    refuse("depth 5 and width 32 are none of the sizes", {k: v for k, v in state.items() if "blocks.5" not in k})
     refuse("without label dropout", state, num_classes=4)
     refuse("holds no SiT under 'ema'", {"weight": torch.zeros(1)})
     refuse("not a SiT: it has no x_embedder", {"pos_embed": torch.zeros(1, 4, 8)})
     missing = {k: v for k, v in state.items() if k != "blocks.3.mlp.fc1.bias"}
-    refuse(r"blocks\.3\.mlp\.fc1\.bias is absent, expected \[512\]", missing)
+    refuse(r"blocks\.3\.mlp\.fc1\.bias is absent, expected \[128\]", missing)
     with pytest.raises(CheckpointError, match="no checkpoint in this run yet"):
         load_model(tmp_path)
