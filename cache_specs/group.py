@@ -28,4 +28,4 @@ def group_attributes(group: Location) -> dict[str, Any] | None:
 def component_names(cache: Location, kind: str) -> list[str]:
     """Return the names of the components in `latents` or `features`, sorted."""
     folder = cache / kind
-    return sorted(name for name in folder.names() if (folder / name / METADATA).exists())
+    return sorted(name for name in folder.names() if (folder / name / METADATA).size() is not None)

@@ -70,7 +70,7 @@ class CacheStore:
     def _write_missing(self, folder: Location, files: Mapping[str, bytes]) -> None:
         """Write, in their order, those files that are not there."""
         for name, data in files.items():
-            if not (folder / name).exists():
+            if (folder / name).size() is None:
                 (folder / name).write(data)
 
     # Components
