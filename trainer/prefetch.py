@@ -48,9 +48,10 @@ class _Ready:
 class ReadAhead:
     """Serves the micro-batches of steps `first` to `last` - 1 in order, `depth` of them read ahead.
 
-    The ring has `depth` + 1 buffers, on CUDA pinned ones, and the device as many micro-batches beside those in use. A
-    batch is valid until the next `next()`: its buffers are then filled anew. What the thread raises is raised by
-    `next()`. Use it in a `with` block: leaving it ends the thread.
+    The ring has `depth` + 1 buffers, on CUDA pinned ones (torch rounds each tensor there up to a power of two: up to
+    twice the bytes), and the device has as many micro-batches beside those in use. A batch is valid until the next
+    `next()`: its buffers are then filled anew. What the thread raises is raised by `next()`. Use it in a `with` block:
+    leaving it ends the thread.
 
     waited_s   seconds that `next()` has waited for the thread; the device may have had work left meanwhile
     reading_s  seconds that the thread has spent on the batches that it has read: rows, random numbers, copies begun
