@@ -89,7 +89,7 @@ def save_checkpoint(
             f"Make room or mend the folder, then continue with --resume auto"
         ) from error
     for old in _checkpoints(run)[:-keep_last]:
-        old.unlink()
+        old.unlink(missing_ok=True)  # the user may tidy up too
     return path
 
 

@@ -81,7 +81,7 @@ def _step_of(line: bytes) -> int | str:
         return "the end of the file"
     try:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else "a line that was cut"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, OverflowError, KeyError, TypeError):
         return "a damaged line"
 
 

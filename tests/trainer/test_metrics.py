@@ -33,7 +33,9 @@ def test_steps_after_the_checkpoint_are_cut(tmp_path):
     assert path.read_bytes() == b""
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"step": 1}\n{"step": 3}\n', b'{"step": 1}\nnonsense\n'])
+@pytest.mark.parametrize(
+    "damage", [b"", *(b'{"step": 1}\n' + line for line in (b'{"step": 3}\n', b"nonsense\n", b'{"step": Infinity}\n'))]
+)
 def test_a_history_with_holes_is_refused(tmp_path, damage):
     (tmp_path / "metrics.jsonl").write_bytes(damage)
     with pytest.raises(JobError, match=r"metrics.jsonl: line [12] should be step"):
