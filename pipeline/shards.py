@@ -24,6 +24,10 @@ COMPRESSOR_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Written row by row, a file lies in the page cache in small pieces, and reading it from there takes half as long again.
+WRITE_BYTES = 2**20
+
+
 def chunk_encoder(compressor: str, dtype: str) -> Callable[[np.ndarray], bytes | np.ndarray]:
     """Return the function from one contiguous inner chunk to its bytes, as the array's Zarr codecs would encode it."""
     if compressor == "none":
@@ -64,6 +68,7 @@ class ShardWriter:
         self._entries = np.full((int(np.prod(layout.chunks_per_shard)), 2), ABSENT, dtype=np.uint64)
         self._next = 0
         self._offset = 0
+        self._pending = bytearray()  # encoded and not yet written, less than WRITE_BYTES between calls
         try:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         except OSError as error:
@@ -73,20 +78,21 @@ class ShardWriter:
         """Append `chunks` [n, *inner chunk without its leading ones], in the array's dtype."""
         assert chunks.dtype == np.dtype(self._layout.dtype), (chunks.dtype, self._layout)
         chunks = np.ascontiguousarray(chunks)
-        pieces: list[bytes | memoryview] = []
         for chunk in chunks:
             data = self._encode(chunk)
             raw = data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-            pieces += [raw.data if isinstance(raw, np.ndarray) else raw, checksum(raw)]
+            self._pending += raw.data if isinstance(raw, np.ndarray) else raw
+            self._pending += checksum(raw)
             length = len(raw) + CHECKSUM_BYTES
             self._entries[self._next] = (self._offset, length)
             self._offset += length
             self._next += 1
-        self._write(b"".join(pieces))
+        self._write(len(self._pending) // WRITE_BYTES * WRITE_BYTES)
 
     def close(self) -> None:
         """Write the index and fsync; the file is then a whole shard under its partial name."""
-        self._write(pack_index(self._entries))
+        self._pending += pack_index(self._entries)
+        self._write(len(self._pending))
         try:
             os.fsync(self._descriptor)
         except OSError as error:
@@ -102,11 +108,16 @@ class ShardWriter:
             self._descriptor = -1
         self.path.unlink(missing_ok=True)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, num_bytes: int) -> None:
+        """Write the first `num_bytes` of what is pending."""
+        if num_bytes == 0:
+            return
         try:
-            write_bytes(self._descriptor, data)
+            with memoryview(self._pending) as pending:
+                write_bytes(self._descriptor, pending[:num_bytes])
         except OSError as error:
             raise disk_error(self.path, error) from error
+        del self._pending[:num_bytes]
 
 
 def iter_chunks(

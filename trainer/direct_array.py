@@ -1,7 +1,7 @@
 """Rows of one array straight from our own uncompressed shards: positioned reads into the caller's buffer.
 
-A shard's index is parsed once; after that a row is one system call, which copies from the page cache into the batch's
-memory with the GIL released. What is not in the page cache is asked for before it is waited for: the first read of a
+A shard's index is parsed once; after that some megabytes of rows are one system call, which copies from the page cache
+into the batch's memory with the GIL released (queued_reads.py). What is not in the page cache is asked for before it is waited for: the first read of a
 batch that would have to wait has the kernel begin all of the batch's reads, so that the disk sees them together and
 reads little else (mapped files read 9 times too much here, and a mapped file that is cut kills the process).
 
@@ -11,7 +11,6 @@ being read as it was. What is written into an open file in place is seen only wi
 crc32c of each row. A chunk that is not stored reads as the fill value, zero.
 """
 
-import errno
 import functools
 import math
 import os
@@ -27,25 +26,27 @@ from ..cache_specs.layout import ArrayLayout
 from ..cache_specs.shard_index import ABSENT as NOT_STORED
 from ..cache_specs.shard_index import CHECKSUM_BYTES, checksum, index_bytes, unpack_index
 from .open_files import CLOSED, OpenFiles
+from .queued_reads import MOST_AT_ONCE, NO_WAIT, QueuedReads, Reads
 
 NDArray = np.ndarray[Any, Any]
+Task = Callable[[], None]
 
 ABSENT = -1  # offset of a chunk that is not stored, once parsed
-TASK_BYTES = 2**20  # what a thread takes at a time: enough to outweigh taking it, little enough to share out a batch
-NO_WAIT = getattr(os, "RWF_NOWAIT", 0)  # Linux: return what is in the page cache and begin to read the rest
+TASK_BYTES = 2**21  # what a thread takes at a time: enough to outweigh taking it, little enough to share out a batch
 
 
 @dataclass(slots=True)
 class _Batch:
     """The reads of one batch from one array.
 
-    Row i is at `offsets[i]` of the file `descriptors[i]` of shard `shards[i]`, and goes to `buffer[i * row_bytes :]`.
+    Row i, `out[i]` of uint8 [B, row bytes], is at byte `offsets[i]` of the file `descriptors[i]` of shard `shards[i]`.
     """
 
-    shards: list[int]
-    descriptors: list[int]
-    offsets: list[int]
-    buffer: memoryview
+    shards: NDArray
+    descriptors: NDArray
+    offsets: NDArray
+    out: NDArray
+    reads: Reads
     asked: bool = False  # whether the kernel has been asked for all of it
 
 
@@ -57,7 +58,14 @@ class DirectArray:
     """
 
     def __init__(
-        self, folder: Path, layout: ArrayLayout, *, checksummed: bool, files: OpenFiles, check_reads: bool = False
+        self,
+        folder: Path,
+        layout: ArrayLayout,
+        *,
+        checksummed: bool,
+        files: OpenFiles,
+        queue: QueuedReads,
+        check_reads: bool = False,
     ) -> None:
         self.folder = folder
         self.layout = layout
@@ -66,13 +74,14 @@ class DirectArray:
         self._check = check_reads and checksummed
         self._views = layout.chunks_per_shard[1] if len(layout.chunks_per_shard) > 1 else 1
         self._files = files
+        self._queue = queue
         self._first_file = files.add(layout.num_shards)
         # Zeros that take no memory until a shard's index is written there.
         self._offsets = np.zeros((layout.num_shards, math.prod(layout.chunks_per_shard)), dtype=np.int64)
         self._identity = np.zeros((layout.num_shards, 3), dtype=np.int64)  # of the files whose index stands there
         self._flags = NO_WAIT
 
-    def begin(self, rows: NDArray, views: NDArray, out: NDArray) -> Sequence[Callable[[], None]]:
+    def begin(self, rows: NDArray, views: NDArray, out: NDArray) -> Sequence[Task]:
         shards, within = np.divmod(rows, self.layout.shard[0])
         descriptors = self._files.get(self._first_file + shards)
         if (descriptors == CLOSED).any():
@@ -80,39 +89,56 @@ class DirectArray:
                 self._open(shard)
             descriptors = self._files.get(self._first_file + shards)
         chunks = within // self.layout.inner[0] * self._views + views  # inner[0] is 1, or a whole shard for `valid`
-        offsets = self._offsets[shards, chunks]
-        batch = _Batch(shards.tolist(), descriptors.tolist(), offsets.tolist(), out.reshape(-1).view(np.uint8).data)
+        offsets, out = self._offsets[shards, chunks], out.view(np.uint8).reshape(len(rows), -1)
+        if (offsets == ABSENT).any():
+            out[offsets == ABSENT] = 0
+            stored = np.flatnonzero(offsets != ABSENT)
+            batches = [(shards[i : i + 1], descriptors[i : i + 1], offsets[i : i + 1], out[i : i + 1]) for i in stored]
+        else:
+            batches = [(shards, descriptors, offsets, out)]
+        return [task for parts in batches for task in self._begin(*parts)]
+
+    def _begin(self, shards: NDArray, descriptors: NDArray, offsets: NDArray, out: NDArray) -> list[Task]:
+        batch = _Batch(
+            shards, descriptors, offsets, out, self._queue.prepare(descriptors, offsets, out, flags=self._flags)
+        )
         if not self._flags:
             self._ask_for(batch)
-        num, step = len(rows), max(1, TASK_BYTES // self._row_bytes)
-        return [functools.partial(self._read, batch, range(i, min(i + step, num))) for i in range(0, num, step)]
+        num, step = len(out), min(max(1, TASK_BYTES // self._row_bytes), MOST_AT_ONCE)
+        return [functools.partial(self._read, batch, i, min(i + step, num)) for i in range(0, num, step)]
 
-    def _read(self, batch: _Batch, places: range) -> None:
-        """Fill rows `places` of the batch."""
-        for i in places:
-            shard, descriptor, offset = batch.shards[i], batch.descriptors[i], batch.offsets[i]
-            row = batch.buffer[i * self._row_bytes : (i + 1) * self._row_bytes]
-            if offset == ABSENT:
-                row[:] = bytes(self._row_bytes)
-                continue
-            got = self._preadv(shard, descriptor, row, offset, self._flags)
-            if got != self._row_bytes:
+    def _read(self, batch: _Batch, start: int, stop: int) -> None:
+        """Fill rows start .. stop - 1 of the batch."""
+        try:
+            got = batch.reads.read(start, stop)
+        except OSError:  # NFS and tmpfs know no NO_WAIT
+            self._flags = 0
+            got = np.zeros(stop - start, dtype=np.int64)
+        if got is not None:
+            for i in np.flatnonzero(got != self._row_bytes).tolist():
                 self._ask_for(batch)
-                self._read_whole(shard, descriptor, row[got:], offset + got)
-            if self._check:
-                stored = bytearray(CHECKSUM_BYTES)
-                self._read_whole(shard, descriptor, memoryview(stored), offset + self._row_bytes)
-                if checksum(np.frombuffer(row, dtype=np.uint8)) != stored:
-                    raise self._error(shard, f"holds a row, at byte {offset}, whose checksum does not hold")
+                self._read_rest(batch, start + i, int(got[i]))
+        if self._check:
+            for i in range(start, stop):
+                self._check_row(int(batch.shards[i]), int(batch.descriptors[i]), batch.out[i], int(batch.offsets[i]))
+
+    def _read_rest(self, batch: _Batch, place: int, got: int) -> None:
+        shard, descriptor, offset = (int(a[place]) for a in (batch.shards, batch.descriptors, batch.offsets))
+        self._read_whole(shard, descriptor, batch.out[place, got:].data, offset + got)
+
+    def _check_row(self, shard: int, descriptor: int, row: NDArray, offset: int) -> None:
+        stored = bytearray(CHECKSUM_BYTES)
+        self._read_whole(shard, descriptor, memoryview(stored), offset + self._row_bytes)
+        if checksum(row) != stored:
+            raise self._error(shard, f"holds a row, at byte {offset}, whose checksum does not hold")
 
     def _ask_for(self, batch: _Batch) -> None:
         """Have the kernel begin to read what it does not hold of the batch, without waiting for any of it."""
         if batch.asked or not hasattr(os, "posix_fadvise"):
             return
         batch.asked = True
-        for descriptor, offset in zip(batch.descriptors, batch.offsets, strict=True):
-            if offset != ABSENT:
-                os.posix_fadvise(descriptor, offset, self._row_bytes, os.POSIX_FADV_WILLNEED)
+        for descriptor, offset in zip(batch.descriptors.tolist(), batch.offsets.tolist(), strict=True):
+            os.posix_fadvise(descriptor, offset, self._row_bytes, os.POSIX_FADV_WILLNEED)
 
     def _open(self, shard: int) -> None:
         """Open the file of `shard`; parse its index the first time, later make sure that it is the same file."""
@@ -158,23 +184,13 @@ class DirectArray:
         """Fill `buffer`: a read may return less than asked, and nothing means that the file was cut."""
         filled = 0
         while filled < len(buffer):
-            got = self._preadv(shard, descriptor, buffer[filled:], offset + filled)
+            try:
+                got = os.preadv(descriptor, [buffer[filled:]], offset + filled)
+            except OSError as error:  # a failing disk, a file server that has lost the file
+                raise self._error(shard, f"cannot be read at byte {offset + filled}: {error.strerror}") from error
             if got == 0:
                 raise self._error(shard, f"ends at byte {offset + filled}, inside a row that its index places there")
             filled += got
-
-    def _preadv(self, shard: int, descriptor: int, buffer: memoryview, offset: int, flags: int = 0) -> int:
-        """Return how many bytes were read; with NO_WAIT this may be fewer than the file has."""
-        try:
-            return os.preadv(descriptor, [buffer], offset, flags)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            if flags and error.errno == errno.EOPNOTSUPP:  # NFS, tmpfs
-                self._flags = 0
-                return 0
-            # a failing disk, a file server that has lost the file
-            raise self._error(shard, f"cannot be read at byte {offset}: {error.strerror}") from error
 
     def _error(self, shard: int, what: str) -> CacheError:
         first = shard * self.layout.shard[0]

@@ -220,7 +220,7 @@ class CacheReader:
         component, attributes = finished_component(self.path, self.layout, kind, name)
         group = self.path / kind / name
         arrays = {
-            layout.name: open_array(group, layout, files=self._reads.files, check_reads=self._check_reads)
+            layout.name: open_array(group, layout, reads=self._reads, check_reads=self._check_reads)
             for layout in component.arrays(self.layout)
             if layout.name != "source_bytes"
         }

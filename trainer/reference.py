@@ -43,7 +43,7 @@ class Reference:
         self.width = features.width
         self.valid_rows = reader.valid_rows
         self._reads = RowReads()
-        self._array = open_array(group, layouts[array], files=self._reads.files, check_reads=True)
+        self._array = open_array(group, layouts[array], reads=self._reads, check_reads=True)
         reader.close()
 
     @property

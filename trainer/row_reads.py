@@ -6,6 +6,7 @@ Two kinds of array have this interface, and `shards.open_array` chooses:
     LibraryArray  (library_array.py) everything else: compressed shards, object stores, other people's sharding
 """
 
+import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -14,8 +15,10 @@ import numpy as np
 
 from ..cache_specs.layout import ArrayLayout
 from .open_files import OpenFiles
+from .queued_reads import QueuedReads
 
 NUM_THREADS = 2
+WORTH_A_THREAD = 2**20  # bytes of a batch; to wake a thread takes as long as to copy some 0.2 MB
 
 NDArray = np.ndarray[Any, Any]
 Task = Callable[[], None]
@@ -45,6 +48,7 @@ class RowReads:
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
         self.files = OpenFiles()
+        self.queue = QueuedReads()
         self._helpers = num_threads - 1
         self._pool = ThreadPoolExecutor(num_threads - 1, thread_name_prefix="read-rows") if num_threads > 1 else None
 
@@ -56,28 +60,37 @@ class RowReads:
         assert all(out.flags.c_contiguous and len(out) == len(rows) for _, out in reads), "buffers of another batch"
         # Each row of an array may lie in a file of its own, and these many may be open beside those of other batches.
         at_once = max(1, self.files.limit // 2 // max(1, len(reads)))
+        # The largest first: helpers are at its rows while the others are made out.
+        by_size = sorted(reads, key=lambda read: read[1].nbytes, reverse=True)
         for first in range(0, len(rows), at_once):
             part = slice(first, first + at_once)
             try:
-                self._run([task for array, out in reads for task in array.begin(rows[part], views[part], out[part])])
+                self._read([(array, out[part]) for array, out in by_size], rows[part], views[part])
             finally:
                 self.files.end_batch()
 
-    def _run(self, tasks: list[Task]) -> None:
-        left = iter(tasks)  # to take from a list's iterator is one step under the GIL
+    def _read(self, reads: Sequence[tuple[RowArray, NDArray]], rows: NDArray, views: NDArray) -> None:
+        tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         errors: list[BaseException] = []
 
         def work() -> None:
-            for task in left:
-                if errors:
-                    return
-                try:
-                    task()
-                except BaseException as error:
-                    errors.append(error)
+            while (task := tasks.get()) is not None:
+                if not errors:
+                    try:
+                        task()
+                    except BaseException as error:
+                        errors.append(error)
 
-        num = min(self._helpers, len(tasks) - 1)
-        helpers = [self._pool.submit(work) for _ in range(num)] if self._pool else []
+        worth_it = sum(out.nbytes for _, out in reads) >= WORTH_A_THREAD
+        helpers = [self._pool.submit(work) for _ in range(self._helpers)] if self._pool and worth_it else []
+        try:
+            for array, out in reads:
+                for task in array.begin(rows, views, out):
+                    tasks.put(task)
+        except BaseException as error:
+            errors.append(error)
+        for _ in range(len(helpers) + 1):
+            tasks.put(None)
         work()
         for helper in helpers:
             # One that has not begun has nothing left to do. (In a forked child none ever begins.)

@@ -11,15 +11,14 @@ from ..cache_specs.layout import ArrayLayout
 from ..cache_specs.storage import LocalPath, Location
 from .direct_array import DirectArray
 from .library_array import LibraryArray
-from .open_files import OpenFiles
-from .row_reads import RowArray
+from .row_reads import RowArray, RowReads
 
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 CRC32C = {"name": "crc32c"}
 KEY_ENCODING = {"name": "default", "configuration": {"separator": "."}}
 
 
-def open_array(group: Location, layout: ArrayLayout, *, files: OpenFiles, check_reads: bool) -> RowArray:
+def open_array(group: Location, layout: ArrayLayout, *, reads: RowReads, check_reads: bool) -> RowArray:
     """Open array `layout.name` of a component's group, by the direct path where its shards are stored raw.
 
     Raises CacheError where the array is missing or is not what the cache's contract says.
@@ -38,7 +37,9 @@ def open_array(group: Location, layout: ArrayLayout, *, files: OpenFiles, check_
         )
     raw, checksummed = _stored_raw(metadata, codecs, layout)
     if raw and isinstance(folder, LocalPath):
-        return DirectArray(folder.path, layout, checksummed=checksummed, files=files, check_reads=check_reads)
+        return DirectArray(
+            folder.path, layout, checksummed=checksummed, files=reads.files, queue=reads.queue, check_reads=check_reads
+        )
     return LibraryArray(folder, layout, in_shard_files=_in_shard_files(metadata, layout))
 
 

@@ -11,7 +11,8 @@ import torch
 
 from repa.cache_specs.errors import CacheError
 from repa.cache_specs.shard_index import ABSENT, index_bytes, pack_index
-from repa.trainer import direct_array
+from repa.trainer import queued_reads
+from repa.trainer.queued_reads import Reads
 from repa.trainer.reader import CacheReader
 
 ORDER = np.array([22, 0, 7, 7, 13, 5, 4, 21, 10])
@@ -119,7 +120,7 @@ def test_rows_that_are_not_in_memory_are_asked_for_and_waited_for(make_cache, mo
             asked.append((descriptor, offset))
         advise(descriptor, offset, length, advice)
 
-    monkeypatch.setattr(direct_array, "NO_WAIT", os.RWF_NOWAIT)
+    monkeypatch.setattr(queued_reads, "_CALLS", {})
     monkeypatch.setattr(os, "preadv", refuse_at_once)
     monkeypatch.setattr(os, "posix_fadvise", note)
     reader = CacheReader(written.path)
@@ -286,6 +287,8 @@ def test_a_read_that_the_system_refuses_is_named(make_cache, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "preadv", refuse)
+    # A queue says of a read that failed that nothing came.
+    monkeypatch.setattr(Reads, "read", lambda _, start, stop: np.zeros(stop - start, np.int64))
     with pytest.raises(CacheError, match=r"/c\.0.*\(samples 0 to 4\) cannot be read at byte \d+: Input/output"):
         reader.rows([0])
 

@@ -81,7 +81,7 @@ def test_other_shards_give_the_same_rows(tmp_path: Path, dtype: str, codec: Any)
         "x", shape=layout.shape, dtype=dtype, filters=None, chunk_key_encoding=encoding, **options
     )
     array[...] = values
-    opened = open_array(location(tmp_path / "group"), layout, files=RowReads().files, check_reads=False)
+    opened = open_array(location(tmp_path / "group"), layout, reads=RowReads(), check_reads=False)
     assert isinstance(opened, LibraryArray)
     rows, views = np.array([10, 0, 2, 2, 4, 7, 3, 10]), np.array([1, 0, 1, 0, 0, 1, 0, 0])
     out = np.full((8, 3, 5), 77, dtype=dtype)
@@ -147,13 +147,13 @@ def test_a_compressed_column_lacks_a_shard(make_cache: Callable[..., Any], tmp_p
     shutil.copytree(written.path, tmp_path / "cache")
     group = location(tmp_path / "cache/latents/toy-ae")
     layout = ArrayLayout(name="valid", shape=(23,), dtype="bool", inner=(5,), shard=(5,))
-    column = open_array(group, layout, files=RowReads().files, check_reads=False)
+    column = open_array(group, layout, reads=RowReads(), check_reads=False)
     assert isinstance(column, LibraryArray)
     starts, out = np.arange(0, 23, 5), np.ones((5, 5), dtype=bool)
     RowReads().read([(column, out)], starts, np.zeros(5, dtype=int))
     np.testing.assert_array_equal(out.reshape(-1), np.arange(25) < 23)  # beyond the last sample it is false
     (group / "valid/c.1").delete()
-    column = open_array(group, layout, files=RowReads().files, check_reads=False)  # the first still knows what it read
+    column = open_array(group, layout, reads=RowReads(), check_reads=False)  # the first still knows what it read
     with pytest.raises(CacheError, match=r"valid/c\.1: samples 5 to 9 cannot be read \(it is missing\)"):
         RowReads().read([(column, out)], starts, np.zeros(5, dtype=int))
 

@@ -1,0 +1,132 @@
+"""Queues of reads against plain ones: the same bytes, and every way in which a read falls short."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from repa.trainer import queued_reads
+from repa.trainer.queued_reads import MOST_AT_ONCE, QueuedReads
+
+ROW = 600
+
+
+@pytest.fixture(params=["queue", "one by one"])
+def queue(request, monkeypatch) -> QueuedReads:
+    if request.param == "one by one":
+        monkeypatch.setattr(queued_reads, "_CALLS", {})
+        return QueuedReads()
+    queue = QueuedReads()
+    taken = queue._take_queue()
+    if taken is None:
+        pytest.skip("this system has no queues of reads, or forbids them")
+    queue._idle.append(taken)
+    return queue
+
+
+@pytest.fixture
+def file(tmp_path: Path):
+    path = tmp_path / "rows"
+    data = np.random.default_rng(0).integers(0, 256, 100 * ROW, dtype=np.uint8)
+    path.write_bytes(data.tobytes())
+    descriptor = os.open(path, os.O_RDONLY)
+    yield descriptor, data
+    os.close(descriptor)
+
+
+def read(queue: QueuedReads, files, offsets, *, flags: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    out = np.zeros((len(offsets), ROW), dtype=np.uint8)
+    reads = queue.prepare(np.asarray(files), np.asarray(offsets), out, flags=flags)
+    got = reads.read(0, len(out))
+    return np.full(len(out), ROW) if got is None else got, out
+
+
+def test_any_rows_of_any_files(queue, file, tmp_path):
+    descriptor, data = file
+    other = os.open(tmp_path / "rows", os.O_RDONLY)
+    rng = np.random.default_rng(1)
+    for num in (1, 2, MOST_AT_ONCE):
+        offsets = rng.integers(0, 99 * ROW, num)
+        got, out = read(queue, rng.choice([descriptor, other], num), offsets)
+        assert (got == ROW).all()
+        np.testing.assert_array_equal(out, data[offsets[:, None] + np.arange(ROW)])
+    os.close(other)
+    assert read(queue, [], [])[0].shape == (0,)
+
+
+def test_a_read_over_the_end_and_one_that_fails_leave_the_others_whole(queue, file, tmp_path):
+    descriptor, data = file
+    offsets = np.array([0, 99 * ROW + 500, 200 * ROW, 7])
+    got, out = read(queue, [descriptor] * 4, offsets)
+    assert got.tolist() == [ROW, 100, 0, ROW]
+    np.testing.assert_array_equal(out[1, :100], data[-100:])
+    np.testing.assert_array_equal(out[3], data[7 : 7 + ROW])
+
+    # Here the kernel may not even begin those after the one that fails: they count as failed.
+    folder = os.open(tmp_path, os.O_RDONLY)
+    got, out = read(queue, [descriptor, folder, descriptor], [0, 0, ROW])
+    os.close(folder)
+    assert got[:2].tolist() == [ROW, 0]
+    assert got[2] in (0, ROW)
+    got, _ = read(queue, [descriptor, folder], [3, 5])  # closed
+    assert got.tolist() == [ROW, 0]
+    got, out = read(queue, [descriptor], [11])  # and the queue is as good as new
+    assert got.tolist() == [ROW]
+    np.testing.assert_array_equal(out[0], data[11 : 11 + ROW])
+
+
+@pytest.mark.skipif(not queued_reads.NO_WAIT, reason="this system cannot say what is in memory")
+def test_what_is_not_in_memory_is_not_waited_for(queue, file):
+    descriptor, data = file
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        got, out = read(queue, [descriptor] * 3, [0, 40 * ROW, ROW], flags=queued_reads.NO_WAIT)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:  # tmpfs
+            raise
+        return
+    for i, offset in enumerate((0, 40 * ROW, ROW)):
+        np.testing.assert_array_equal(out[i, : got[i]], data[offset : offset + got[i]])
+
+
+def test_threads_take_queues_of_their_own(queue, file):
+    descriptor, data = file
+    wrong = []
+
+    def work(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(50):
+            offsets = rng.integers(0, 99 * ROW, 20)
+            got, out = read(queue, [descriptor] * 20, offsets)
+            if (got != ROW).any() or (out != data[offsets[:, None] + np.arange(ROW)]).any():
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_where_queues_are_forbidden_rows_are_read_one_by_one(file, monkeypatch):
+    descriptor, data = file
+    queue = QueuedReads()
+
+    class Forbidden:
+        calls = 0
+
+        def syscall(self, *_: object) -> int:
+            self.calls += 1
+            return -1
+
+    monkeypatch.setattr(queue, "_libc", forbidden := Forbidden())
+    for _ in range(2):
+        got, out = read(queue, [descriptor, descriptor], [5, 0])
+        assert got.tolist() == [ROW, ROW]
+        np.testing.assert_array_equal(out[0], data[5 : 5 + ROW])
+    assert forbidden.calls == 1
