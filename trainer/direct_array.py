@@ -1,9 +1,10 @@
 """Rows of one array straight from our own uncompressed shards: positioned reads into the caller's buffer.
 
 A shard's index is parsed once; after that some megabytes of rows are one system call, which copies from the page cache
-into the batch's memory with the GIL released (queued_reads.py). What is not in the page cache is asked for before it is waited for: the first read of a
-batch that would have to wait has the kernel begin all of the batch's reads, so that the disk sees them together and
-reads little else (mapped files read 9 times too much here, and a mapped file that is cut kills the process).
+into the batch's memory with the GIL released (queued_reads.py). What is not in the page cache is asked for before it is
+waited for: the first read of a batch that would have to wait has the kernel begin all of the batch's reads, so that the
+disk sees them together and reads little else (mapped files read 9 times too much here, and a mapped file that is cut
+kills the process).
 
 A row is never another row: index and file size are checked when a shard is opened, and that it is still the same file
 when it is opened again; every read is whole or an error. A file that is replaced by a rename while it is open goes on
