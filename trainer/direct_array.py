@@ -33,7 +33,7 @@ NDArray = np.ndarray[Any, Any]
 Task = Callable[[], None]
 
 ABSENT = -1  # offset of a chunk that is not stored, once parsed
-TASK_BYTES = 2**21  # what a thread takes at a time: enough to outweigh taking it, little enough to share out a batch
+TASK_BYTES = 2**22  # what a thread takes at a time: between two it waits for the GIL; and both need work to the end
 
 
 @dataclass(slots=True)
