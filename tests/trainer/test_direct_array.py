@@ -11,12 +11,17 @@ import torch
 
 from repa.cache_specs.errors import CacheError
 from repa.cache_specs.shard_index import ABSENT, index_bytes, pack_index
-from repa.trainer import queued_reads
+from repa.trainer import queued_reads, row_reads
 from repa.trainer.queued_reads import Reads
 from repa.trainer.reader import CacheReader
 
 ORDER = np.array([22, 0, 7, 7, 13, 5, 4, 21, 10])
 VIEWS = np.array([1, 0, 1, 0, 0, 1, 1, 0, 1])
+
+
+@pytest.fixture(autouse=True)
+def small_batches_take_threads_too(monkeypatch):
+    monkeypatch.setattr(row_reads, "WORTH_A_THREAD", 0)
 
 
 def test_every_row_with_few_open_files(make_cache):

@@ -6,7 +6,13 @@ import time
 import numpy as np
 import pytest
 
+from repa.trainer import row_reads
 from repa.trainer.row_reads import RowReads
+
+
+@pytest.fixture(autouse=True)
+def small_batches_take_threads_too(monkeypatch):
+    monkeypatch.setattr(row_reads, "WORTH_A_THREAD", 0)
 
 
 class Tasks:
