@@ -18,7 +18,7 @@ from .open_files import OpenFiles
 from .queued_reads import QueuedReads
 
 NUM_THREADS = 2
-WORTH_A_THREAD = 2**20  # bytes of a batch; to wake a thread takes as long as to copy some 0.2 MB
+WORTH_A_THREAD = 2**20  # bytes of a batch: for less, the caller's thread is done before another is awake
 
 NDArray = np.ndarray[Any, Any]
 Task = Callable[[], None]
@@ -42,8 +42,8 @@ class RowArray(Protocol):
 class RowReads:
     """Reads batches with the threads and open files that the arrays of one reader share.
 
-    The caller's thread is one of `num_threads`. Two read a warm cache about as fast as one thread copies memory; a
-    cold one needs none, its reads are queued in the kernel (direct_array.py).
+    The caller's thread is one of `num_threads`. Two share what a warm cache costs, which is copying; a cold
+    one needs none, its reads are queued in the kernel (direct_array.py).
     """
 
     def __init__(self, num_threads: int = NUM_THREADS) -> None:
