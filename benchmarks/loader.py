@@ -5,9 +5,10 @@
 
 A sample is what training reads: float16 moments (8, 32, 32), tokens (256, 768) as float16 or as int8 with their scale,
 float32 channel statistics, label and row. Each loader writes it in its own format, is checked once against the source
-byte by byte over an epoch, and is then timed: warm, in interleaved rounds of a fixed number of batches, shuffled as
-well as it can; and cold, its files put out of the page cache, counting what is read from the disk. Rates are medians;
-ratios are taken within a round, with the 95 % bootstrap interval of their median.
+byte by byte over an epoch, and is then timed in interleaved rounds of a fixed number of batches, shuffled as well as it
+can: warm, its files in the page cache as they were written; cold, put out of it, counting what is read from the disk;
+and ours and the limit again from the page cache as their own reads have filled it, where files lie in smaller pieces.
+Rates are medians; ratios are taken within a round, with the 95 % bootstrap interval of their median.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from conditions import append_line, conditions
-from disk_cache import bytes_from_disk, evict
+from disk_cache import bytes_from_disk, evict, write_back
 from loaders import LIMIT, OURS, Loader
 from other_formats import LOADERS
 from peak_memory import in_own_process
@@ -95,8 +96,8 @@ def cold_reads(loader: Loader, batch_size: int, options: argparse.Namespace) -> 
     }
 
 
-def compare(loaders: list[Loader], batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the results of one dtype and batch size."""
+def compare_warm(loaders: list[Loader], batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the results of one dtype and batch size from files as they were written."""
     for loader in loaders:
         loader.open()
     rates = warm_rates(loaders, batch_size, options)
@@ -109,18 +110,40 @@ def compare(loaders: list[Loader], batch_size: int, options: argparse.Namespace)
         result: dict[str, Any] = {"order": loader.order, "rounds": len(own)}
         result["samples_per_s"] = round(statistics.median(own), 1)
         if LIMIT in rates:
-            result["of_limit"] = median_interval([rate / limit for rate, limit in zip(own, rates[LIMIT], strict=False)])
+            result["of_limit"] = over(own, rates[LIMIT])
         if loader.rival and OURS in rates:
-            result["ours_over_it"] = median_interval([ours / r for ours, r in zip(rates[OURS], own, strict=True)])
+            result["ours_over_it"] = over(rates[OURS], own)
         results[loader.name] = result
-    if not options.no_cold:
-        for loader in loaders:
-            results[loader.name]["cold"] = cold_reads(loader, batch_size, options)
     found: dict[str, Any] = {"batch_size": batch_size, "row_bytes": loaders[0].samples.row_bytes, "loaders": results}
     if OURS in results:
         script = Path(__file__).with_name("reader_memory.py")
         found["memory"] = in_own_process(str(script), loaders[0].samples.cache, batch_size)
-    return found | {"bars": bars(found)}
+    return found
+
+
+def compare_cold(loaders: list[Loader], found: dict[str, Any], options: argparse.Namespace) -> None:
+    """Add to the warm results those from the disk, and those from the page cache that reads have filled."""
+    for loader in loaders:
+        found["loaders"][loader.name]["cold"] = cold_reads(loader, found["batch_size"], options)
+    both = [loader for loader in loaders if loader.name in (LIMIT, OURS)]
+    if len(both) == 2:
+        for loader in both:
+            evict(loader.folder)
+            loader.open()
+            for _ in loader.batches(found["batch_size"], len(loader.samples) // found["batch_size"], 0):
+                pass
+        rates = warm_rates(both, found["batch_size"], options)
+        found["read_back"] = {
+            "samples_per_s": round(statistics.median(rates[OURS]), 1),
+            "of_limit": over(rates[OURS], rates[LIMIT]),
+        }
+        for loader in both:
+            loader.close()
+
+
+def over(rates: list[float], others: list[float]) -> dict[str, float]:
+    """Return the median of the ratios of rounds, and its interval; slow loaders have fewer rounds."""
+    return median_interval([rate / other for rate, other in zip(rates, others, strict=False)])
 
 
 def bars(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -170,6 +193,11 @@ def table(dtype: str, found: dict[str, Any], options: argparse.Namespace) -> str
             f"{name:<20} {result['order']:<21} {result['rounds']:>6} {rate:>9,.0f} "
             f"{rate * found['row_bytes'] / 1e9:>6.2f} {ratio:>26} {tail}"
         )
+    if "read_back" in found:
+        lines.append(
+            f"{OURS} once its reads have filled the page cache: {found['read_back']['samples_per_s']:,.0f} samples/s, "
+            f"{show(found['read_back']['of_limit'], '.3f')} of {LIMIT}"
+        )
     lines += [
         f"{'pass' if bar['holds'] else 'FAIL'}  {OURS}: {bar['found']:.3f} {bar['what']} {bar['bar']}"
         for bar in found["bars"]
@@ -184,7 +212,7 @@ def prepare(samples: Samples, folder: Path, options: argparse.Namespace) -> list
         if kind.installed() and (not options.only or kind.name in options.only):
             loader = kind(samples, folder)
             loader.write()
-            evict(loader.folder)  # and so write it to the disk now, not while something is timed
+            write_back(loader.folder)  # now, and not while something is timed
             loader.open()
             batch_size = options.batch_size[0]
             if loader.slow:
@@ -210,8 +238,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 Path(folder), num_samples=options.num_samples, dtype=dtype, grid=options.grid, width=options.width
             )
             loaders = prepare(samples, Path(folder), options)
-            for batch_size in options.batch_size:
-                found = compare(loaders, batch_size, options)
+            # All that is warm before anything is put out of memory
+            of_dtype = [compare_warm(loaders, batch_size, options) for batch_size in options.batch_size]
+            for found in of_dtype:
+                if not options.no_cold:
+                    compare_cold(loaders, found, options)
+                found["bars"] = bars(found)
                 print(table(dtype, found, options), flush=True)
                 configurations.append({"dtype": dtype, **found})
     missing = [kind.name for kind in LOADERS if not kind.installed()]

@@ -105,10 +105,11 @@ def make_samples(folder: Path, *, num_samples: int, dtype: str, grid: int, width
     np.save(raw / "label.npy", np.asarray(zarr.open_array(cache / "label", mode="r")[:]).astype(np.int64))
     for name, path in array_paths(cache).items():
         source = zarr.open_array(path, mode="r")
-        target = np.lib.format.open_memmap(raw / f"{name}.npy", "w+", source.dtype, (num_samples, *source.shape[2:]))
-        for start, stop in shard_ranges(num_samples, COPIED_SAMPLES):
-            target[start:stop] = source[start:stop, 0]
-        target.flush()
+        with (raw / f"{name}.npy").open("wb") as target:
+            header = {"descr": source.dtype.str, "fortran_order": False, "shape": (num_samples, *source.shape[2:])}
+            np.lib.format.write_array_header_1_0(target, header)
+            for start, stop in shard_ranges(num_samples, COPIED_SAMPLES):
+                target.write(np.ascontiguousarray(source[start:stop, 0]).data)
     return Samples(cache, raw)
 
 

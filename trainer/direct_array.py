@@ -1,10 +1,7 @@
-"""Rows of one array straight from our own uncompressed shards: positioned reads into the caller's buffer.
+"""One array in our own uncompressed shards: where each row lies, and whether it is the row that was asked for.
 
-A shard's index is parsed once; after that some megabytes of rows are one system call, which copies from the page cache
-into the batch's memory with the GIL released (queued_reads.py). What is not in the page cache is asked for before it is
-waited for: the first read of a batch that would have to wait has the kernel begin all of the batch's reads, so that the
-disk sees them together and reads little else (mapped files read 9 times too much here, and a mapped file that is cut
-kills the process).
+A shard's index is parsed once, when its file is first opened; after that a row is a descriptor and an offset, and many
+rows, of all arrays of a batch, are one system call (direct_reads.py).
 
 A row is never another row: index and file size are checked when a shard is opened, and that it is still the same file
 when it is opened again; every read is whole or an error. A file that is replaced by a rename while it is open goes on
@@ -12,11 +9,8 @@ being read as it was. What is written into an open file in place is seen only wi
 crc32c of each row. A chunk that is not stored reads as the fill value, zero.
 """
 
-import functools
 import math
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,124 +20,52 @@ from ..cache_specs.errors import CacheError
 from ..cache_specs.layout import ArrayLayout
 from ..cache_specs.shard_index import ABSENT as NOT_STORED
 from ..cache_specs.shard_index import CHECKSUM_BYTES, checksum, index_bytes, unpack_index
-from .open_files import CLOSED, OpenFiles
-from .queued_reads import MOST_AT_ONCE, NO_WAIT, QueuedReads, Reads
+from .open_files import OpenFiles
 
 NDArray = np.ndarray[Any, Any]
-Task = Callable[[], None]
 
 ABSENT = -1  # offset of a chunk that is not stored, once parsed
-TASK_BYTES = 2**22  # what a thread takes at a time: between two it waits for the GIL; and both need work to the end
-
-
-@dataclass(slots=True)
-class _Batch:
-    """The reads of one batch from one array.
-
-    Row i, `out[i]` of uint8 [B, row bytes], is at byte `offsets[i]` of the file `descriptors[i]` of shard `shards[i]`.
-    """
-
-    shards: NDArray
-    descriptors: NDArray
-    offsets: NDArray
-    out: NDArray
-    reads: Reads
-    asked: bool = False  # whether the kernel has been asked for all of it
 
 
 class DirectArray:
-    """Reads uncompressed shards without a Zarr library.
+    """Uncompressed shards without a Zarr library.
+
+    row_bytes   of an inner chunk, without its checksum
+    cut         samples a shard, samples an inner chunk, and views
+    first_file  number of shard 0 among `files`; shard k is first_file + k
+    offsets     [num_shards * chunks a shard] int64: where an inner chunk begins in its file, or ABSENT; true of shards
+                that have been opened
+    checks      whether each row that is read is to be checked by `check_row`
 
     Memory: 8 bytes a chunk (a view of a sample) once its shard has been touched, 10 MB an array for 1,281,167 images
     of one view, and 44 bytes a shard. Nothing a sample is a Python object.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        layout: ArrayLayout,
-        *,
-        checksummed: bool,
-        files: OpenFiles,
-        queue: QueuedReads,
-        check_reads: bool = False,
+        self, folder: Path, layout: ArrayLayout, *, checksummed: bool, files: OpenFiles, check_reads: bool = False
     ) -> None:
         self.folder = folder
         self.layout = layout
-        self._row_bytes = layout.inner_bytes
-        self._stored_bytes = self._row_bytes + (CHECKSUM_BYTES if checksummed else 0)
-        self._check = check_reads and checksummed
-        self._views = layout.chunks_per_shard[1] if len(layout.chunks_per_shard) > 1 else 1
+        self.row_bytes = layout.inner_bytes
+        self.checks = check_reads and checksummed
+        self._stored_bytes = self.row_bytes + (CHECKSUM_BYTES if checksummed else 0)
+        num_views = layout.chunks_per_shard[1] if len(layout.shape) > 1 else 1
+        self.cut = (layout.shard[0], layout.inner[0], num_views)
         self._files = files
-        self._queue = queue
-        self._first_file = files.add(layout.num_shards)
+        self.first_file = files.add(layout.num_shards)
         # Zeros that take no memory until a shard's index is written there.
-        self._offsets = np.zeros((layout.num_shards, math.prod(layout.chunks_per_shard)), dtype=np.int64)
+        self._chunks = math.prod(layout.chunks_per_shard)
+        self.offsets = np.zeros(layout.num_shards * self._chunks, dtype=np.int64)
         self._identity = np.zeros((layout.num_shards, 3), dtype=np.int64)  # of the files whose index stands there
-        self._flags = NO_WAIT
 
-    def begin(self, rows: NDArray, views: NDArray, out: NDArray) -> Sequence[Task]:
-        shards, within = np.divmod(rows, self.layout.shard[0])
-        descriptors = self._files.get(self._first_file + shards)
-        if (descriptors == CLOSED).any():
-            for shard in np.unique(shards[descriptors == CLOSED]).tolist():
-                self._open(shard)
-            descriptors = self._files.get(self._first_file + shards)
-        chunks = within // self.layout.inner[0] * self._views + views  # inner[0] is 1, or a whole shard for `valid`
-        offsets, out = self._offsets[shards, chunks], out.view(np.uint8).reshape(len(rows), -1)
-        if (offsets == ABSENT).any():
-            out[offsets == ABSENT] = 0
-            stored = np.flatnonzero(offsets != ABSENT)
-            batches = [(shards[i : i + 1], descriptors[i : i + 1], offsets[i : i + 1], out[i : i + 1]) for i in stored]
-        else:
-            batches = [(shards, descriptors, offsets, out)]
-        return [task for parts in batches for task in self._begin(*parts)]
+    def locate(self, rows: NDArray, views: NDArray) -> tuple[NDArray, NDArray]:
+        """Return the shards of inner chunks (rows[i], views[i]), and their places in `offsets`, both [B]."""
+        shard_samples, inner_samples, num_views = self.cut  # inner_samples is 1, or a whole shard for `valid`
+        return rows // shard_samples, rows // inner_samples * num_views + views
 
-    def _begin(self, shards: NDArray, descriptors: NDArray, offsets: NDArray, out: NDArray) -> list[Task]:
-        batch = _Batch(
-            shards, descriptors, offsets, out, self._queue.prepare(descriptors, offsets, out, flags=self._flags)
-        )
-        if not self._flags:
-            self._ask_for(batch)
-        num, step = len(out), min(max(1, TASK_BYTES // self._row_bytes), MOST_AT_ONCE)
-        return [functools.partial(self._read, batch, i, min(i + step, num)) for i in range(0, num, step)]
-
-    def _read(self, batch: _Batch, start: int, stop: int) -> None:
-        """Fill rows start .. stop - 1 of the batch."""
-        try:
-            got = batch.reads.read(start, stop)
-        except OSError:  # NFS and tmpfs know no NO_WAIT
-            self._flags = 0
-            got = np.zeros(stop - start, dtype=np.int64)
-        if got is not None:
-            for i in np.flatnonzero(got != self._row_bytes).tolist():
-                self._ask_for(batch)
-                self._read_rest(batch, start + i, int(got[i]))
-        if self._check:
-            for i in range(start, stop):
-                self._check_row(int(batch.shards[i]), int(batch.descriptors[i]), batch.out[i], int(batch.offsets[i]))
-
-    def _read_rest(self, batch: _Batch, place: int, got: int) -> None:
-        shard, descriptor, offset = (int(a[place]) for a in (batch.shards, batch.descriptors, batch.offsets))
-        self._read_whole(shard, descriptor, batch.out[place, got:].data, offset + got)
-
-    def _check_row(self, shard: int, descriptor: int, row: NDArray, offset: int) -> None:
-        stored = bytearray(CHECKSUM_BYTES)
-        self._read_whole(shard, descriptor, memoryview(stored), offset + self._row_bytes)
-        if checksum(row) != stored:
-            raise self._error(shard, f"holds a row, at byte {offset}, whose checksum does not hold")
-
-    def _ask_for(self, batch: _Batch) -> None:
-        """Have the kernel begin to read what it does not hold of the batch, without waiting for any of it."""
-        if batch.asked or not hasattr(os, "posix_fadvise"):
-            return
-        batch.asked = True
-        for descriptor, offset in zip(batch.descriptors.tolist(), batch.offsets.tolist(), strict=True):
-            os.posix_fadvise(descriptor, offset, self._row_bytes, os.POSIX_FADV_WILLNEED)
-
-    def _open(self, shard: int) -> None:
+    def open(self, shard: int) -> None:
         """Open the file of `shard`; parse its index the first time, later make sure that it is the same file."""
-        number = self._first_file + shard
+        number = self.first_file + shard
         try:
             descriptor = self._files.open(number, self.folder / self.layout.shard_file(shard))
         except OSError as error:
@@ -154,12 +76,31 @@ class DirectArray:
             self._files.discard(number)  # what is open counts as checked
             raise
 
+    def read_whole(self, shard: int, descriptor: int, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer`: a read may return less than asked, and nothing means that the file was cut."""
+        filled = 0
+        while filled < len(buffer):
+            try:
+                got = os.preadv(descriptor, [buffer[filled:]], offset + filled)
+            except OSError as error:  # a failing disk, a file server that has lost the file
+                raise self._error(shard, f"cannot be read at byte {offset + filled}: {error.strerror}") from error
+            if got == 0:
+                raise self._error(shard, f"ends at byte {offset + filled}, inside a row that its index places there")
+            filled += got
+
+    def check_row(self, shard: int, descriptor: int, row: NDArray, offset: int) -> None:
+        """Raise CacheError unless `row` [row_bytes] uint8 has the crc32c that is stored behind it."""
+        stored = bytearray(CHECKSUM_BYTES)
+        self.read_whole(shard, descriptor, memoryview(stored), offset + self.row_bytes)
+        if checksum(row) != stored:
+            raise self._error(shard, f"holds a row, at byte {offset}, whose checksum does not hold")
+
     def _check_file(self, shard: int, descriptor: int) -> None:
         status = os.fstat(descriptor)
         # The inode is unsigned and of 64 bits.
         identity = np.array([status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1)], dtype=np.int64)
         if not self._identity[shard].any():
-            self._offsets[shard] = self._read_index(shard, descriptor, status.st_size)
+            self.offsets[shard * self._chunks :][: self._chunks] = self._read_index(shard, descriptor, status.st_size)
             self._identity[shard] = identity
         elif (identity != self._identity[shard]).any():
             raise self._error(shard, "is not the file that it was when this reader first opened it")
@@ -167,7 +108,7 @@ class DirectArray:
     def _read_index(self, shard: int, descriptor: int, file_bytes: int) -> NDArray:
         """Return the offset of every inner chunk [chunks] int64, ABSENT where none is stored."""
         tail = bytearray(min(index_bytes(self.layout), file_bytes))
-        self._read_whole(shard, descriptor, memoryview(tail), file_bytes - len(tail))
+        self.read_whole(shard, descriptor, memoryview(tail), file_bytes - len(tail))
         try:
             entries = unpack_index(bytes(tail), self.layout, file_bytes=file_bytes, where="")
         except CacheError as error:
@@ -180,18 +121,6 @@ class DirectArray:
         if (np.diff(np.sort(offsets[stored])) < self._stored_bytes).any():
             raise self._error(shard, "has an index with chunks that overlap")
         return offsets
-
-    def _read_whole(self, shard: int, descriptor: int, buffer: memoryview, offset: int) -> None:
-        """Fill `buffer`: a read may return less than asked, and nothing means that the file was cut."""
-        filled = 0
-        while filled < len(buffer):
-            try:
-                got = os.preadv(descriptor, [buffer[filled:]], offset + filled)
-            except OSError as error:  # a failing disk, a file server that has lost the file
-                raise self._error(shard, f"cannot be read at byte {offset + filled}: {error.strerror}") from error
-            if got == 0:
-                raise self._error(shard, f"ends at byte {offset + filled}, inside a row that its index places there")
-            filled += got
 
     def _error(self, shard: int, what: str) -> CacheError:
         first = shard * self.layout.shard[0]

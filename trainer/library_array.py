@@ -11,7 +11,7 @@ cache with more shards than fit asks for index and row each time; `--shuffle blo
 import functools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -56,9 +56,13 @@ class LibraryArray:
         except Exception as error:  # tensorstore has no class of its own
             raise CacheError(f"{folder} cannot be opened ({_reason(error)})") from error
 
-    def begin(self, rows: NDArray, views: NDArray, out: NDArray) -> Sequence[Callable[[], None]]:
+    def begin(self, rows: NDArray, views: NDArray, out: NDArray) -> Callable[[], None]:
+        """Begin to read inner chunks (rows[i], views[i]); what is returned waits for them and fills `out` [B, *row].
+
+        Only that writes into `out`, and it raises CacheError naming the sample where a stored row cannot be read.
+        """
         if len(self.layout.shape) == 1:  # its inner chunk is a shard
-            return [functools.partial(self._read_shards, rows, out)]
+            return functools.partial(self._read_shards, rows, out)
         future = self._array.vindex[rows, views].read()
 
         def wait() -> None:
@@ -70,7 +74,7 @@ class LibraryArray:
                 for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
                     out[i] = self._read_one(row, view)
 
-        return [wait]
+        return wait
 
     def _read_shards(self, starts: NDArray, out: NDArray) -> None:
         inner, end = self.layout.inner[0], self.layout.shape[0]

@@ -9,21 +9,24 @@ there is no such call (another system or processor, a sandbox that forbids it) `
 import collections
 import ctypes
 import errno
+import functools
 import os
 import platform
 import sys
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 NO_WAIT = getattr(os, "RWF_NOWAIT", 0)  # Linux: return what is in the page cache and begin to read the rest
-MOST_AT_ONCE = 256  # reads a call
+MOST_AT_ONCE = 512  # reads a call
 
 NDArray = np.ndarray[Any, Any]
 
 # The numbers of io_setup, io_destroy, io_getevents and io_submit: C libraries have no functions for them.
-_CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
+_NUMBERS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}
 # struct iocb of linux/aio_abi.h as eight words: data, flags of the read (high half), file (high half; in the low one
 # opcode 0 = read and priority 0), address, bytes, offset, reserved, flags of the request. Both little-endian.
 _REQUEST_WORDS = 8
@@ -35,107 +38,145 @@ class QueuedReads:
     """Reads for several threads at once; each call takes a queue of the kernel's that no other uses."""
 
     def __init__(self) -> None:
-        calls = _CALLS.get(platform.machine()) if sys.platform == "linux" else None
-        self._setup, self._destroy, self._events, self._submit = calls or (0,) * 4
-        self._libc = ctypes.CDLL(None, use_errno=True) if calls else None
-        self._idle: collections.deque[ctypes.c_ulong] = collections.deque()
-        weakref.finalize(self, _destroy_queues, self._libc, self._destroy, self._idle)
+        self._calls = _system_calls()
+        self._idle: collections.deque[int] = collections.deque()
+        if self._calls is not None:
+            weakref.finalize(self, _destroy_queues, self._calls, self._idle)
 
-    def prepare(self, files: NDArray, offsets: NDArray, out: NDArray, *, flags: int) -> "Reads":
-        """Prepare to read row i of `out` [n, bytes] uint8, contiguous, from byte offsets[i] of descriptor files[i]."""
-        return Reads(self, files, offsets, out, flags)
+    def call(self, requests: "Requests", start: int, stop: int) -> int | None:
+        """Do requests start .. stop - 1 by one call; return how many have ended, whose events are from `start` on.
 
-    def call(self, reads: "Reads", start: int, stop: int) -> bool:
-        """Read rows start .. stop - 1 by one call, which fills the events of `reads`; say whether there is one."""
-        queue = self._take_queue()
-        if queue is None:
-            return False
-        assert self._libc is not None
-        syscall, num = self._libc.syscall, stop - start
+        None where there is no such call.
+        """
+        calls, queue = self._calls, self._take_queue()
+        if calls is None or queue is None:
+            return None
+        end = start
         try:
-            begun = syscall(self._submit, queue, _long(num), _pointer(reads.pointers_at + _WORD * start))
+            begun = calls.submit(queue, stop - start, requests.pointers_at + _WORD * start)
             if begun < 0 and ctypes.get_errno() == errno.EOPNOTSUPP:
                 raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
             # One that the kernel refuses keeps those after it from being begun: they stay failed, like it.
-            while begun > 0:  # until nothing can write into the rows any more
-                events = _pointer(reads.events_at + _EVENT_WORDS * _WORD * start)
-                ended = syscall(self._events, queue, _long(begun), _long(begun), events, None)
+            while begun > 0:  # until nothing can write into the memory any more
+                ended = calls.events(queue, begun, begun, requests.events_at + _EVENT_WORDS * _WORD * end, None)
                 assert ended >= 0 or ctypes.get_errno() == errno.EINTR, os.strerror(ctypes.get_errno())
-                start, begun = start + max(0, ended), begun - max(0, ended)
+                end, begun = end + max(0, ended), begun - max(0, ended)
         except BaseException:  # Ctrl-C among them: what is left in the queue must not count for other reads
-            _destroy_queues(self._libc, self._destroy, collections.deque([queue]))
+            calls.destroy(queue)
             raise
         self._idle.append(queue)
-        return True
+        return end - start
 
-    def _take_queue(self) -> ctypes.c_ulong | None:
+    def _take_queue(self) -> int | None:
         if self._idle:
             try:
                 return self._idle.pop()
             except IndexError:  # another thread was faster
                 pass
         queue = ctypes.c_ulong(0)
-        if self._libc is None or self._libc.syscall(self._setup, _long(MOST_AT_ONCE), ctypes.byref(queue)):
-            self._libc = None  # forbidden, or the machine's queues (fs.aio-max-nr) are used up: not tried again
+        if self._calls is None or self._calls.setup(MOST_AT_ONCE, ctypes.addressof(queue)):
+            self._calls = None  # forbidden, or the machine's queues (fs.aio-max-nr) are used up: not tried again
             return None
-        return queue
+        return queue.value
 
 
-class Reads:
-    """The reads of a batch from one array, made out once and begun in parts by any threads."""
+class Requests:
+    """Reads into the same pieces of memory, again and again: placed in files, done in parts, and then looked at.
 
-    def __init__(self, queues: QueuedReads, files: NDArray, offsets: NDArray, out: NDArray, flags: int) -> None:
-        num, row_bytes = out.shape
+    addresses  [n] of the memory, which whoever reads keeps until the reads have ended
+    """
+
+    def __init__(self, queues: QueuedReads, addresses: NDArray) -> None:
+        num = len(addresses)
         places = np.arange(num)
         self._queues = queues
-        self._files, self._offsets, self._out, self._flags = files, offsets, out, flags
-        self._requests = np.zeros((num, _REQUEST_WORDS), dtype=np.int64)
-        self._requests[:, 0] = places
-        self._requests[:, 1] = flags << 32
-        self._requests[:, 2] = files.astype(np.int64) << 32
-        self._requests[:, 3] = out.ctypes.data + places * row_bytes
-        self._requests[:, 4] = row_bytes
-        self._requests[:, 5] = offsets
-        self._pointers = self._requests.ctypes.data + places * (_REQUEST_WORDS * _WORD)
-        self._events = np.full((num, _EVENT_WORDS), -1, dtype=np.int64)
+        self._table = np.zeros((num, _REQUEST_WORDS), dtype=np.int64)
+        self._table[:, 0] = places
+        self._table[:, 3] = addresses
+        self._pointers = self._table.ctypes.data + places * (_REQUEST_WORDS * _WORD)
+        self._events = np.zeros((num, _EVENT_WORDS), dtype=np.int64)
         self.pointers_at, self.events_at = self._pointers.ctypes.data, self._events.ctypes.data
 
-    def read(self, start: int, stop: int) -> NDArray | None:
-        """Read rows start .. stop - 1, MOST_AT_ONCE at most; return how many bytes came [stop - start] int64.
+    def place(self, files: NDArray, offsets: NDArray, lengths: NDArray, *, flags: int) -> None:
+        """Let read i be of lengths[i] bytes at offsets[i] of descriptor files[i]; none may be under way."""
+        self._table[:, 1] = flags << 32
+        self._table[:, 2] = files
+        self._table[:, 2] <<= 32
+        self._table[:, 4] = lengths
+        self._table[:, 5] = offsets
+
+    def read(self, start: int, stop: int) -> None:
+        """Do requests start .. stop - 1, MOST_AT_ONCE at most; threads may, each its own.
+
+        Raises OSError with EOPNOTSUPP where a file system does not know the flags.
+        """
+        ended = 0
+        try:
+            done = self._queues.call(self, start, stop)
+            ended = self._read_one_by_one(start, stop) if done is None else done
+        finally:
+            if ended < stop - start:
+                self._events[start + ended : stop, _DATA] = -1
+
+    def missing(self) -> tuple[NDArray, NDArray] | None:
+        """Return which requests got less than they asked for [m], and how many bytes they got [m], both int64.
 
         None says that all came, as is usual. Fewer than asked come where the file ends, where a read failed (0), and
-        with NO_WAIT where they are not in the page cache. Raises OSError with EOPNOTSUPP where the file system does not
-        know the flag.
+        with NO_WAIT where they are not in the page cache. Every request must have been read since it was placed.
         """
-        if not self._queues.call(self, start, stop):
-            return self._read_one_by_one(start, stop)
-        events = self._events[start:stop]
-        if (events[:, _RESULT] == self._out.shape[1]).all():
+        places, came, lengths = self._events[:, _DATA], self._events[:, _RESULT], self._table[:, 4]
+        if (came == lengths[places]).all() and places.min(initial=0) >= 0:
             return None
-        got = np.zeros(stop - start, dtype=np.int64)
-        ended = events[events[:, _DATA] >= 0]
-        got[ended[:, _DATA] - start] = ended[:, _RESULT].clip(min=0)
-        return got
+        got = np.zeros_like(lengths)
+        ended = places >= 0
+        got[places[ended]] = came[ended].clip(min=0)
+        short = np.flatnonzero(got != lengths)
+        return short, got[short]
 
-    def _read_one_by_one(self, start: int, stop: int) -> NDArray:
-        got = np.zeros(stop - start, dtype=np.int64)
-        for i in range(start, stop):
+    def _read_one_by_one(self, start: int, stop: int) -> int:
+        for i, (_, flags, file, address, length, offset, *_) in enumerate(self._table[start:stop].tolist(), start):
+            self._events[i, _DATA], self._events[i, _RESULT] = i, 0
             try:
-                got[i - start] = os.preadv(int(self._files[i]), [self._out[i].data], int(self._offsets[i]), self._flags)
+                self._events[i, _RESULT] = os.preadv(
+                    file >> 32, [(ctypes.c_char * length).from_address(address)], offset, flags >> 32
+                )
             except OSError as error:
-                if self._flags and error.errno == errno.EOPNOTSUPP:
+                if flags and error.errno == errno.EOPNOTSUPP:
                     raise
-        return got
+        return stop - start
 
 
-def _long(value: int) -> ctypes.c_long:
-    return ctypes.c_long(value)
+@dataclass(frozen=True)
+class _Calls:
+    """System calls on a queue, which release the GIL; each returns a number below zero, and sets errno, on failure."""
+
+    setup: Callable[..., int]
+    destroy: Callable[..., int]
+    events: Callable[..., int]
+    submit: Callable[..., int]
 
 
-def _pointer(address: int) -> ctypes.c_void_p:
-    return ctypes.c_void_p(address)
+def _system_calls() -> _Calls | None:
+    numbers = _NUMBERS.get(platform.machine()) if sys.platform == "linux" else None
+    if numbers is None:
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(number: int, *types: Any) -> Callable[..., int]:
+        function = libc["syscall"]  # an object of its own each time
+        function.argtypes, function.restype = (ctypes.c_long, *types), ctypes.c_long
+        return functools.partial(function, number)
+
+    setup, destroy, events, submit = numbers
+    queue, count, address = ctypes.c_ulong, ctypes.c_long, ctypes.c_void_p
+    return _Calls(
+        setup=call(setup, count, address),
+        destroy=call(destroy, queue),
+        events=call(events, queue, count, count, address, address),
+        submit=call(submit, queue, count, address),
+    )
 
 
-def _destroy_queues(libc: Any, call: int | None, queues: "collections.deque[ctypes.c_ulong]") -> None:
+def _destroy_queues(calls: _Calls, queues: "collections.deque[int]") -> None:
     while queues:
-        libc.syscall(call, queues.pop())
+        calls.destroy(queues.pop())

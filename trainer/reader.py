@@ -9,6 +9,7 @@ import hashlib
 import math
 import mmap
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..cache_specs.schema import FEATURES, IMPORTED, LATENTS, ComponentSpec, sto
 from ..cache_specs.storage import location
 from ..cache_specs.tables import pick_layer
 from .components import check_ranges, choose_component, finished_component, read_layout
-from .row_reads import NUM_THREADS, NDArray, RowArray, RowReads
+from .row_reads import NUM_THREADS, Buffers, NDArray, RowArray, RowReads
 from .shards import open_array
 
 
@@ -59,7 +60,7 @@ class FeatureSpec:
     layer: int | None  # of a group of several layers
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class FeatureBatch:
     """One encoder's rows as stored. E channels, T tokens.
 
@@ -77,7 +78,7 @@ class FeatureBatch:
         return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
     """Rows of a cache: rows [B] int64 and labels [B] int64, moments [B,M,h,w] float16, one FeatureBatch an encoder."""
 
@@ -85,6 +86,15 @@ class Batch:
     labels: Tensor
     moments: Tensor
     features: list[FeatureBatch] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """A batch's memory as it is filled; holds its tensors, not the batch."""
+
+    rows: NDArray
+    labels: NDArray
+    buffers: Buffers
 
 
 # Names in a component's group and in a FeatureBatch
@@ -127,6 +137,7 @@ class CacheReader:
         self._fields = {k: v for k, v in _FEATURE_FIELDS.items() if cls_token or k != "cls_token"}
         self._check_reads = check_reads
         self._lock = threading.Lock()
+        self._memory: weakref.WeakKeyDictionary[Batch, _Memory] = weakref.WeakKeyDictionary()
 
         self.fingerprints: dict[str, str] = {"dataset": self.layout.dataset_fingerprint}
         self._valid = np.ones(self.num_samples, dtype=bool)
@@ -176,21 +187,21 @@ class CacheReader:
         Returns CPU tensors; with `out`, an earlier batch of the same size, its tensors are filled and returned.
         Raises UsageError for an index or view that the cache does not have, CacheError for rows that cannot be read.
         """
-        rows = _integers(indices, "indices")
-        chosen = np.zeros_like(rows) if views is None else _integers(views, "views")
-        if chosen.shape != rows.shape:
-            raise UsageError(f"views is {list(chosen.shape)}, indices {list(rows.shape)}; expected one view a row")
-        for name, values, limit in (("index", rows, self.num_samples), ("view", chosen, len(self.views))):
-            if len(values) and not (values.min() >= 0 and values.max() < limit):
-                raise UsageError(f"{self.path}: {name} {_outside(values, limit)}; the cache has 0 to {limit - 1}")
+        rows = self._within(_integers(indices, "indices"), self.num_samples, "index")
+        if views is None:
+            chosen = np.zeros_like(rows)
+        else:
+            chosen = self._within(_integers(views, "views"), len(self.views), "view")
+            if chosen.shape != rows.shape:
+                raise UsageError(f"views is {list(chosen.shape)}, indices {list(rows.shape)}; expected one view a row")
         batch = self.empty_batch(len(rows)) if out is None else out
         with self._lock:
-            batch.rows.numpy()[:] = rows
-            np.take(self.labels, rows, out=batch.labels.numpy(), mode="clip")
-            reads = [(self._moments, batch.moments)]
-            for arrays, features in zip(self._feature_arrays, batch.features, strict=True):
-                reads += [(array, getattr(features, _FEATURE_FIELDS[name])) for name, array in arrays.items()]
-            self._reads.read([(array, tensor.numpy()) for array, tensor in reads], rows, chosen)
+            memory = self._memory_of(batch)
+            if len(memory.rows) != len(rows):
+                raise UsageError(f"out is a batch of {len(memory.rows)}, and {len(rows)} rows are to be read into it")
+            memory.rows[:] = rows
+            np.take(self.labels, rows, out=memory.labels, mode="clip")
+            self._reads.read(memory.buffers, rows, chosen)
         return batch
 
     def empty_batch(self, num: int, *, pin_memory: bool = False) -> Batch:
@@ -214,6 +225,25 @@ class CacheReader:
         """Close the open shard files; a later `rows` opens them again."""
         with self._lock:
             self._reads.files.close()
+
+    def _within(self, values: NDArray, limit: int, name: str) -> NDArray:
+        """Return `values` int64; raise UsageError unless they are in [0, limit)."""
+        # One look: as unsigned numbers, negative ones are beyond any limit.
+        if len(values) and values.view(np.uint64).max() >= limit:
+            value = values[(values < 0) | (values >= limit)][0]
+            raise UsageError(f"{self.path}: {name} {value}; the cache has 0 to {limit - 1}")
+        return values
+
+    def _memory_of(self, batch: Batch) -> _Memory:
+        """Return what is made out once of a batch: in a ring it is read into again and again."""
+        memory = self._memory.get(batch)
+        if memory is None:
+            reads = [(self._moments, batch.moments)]
+            for arrays, features in zip(self._feature_arrays, batch.features, strict=True):
+                reads += [(array, getattr(features, _FEATURE_FIELDS[name])) for name, array in arrays.items()]
+            buffers = self._reads.prepare([(array, tensor.numpy()) for array, tensor in reads])
+            memory = self._memory[batch] = _Memory(batch.rows.numpy(), batch.labels.numpy(), buffers)
+        return memory
 
     def _open(self, kind: str, name: str) -> tuple[ComponentSpec, Mapping[str, Any], dict[str, RowArray]]:
         """Open a finished component, AND its `valid` into ours and note its fingerprint."""
@@ -266,7 +296,7 @@ class CacheReader:
         (num,), (shard,) = array.layout.shape, array.layout.shard
         starts = np.arange(0, num, shard)
         out = np.zeros((len(starts), shard), dtype=array.layout.dtype)
-        self._reads.read([(array, out)], starts, np.zeros_like(starts))
+        self._reads.read(self._reads.prepare([(array, out)]), starts, np.zeros_like(starts))
         return out.reshape(-1)[:num]
 
     def _read_labels(self) -> NDArray:
@@ -306,7 +336,3 @@ def _integers(values: Any, name: str) -> NDArray:
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise UsageError(f"{name} is {array.dtype} {list(array.shape)}; expected integers [B]")
     return array.astype(np.int64)
-
-
-def _outside(values: NDArray, limit: int) -> int:
-    return int(values[(values < 0) | (values >= limit)][0])

@@ -62,5 +62,5 @@ class Reference:
         """Return the vectors [n, E] float32 of samples `rows`."""
         layout = self._array.layout
         values = np.empty((len(rows), *layout.shape[2:]), dtype=layout.dtype)
-        self._reads.read([(self._array, values)], rows, np.zeros_like(rows))
+        self._reads.read(self._reads.prepare([(self._array, values)]), rows, np.zeros_like(rows))
         return values.astype(np.float32)

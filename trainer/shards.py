@@ -37,9 +37,7 @@ def open_array(group: Location, layout: ArrayLayout, *, reads: RowReads, check_r
         )
     raw, checksummed = _stored_raw(metadata, codecs, layout)
     if raw and isinstance(folder, LocalPath):
-        return DirectArray(
-            folder.path, layout, checksummed=checksummed, files=reads.files, queue=reads.queue, check_reads=check_reads
-        )
+        return DirectArray(folder.path, layout, checksummed=checksummed, files=reads.files, check_reads=check_reads)
     return LibraryArray(folder, layout, in_shard_files=_in_shard_files(metadata, layout))
 
 

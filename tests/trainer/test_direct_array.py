@@ -11,8 +11,8 @@ import torch
 
 from repa.cache_specs.errors import CacheError
 from repa.cache_specs.shard_index import ABSENT, index_bytes, pack_index
-from repa.trainer import queued_reads, row_reads
-from repa.trainer.queued_reads import Reads
+from repa.trainer import direct_reads, queued_reads
+from repa.trainer.queued_reads import Requests
 from repa.trainer.reader import CacheReader
 
 ORDER = np.array([22, 0, 7, 7, 13, 5, 4, 21, 10])
@@ -21,7 +21,8 @@ VIEWS = np.array([1, 0, 1, 0, 0, 1, 1, 0, 1])
 
 @pytest.fixture(autouse=True)
 def small_batches_take_threads_too(monkeypatch):
-    monkeypatch.setattr(row_reads, "WORTH_A_THREAD", 0)
+    monkeypatch.setattr(direct_reads, "WORTH_A_THREAD", 0)
+    monkeypatch.setattr(direct_reads, "LEAST_COST", 2**14)
 
 
 def test_every_row_with_few_open_files(make_cache):
@@ -31,7 +32,7 @@ def test_every_row_with_few_open_files(make_cache):
     files.limit = 2
     rows = np.random.default_rng(0).permutation(31)
     for num_threads in (1, 2):
-        reader._reads._helpers = num_threads - 1
+        reader._reads._direct._helpers = num_threads - 1
         written.assert_rows(reader.rows(rows), rows, np.zeros_like(rows))
         assert len(files) <= 2
     reader.close()
@@ -118,14 +119,16 @@ def test_rows_that_are_not_in_memory_are_asked_for_and_waited_for(make_cache, mo
     def refuse_at_once(descriptor, buffers, offset, flags=0):
         if flags and (error == errno.EOPNOTSUPP or offset % 8):
             raise OSError(error, os.strerror(error))
-        return preadv(descriptor, [buffers[0][:-1]] if flags else buffers, offset)  # the last byte has to be waited for
+        if flags:  # the last byte has to be waited for
+            buffers = [memoryview(buffers[0]).cast("B")[:-1]]
+        return preadv(descriptor, buffers, offset)
 
     def note(descriptor, offset, length, advice):
         if advice == os.POSIX_FADV_WILLNEED:
             asked.append((descriptor, offset))
         advise(descriptor, offset, length, advice)
 
-    monkeypatch.setattr(queued_reads, "_CALLS", {})
+    monkeypatch.setattr(queued_reads, "_NUMBERS", {})
     monkeypatch.setattr(os, "preadv", refuse_at_once)
     monkeypatch.setattr(os, "posix_fadvise", note)
     reader = CacheReader(written.path)
@@ -293,7 +296,7 @@ def test_a_read_that_the_system_refuses_is_named(make_cache, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", refuse)
     # A queue says of a read that failed that nothing came.
-    monkeypatch.setattr(Reads, "read", lambda _, start, stop: np.zeros(stop - start, np.int64))
+    monkeypatch.setattr(Requests, "missing", lambda self: (np.arange(5), np.zeros(5, np.int64)))
     with pytest.raises(CacheError, match=r"/c\.0.*\(samples 0 to 4\) cannot be read at byte \d+: Input/output"):
         reader.rows([0])
 

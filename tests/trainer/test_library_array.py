@@ -85,7 +85,7 @@ def test_other_shards_give_the_same_rows(tmp_path: Path, dtype: str, codec: Any)
     assert isinstance(opened, LibraryArray)
     rows, views = np.array([10, 0, 2, 2, 4, 7, 3, 10]), np.array([1, 0, 1, 0, 0, 1, 0, 0])
     out = np.full((8, 3, 5), 77, dtype=dtype)
-    RowReads().read([(opened, out)], rows, views)
+    opened.begin(rows, views, out)()
     np.testing.assert_array_equal(out, values[rows, views])
 
 
@@ -150,12 +150,12 @@ def test_a_compressed_column_lacks_a_shard(make_cache: Callable[..., Any], tmp_p
     column = open_array(group, layout, reads=RowReads(), check_reads=False)
     assert isinstance(column, LibraryArray)
     starts, out = np.arange(0, 23, 5), np.ones((5, 5), dtype=bool)
-    RowReads().read([(column, out)], starts, np.zeros(5, dtype=int))
+    column.begin(starts, np.zeros(5, dtype=int), out)()
     np.testing.assert_array_equal(out.reshape(-1), np.arange(25) < 23)  # beyond the last sample it is false
     (group / "valid/c.1").delete()
     column = open_array(group, layout, reads=RowReads(), check_reads=False)  # the first still knows what it read
     with pytest.raises(CacheError, match=r"valid/c\.1: samples 5 to 9 cannot be read \(it is missing\)"):
-        RowReads().read([(column, out)], starts, np.zeros(5, dtype=int))
+        column.begin(starts, np.zeros(5, dtype=int), out)()
 
 
 def test_a_run_from_a_bucket_is_the_run_from_the_folder(

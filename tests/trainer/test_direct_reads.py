@@ -1,0 +1,104 @@
+"""The reads of a batch, cut into parts and shared among threads: each is done once, and nothing after an error."""
+
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from repa.cache_specs.errors import UsageError
+from repa.trainer import direct_reads
+from repa.trainer.direct_reads import DirectReads
+from repa.trainer.queued_reads import MOST_AT_ONCE
+from repa.trainer.reader import CacheReader
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+@pytest.mark.parametrize("num", [0, 1, 2, 100])
+def test_every_part_is_done_once(num_threads, num):
+    reads, done = DirectReads(num_threads), []
+    for _ in range(3):
+        reads._share([(i, i + 1) for i in range(num)], lambda start, stop: done.append((start, stop)))
+        assert sorted(done) == [(i, i + 1) for i in range(num)]
+        done.clear()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_nothing_runs_once_an_error_was_raised(num_threads):
+    done = []
+
+    def fail_at_seven(start, _):
+        if start == 7:
+            raise ValueError("seven")
+        time.sleep(0.001)
+        done.append(start)
+
+    reads = DirectReads(num_threads)
+    parts = [(i, i + 1) for i in range(200)]
+    with pytest.raises(ValueError, match="seven"):
+        reads._share(parts, fail_at_seven)
+    left = list(done)
+    assert len(left) < 50
+    time.sleep(0.02)
+    assert done == left
+    reads._share(parts, lambda start, _: done.append(start))  # the threads live on
+    assert len(done) == len(left) + 200
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system sends no signal to a thread")
+def test_an_interrupt_waits_for_what_is_under_way():
+    reads, begun, done = DirectReads(2), threading.Event(), []
+    main = threading.get_ident()
+
+    def slow_in_the_helper(start, _):
+        if threading.get_ident() == main:
+            begun.wait()  # until the other part is the helper's
+            return
+        begun.set()
+        time.sleep(0.05)
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.1)
+        done.append(start)
+
+    with pytest.raises(KeyboardInterrupt):
+        reads._share([(0, 1), (1, 2)], slow_in_the_helper)
+    assert len(done) == 1
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+@pytest.mark.parametrize("num", [1, 9, 700])
+def test_parts_cover_the_requests_in_order(make_cache, monkeypatch, num_threads, num):
+    monkeypatch.setattr(direct_reads, "LEAST_COST", 2**14)
+    reader = CacheReader(make_cache().path, num_threads=num_threads)
+    batch = reader.rows(np.arange(num) % 23)
+    buffers = reader._memory[batch].buffers.direct
+    assert [len(rows) for rows in buffers.rows] == [num] * 5  # moments, tokens, mean, std, cls
+    starts, stops = zip(*buffers.parts, strict=True)
+    assert (starts[0], stops[-1]) == (0, 5 * num)
+    assert starts[1:] == stops[:-1]
+    assert all(start < stop <= start + MOST_AT_ONCE for start, stop in buffers.parts)
+    sizes = [sum(buffers.lengths[start:stop]) for start, stop in buffers.parts]
+    assert len(sizes) >= 2 if num == 700 else sizes == sorted(sizes, reverse=True)
+
+
+def test_a_batch_of_another_size_is_refused(make_cache):
+    reader = CacheReader(make_cache().path)
+    for rows in ([3], [1, 2, 3]):
+        with pytest.raises(UsageError, match=rf"out is a batch of 2, and {len(rows)} rows"):
+            reader.rows(rows, out=reader.empty_batch(2))
+
+
+def test_a_ring_of_batches_is_made_out_once_and_let_go(make_cache):
+    written = make_cache()
+    reader = CacheReader(written.path)
+    ring = [reader.empty_batch(3) for _ in range(2)]
+    tables = []
+    for rows in ([0, 1, 2], [22, 21, 7], [2, 0, 5], [9, 9, 9]):
+        batch = ring.pop(0)
+        ring.append(batch)
+        written.assert_rows(reader.rows(rows, out=batch), rows, [0, 0, 0])
+        tables.append(reader._memory[batch].buffers)
+    assert tables[:2] == tables[2:]
+    del batch, ring
+    assert len(reader._memory) == 0
