@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from .batches import Batches, MicroBatch
-from .reader import Batch
 
 RUN_AHEAD = 2  # micro-batches that the host may queue before the device has begun them
 MOST_AHEAD = 32  # micro-batches read ahead: small ones are evened out by then, and more would only take memory
@@ -38,10 +37,10 @@ def batches_ahead(prefetch_bytes: int, batch_bytes: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ready:
-    """A micro-batch on the training device, the buffers that it was read into, and on CUDA the end of its copy."""
+    """A micro-batch on the training device, the one of the ring that it was read into, and on CUDA the copy's end."""
 
     batch: MicroBatch
-    buffers: Batch
+    buffers: MicroBatch
     copied: torch.cuda.Event | None
 
 
@@ -64,9 +63,9 @@ class ReadAhead:
         self.depth = depth
         self.waited_s = 0.0
         self.reading_s = 0.0
-        self._in_use: Batch | None = None
+        self._in_use: MicroBatch | None = None
         # A free buffer comes with the copy that last read from it: it may still be under way.
-        self._free: queue.SimpleQueue[tuple[Batch, torch.cuda.Event | None] | None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[tuple[MicroBatch, torch.cuda.Event | None] | None] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[_Ready | BaseException] = queue.SimpleQueue()
         self._to_allocate = depth + 1
         self._stop = threading.Event()
@@ -118,12 +117,11 @@ class ReadAhead:
         except BaseException as error:  # whatever it is, the loop must hear of it
             self._ready.put(error)
 
-    def _next_buffers(self) -> Batch | None:
+    def _next_buffers(self) -> MicroBatch | None:
         """Return buffers to fill, new ones until the ring is whole; None where the reading is to stop."""
         if self._to_allocate > 0 and self._free.empty():
             self._to_allocate -= 1
-            batches = self._batches
-            return batches.reader.empty_batch(batches.place.micro_batch, pin_memory=self._copies is not None)
+            return self._batches.empty(pin_memory=self._copies is not None)
         free = self._free.get()
         if free is None or self._stop.is_set():
             return None
@@ -145,8 +143,7 @@ class CopyStream:
         self._begun: collections.deque[torch.cuda.Event] = collections.deque()
 
     def begin(self, batch: MicroBatch) -> tuple[MicroBatch, torch.cuda.Event]:
-        """Queue the copy of a micro-batch in pinned buffers; return the copy, and the event at which it is whole."""
-        batch = replace(batch, draws=map_tensors(batch.draws, Tensor.pin_memory))
+        """Queue the copy of a micro-batch in pinned memory; return the copy, and the event at which it is whole."""
         with torch.cuda.stream(self._stream):
             moved = map_tensors(batch, lambda tensor: tensor.to(self.device, non_blocking=True))
             copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps

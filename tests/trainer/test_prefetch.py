@@ -60,18 +60,16 @@ def test_the_ring_holds_the_bound_and_one_batch(batches, monkeypatch, taken):
     """Memory is counted where it is asked for; the thread then waits, whether or not a batch is in use."""
     one = batches.num_bytes
     bound = 3 * one + 100
-    tensors, empty = [], batches.reader.empty_batch
+    tensors, empty, read = [], batches.empty, batches.read
     rows = iter(range(1000))
 
-    def counted(num, pin_memory):
-        batch = empty(num)
+    def counted(pin_memory):
+        batch = empty()
         map_tensors(batch, tensors.append)
         return batch
 
-    read = batches.read
-    monkeypatch.setattr(batches.reader, "empty_batch", counted)
+    monkeypatch.setattr(batches, "empty", counted)
     monkeypatch.setattr(batches, "read", lambda *args, out: (next(rows), read(*args, out=out))[1])
-    draws = sum(tensor.nbytes for tensor in vars(batches.spec.draw(4, step=0, micro=0, rank=0)).values())
     depth = batches_ahead(bound, one)
     with ReadAhead(batches, first=0, last=100, depth=depth, device=torch.device("cpu")) as ahead:
         for _ in range(taken):
@@ -79,7 +77,7 @@ def test_the_ring_holds_the_bound_and_one_batch(batches, monkeypatch, taken):
         while ahead._ready.qsize() < depth + (taken == 0):
             assert ahead._thread.is_alive()
     assert next(rows) == max(taken, 1) + depth
-    held = (depth + 1) * draws + sum(tensor.nbytes for tensor in tensors)
+    held = sum(tensor.nbytes for tensor in tensors)
     assert held == (depth + 1) * one
     assert held <= bound + one
 
@@ -137,15 +135,14 @@ class FakeCuda:
         patch.setattr(torch.cuda, "current_stream", lambda _device: Stream(name="compute"))
         patch.setattr(torch.cuda, "set_device", lambda device: self.log.append(("device", str(device))))
         patch.setattr(torch.Tensor, "to", to)
-        patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
         patch.setattr(torch.Tensor, "record_stream", lambda _, stream: self.log.append(("keep", stream.name)))
 
 
 def test_copies_run_beside_the_steps(batches, monkeypatch):
     """On a device: copies on their own stream, each waited for before use; buffers come back by the copy's event."""
     expected = [batches.read(step, micro) for step in range(6) for micro in range(2)]
-    empty = batches.reader.empty_batch
-    monkeypatch.setattr(batches.reader, "empty_batch", lambda num, pin_memory: empty(num))
+    empty, pinned = batches.empty, []
+    monkeypatch.setattr(batches, "empty", lambda pin_memory: pinned.append(pin_memory) or empty())
     cuda = FakeCuda(monkeypatch)
     with ReadAhead(batches, first=0, last=6, depth=2, device=torch.device("cuda", 3)) as ahead:
         for batch in expected:
@@ -158,6 +155,7 @@ def test_copies_run_beside_the_steps(batches, monkeypatch):
             assert kept == [("keep", "compute")] * 12  # every tensor of a batch
             assert begun[0] == "record"
             assert cuda.log.index(("record", "copies", copied)) < cuda.log.index(waited)
+    assert pinned in ([True] * 2, [True] * 3)  # a third only where the loop is slower than the thread
     log = cuda.log
     assert log[0] == ("device", "cuda:3")
     assert {entry[1] for entry in log if entry[0] == "copy"} == {"copies"}
