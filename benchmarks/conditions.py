@@ -21,9 +21,11 @@ def conditions(packages: Sequence[str] = ()) -> dict[str, Any]:
     """Return commit, date, processor, GPU and versions of this machine, those of more `packages` too, as JSON."""
     import torch
 
+    # What benchmarks have written into results since the commit says nothing of the code.
+    changes = _git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if changes else ""),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -40,7 +40,7 @@ from repa.trainer.config import Layer, recipe_layer, resolve
 from repa.trainer.distributed import World, default_device
 from repa.trainer.loop import train_step
 from repa.trainer.prefetch import ReadAhead, batches_ahead, map_tensors
-from repa.trainer.reader import FeatureBatch
+from repa.trainer.row_batch import FeatureBatch
 from repa.trainer.run import Run, prepare
 
 MODELS = ("SiT-Ti/2", "SiT-S/2")

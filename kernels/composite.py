@@ -9,8 +9,8 @@ and where |z| is under F.normalize's eps the norm is the constant eps and the co
 
 Three ways to run the one formula. Eager: in chunks of images that stay in the cores' cache. Inside a caller's
 torch.compile: whole, and Inductor fuses it. REPA_CPU_ALIGNMENT=compiled: whole, compiled by itself. The last is not
-the default: at B=16, T=256, E=768 on two shared cores it takes 4 ms where chunks take 11 and autograd 45, but its first
-call takes 11 s, which is 1,500 steps of several seconds each to earn back (README.md has the table).
+the default: at B=16, T=256, E=768 on two cores it takes 3.5 ms where chunks take 9 and autograd 49, but its first call
+takes 10 s, which is 1,800 steps of several seconds each to earn back (README.md has the table).
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["Batch", "CacheReader", "FeatureBatch", "SiT", "load_model", "stage_cache"]
 
 _HOMES = {
-    "Batch": "reader",
+    "Batch": "row_batch",
     "CacheReader": "reader",
-    "FeatureBatch": "reader",
+    "FeatureBatch": "row_batch",
     "SiT": "sit",
     "load_model": "pretrained",
     "stage_cache": "stage",
@@ -19,7 +19,8 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from .pretrained import load_model
-    from .reader import Batch, CacheReader, FeatureBatch
+    from .reader import CacheReader
+    from .row_batch import Batch, FeatureBatch
     from .sit import SiT
     from .stage import stage_cache
 

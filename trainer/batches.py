@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .interpolant import Interpolant
 from .order import DEFAULT_WINDOW, BlockOrder, GlobalOrder, NDArray, Order, Shuffle
-from .reader import Batch, CacheReader
+from .reader import CacheReader
+from .row_batch import Batch
 
 _DRAWS = 1  # the word of this use among the streams of one seed; the first is in order.py
 

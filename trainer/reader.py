@@ -6,18 +6,15 @@ batch's tensors with no copy between (shards.py).
 """
 
 import hashlib
-import math
-import mmap
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..cache_specs.errors import CacheError, UsageError
 from ..cache_specs.layout import BAD_FILES, ArrayLayout, layer_array
@@ -25,6 +22,7 @@ from ..cache_specs.schema import FEATURES, IMPORTED, LATENTS, ComponentSpec, sto
 from ..cache_specs.storage import location
 from ..cache_specs.tables import pick_layer
 from .components import check_ranges, choose_component, finished_component, read_layout
+from .row_batch import Batch, FeatureBatch, empty_pages
 from .row_reads import NUM_THREADS, Buffers, NDArray, RowArray, RowReads
 from .shards import open_array
 
@@ -58,34 +56,6 @@ class FeatureSpec:
     dtype: Literal["float16", "int8"]
     group: str  # in features/
     layer: int | None  # of a group of several layers
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class FeatureBatch:
-    """One encoder's rows as stored. E channels, T tokens.
-
-    tokens [B,T,E] float16 | int8; token_scale [B,T] float16 with int8 only; channel_mean, channel_std [B,E] float32;
-    cls_token [B,E] float16 where the encoder has one and the reader was asked for it.
-    """
-
-    tokens: Tensor
-    channel_mean: Tensor
-    channel_std: Tensor
-    token_scale: Tensor | None = None
-    cls_token: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Batch:
-    """Rows of a cache: rows [B] int64 and labels [B] int64, moments [B,M,h,w] float16, one FeatureBatch an encoder."""
-
-    rows: Tensor
-    labels: Tensor
-    moments: Tensor
-    features: list[FeatureBatch] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -207,9 +177,9 @@ class CacheReader:
     def empty_batch(self, num: int, *, pin_memory: bool = False) -> Batch:
         """Return a batch of `num` rows whose tensors are allocated and not filled."""
 
-        def allocate(layout: ArrayLayout) -> Tensor:
+        def allocate(layout: ArrayLayout) -> torch.Tensor:
             dtype = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}[layout.dtype]
-            return _empty_pages((num, *layout.shape[2:]), dtype, pin_memory=pin_memory)
+            return empty_pages((num, *layout.shape[2:]), dtype, pin_memory=pin_memory)
 
         return Batch(
             rows=torch.empty(num, dtype=torch.int64, pin_memory=pin_memory),
@@ -314,21 +284,6 @@ class CacheReader:
                 f"[{self.num_samples}] below {self.num_classes}: the cache is damaged"
             )
         return labels
-
-
-def _empty_pages(shape: tuple[int, ...], dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
-    """Return an empty tensor that begins at a page.
-
-    A read is a copy by the processor, which on AMD's takes three to four times as long where the memory begins 1 to 31
-    bytes after the data, counted modulo 4096 (measured: 0.8 against 3 ms for 64 rows of 96 pages). In a shard row i
-    begins 4 i bytes into a page, so that torch's memory, 64 bytes into one, met every sixteenth row so.
-    """
-    if pin_memory:  # whole pages already
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    memory = torch.empty(num_bytes + mmap.PAGESIZE, dtype=torch.uint8)
-    start = -memory.data_ptr() % mmap.PAGESIZE
-    return memory[start : start + num_bytes].view(dtype).view(shape)
 
 
 def _integers(values: Any, name: str) -> NDArray:

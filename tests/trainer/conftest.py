@@ -19,7 +19,7 @@ from repa.cache_specs.fingerprint import manifest_fingerprint, transform_fingerp
 from repa.cache_specs.layout import BAD_FILES, CROP, VIEWS, ArrayLayout, CacheLayout
 from repa.cache_specs.schema import ComponentSpec
 from repa.cache_specs.storage import location
-from repa.trainer.reader import Batch
+from repa.trainer.row_batch import Batch
 from repa.trainer.sit import SIZES
 
 

@@ -18,7 +18,7 @@ from repa.cache_specs.storage import location
 from repa.trainer import CacheReader, library_array
 from repa.trainer.direct_array import DirectArray
 from repa.trainer.library_array import LibraryArray
-from repa.trainer.reader import Batch
+from repa.trainer.row_batch import Batch
 from repa.trainer.row_reads import RowReads
 from repa.trainer.shards import open_array
 
