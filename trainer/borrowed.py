@@ -4,7 +4,6 @@ The composition root: no other module of the trainer imports the pipeline, and t
 called. It hands out plain callables; training itself needs none of them.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,8 +47,8 @@ def load_decoder(source: LatentSource, *, weights: Path | None, device: str) -> 
     return loaded.decode, f"{source.spec['entry']} {loaded.weights}"
 
 
-def load_evaluation(run: Run) -> Callable[[Run], None]:
-    """Return what the loop calls to evaluate: everything that it needs is checked and loaded before the first step."""
+def load_evaluation(run: Run) -> Evaluation:
+    """Return the run's evaluation: everything that it needs is checked and loaded before the first step."""
     from ..pipeline.vectors import load_vectors
 
     settings, device = run.config.evaluation, str(run.world.device)
@@ -64,15 +63,7 @@ def load_evaluation(run: Run) -> Callable[[Run], None]:
     if decode is None:
         raise UsageError("evaluation compares pictures, and without diffusers there are none; set evaluation.every=0")
     score = _inception(run)
-    evaluation = Evaluation(run, reference, decode=decode, decoder=decoder, encode=encode, score=score)
-
-    def evaluate(run: Run) -> None:
-        record = evaluation.at(run)
-        if record is not None:
-            figures = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
-            click.echo(f"evaluation at step {record['step']}  {figures}")
-
-    return evaluate
+    return Evaluation(run, reference, decode=decode, decoder=decoder, encode=encode, score=score, tell=click.echo)
 
 
 def _inception(run: Run) -> Scorer | None:

@@ -92,11 +92,11 @@ def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
     if config.grid.every and world.is_main:
         weights = None if config.grid.autoencoder_weights is None else Path(config.grid.autoencoder_weights)
         decode, _ = load_decoder(latent_source(run.reader, run.norm), weights=weights, device=str(world.device))
-    evaluate = load_evaluation(run) if config.evaluation.every else None
+    evaluation = load_evaluation(run) if config.evaluation.every else None
     with enter_folder(run, resume=resume):
         if world.is_main:
             click.echo(describe(run.config, run.reader, run.norm, world))
-        train(run, draw_grid=lambda run: draw_training_grid(run, decode), evaluate=evaluate)
+        train(run, draw_grid=lambda run: draw_training_grid(run, decode), evaluation=evaluation)
     if world.is_main:
         click.echo(f"{run.folder}: {run.step} of {run.config.steps} steps done")
 

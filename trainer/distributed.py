@@ -132,6 +132,10 @@ def averaging(wrapped: nn.Module, *, last: bool) -> contextlib.AbstractContextMa
     return wrapped.no_sync()
 
 
+class Stopped(Exception):
+    """What was done beside the steps ended early, because the run is to stop; it can be taken up again."""
+
+
 class StopRequest:
     """SIGTERM as a question asked once a step: `due()` is true on every rank at the same step.
 
@@ -167,6 +171,18 @@ class StopRequest:
             return False
         finished[0].wait()
         return bool(finished[1].item())
+
+    def asked(self) -> bool:
+        """Say whether this rank has got the signal, for what is done beside the steps."""
+        return self._asked
+
+    def agreed(self) -> bool:
+        """Say on every rank whether one of them has got the signal, once all have come here."""
+        if self._world.size == 1:
+            return self._asked
+        asked = torch.tensor([float(self._asked)])
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(asked.item())
 
     def _ask(self, _signal: int, _frame: FrameType | None) -> None:
         self._asked = True

@@ -17,6 +17,7 @@ import torch
 
 from ..cache_specs.errors import JobError, UsageError
 from .config import RunConfig
+from .distributed import Stopped
 from .frechet import check_number, frechet_distance, precision_recall
 from .reference import Reference
 from .run import Run
@@ -60,8 +61,10 @@ class Evaluation:
         decoder: str,
         encode: Encoder,
         score: Scorer | None = None,
+        tell: Callable[[str], object] = print,
     ) -> None:
         self._score = score
+        self._tell = tell
         self._reference = reference
         self._decode = decode
         self._decoder = decoder
@@ -74,20 +77,39 @@ class Evaluation:
             sampler=SamplerConfig(sampler=settings.sampler, steps=settings.steps, cfg_scale=settings.cfg_scale),
         )
 
-    def at(self, run: Run) -> dict[str, float] | None:
-        """Evaluate the EMA at this step; return the record that was written, None on the other ranks."""
-        npz = self._draw(run)
-        if not run.world.is_main:
-            return None
-        batch_size = run.config.evaluation.batch_size
-        generated = np.concatenate([self._encode(pictures) for pictures in pictures_of(npz, batch_size)])
-        record = {"step": run.step, "num": len(generated)} | self.compare(
-            generated, neighbours=run.config.evaluation.neighbours
-        )
-        if self._score is not None:
-            record |= self._score(npz)
-        write_record(run.folder / FILE, record)
-        return record
+    def missing(self, run: Run) -> bool:
+        """Say, on all ranks alike, whether this step is to be evaluated and has no record: a run ended over it."""
+        if run.step == 0 or run.step % run.config.evaluation.every:
+            return False
+        steps = [record["step"] for record in read_records(run.folder / FILE)] if run.world.is_main else [run.step]
+        return run.world.most([float(run.step not in steps)]) != [0.0]
+
+    def at(self, run: Run, stop: Callable[[], bool]) -> None:
+        """Evaluate the EMA at this step, write the record and tell it in a line.
+
+        `stop` is asked often; where it says so, the step stays without its record, and what was drawn is kept.
+        """
+        try:
+            npz = self._draw(run, stop)
+            if run.world.is_main:
+                record = self._record(run, npz, stop)
+                write_record(run.folder / FILE, record)
+                figures = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
+                self._tell(f"evaluation at step {run.step}  {figures}")
+        except Stopped:
+            if run.world.is_main:
+                self._tell(f"evaluation at step {run.step} stopped; --resume auto goes on with it")
+
+    def _record(self, run: Run, npz: Path, stop: Callable[[], bool]) -> dict[str, float]:
+        """Return the figures of the samples in `npz`; raise Stopped where `stop` says so."""
+        settings, vectors = run.config.evaluation, []
+        for pictures in pictures_of(npz, settings.batch_size):
+            if stop():
+                raise Stopped
+            vectors.append(self._encode(pictures))
+        generated = np.concatenate(vectors)
+        record = {"step": run.step, "num": len(generated)} | self.compare(generated, neighbours=settings.neighbours)
+        return record | ({} if self._score is None else self._score(npz))
 
     def compare(self, generated: np.ndarray, *, neighbours: int) -> dict[str, float]:
         """Return the figures of `generated` [N, E], each named by the space that it was taken in."""
@@ -99,7 +121,7 @@ class Evaluation:
             f"recall_{space}": recall,
         }
 
-    def _draw(self, run: Run) -> Path:
+    def _draw(self, run: Run, stop: Callable[[], bool]) -> Path:
         sampler = self._request.sampler
         name = f"{run.step:07d}-{sampler.sampler}{sampler.steps}-cfg{sampler.cfg_scale:g}-{self._request.num}.npz"
         with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
@@ -114,6 +136,7 @@ class Evaluation:
                 batch_size=run.config.evaluation.batch_size,
                 world=run.world,
                 about={"precision": run.config.precision},
+                stop=stop,
             )
 
 
@@ -128,17 +151,23 @@ def pictures_of(npz: Path, batch_size: int) -> Iterator[np.ndarray]:
             yield np.frombuffer(file.read(num * row_bytes), dtype=dtype).reshape(num, *shape[1:])
 
 
-def write_record(file: Path, record: dict[str, Any]) -> None:
-    """Put `record` after the lines of earlier steps: a step that is run again after a resume is not there twice."""
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """Return the records of `file`, none where there is no such file. Raises UsageError where it is damaged."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] < record["step"]]
+        return [record for line in lines if (record := json.loads(line))["step"] >= 0]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is damaged ({error!r}); move it away, then continue with --resume auto") from error
+
+
+def write_record(file: Path, record: dict[str, Any]) -> None:
+    """Put `record` after the lines of earlier steps: a step that is run again after a resume is not there twice."""
+    kept = [earlier for earlier in read_records(file) if earlier["step"] < record["step"]]
+    try:
         partial = file.with_name(f".{file.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in [*kept, json.dumps(record)]), encoding="utf-8")
+        partial.write_text("".join(f"{json.dumps(line)}\n" for line in [*kept, record]), encoding="utf-8")
         os.replace(partial, file)
     except OSError as error:
         raise JobError(
             f"{file} cannot be written ({error.strerror}); make room, then continue with --resume auto"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} is damaged ({error!r}); move it away, then continue with --resume auto") from error

@@ -5,6 +5,7 @@ there: it then writes every step since the last one to metrics.jsonl, and finds 
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from .losses import alignment_loss, denoising_loss
 from .prefetch import ReadAhead, batches_ahead
 from .reporter import Reporter
 from .run import Run, dummy_inputs
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
 
 
 def train_step(run: Run, ahead: ReadAhead, norm: tuple[Tensor, Tensor]) -> Tensor:
@@ -67,12 +71,13 @@ def train_step(run: Run, ahead: ReadAhead, norm: tuple[Tensor, Tensor]) -> Tenso
 
 
 def train(
-    run: Run, *, draw_grid: Callable[[Run], object] | None = None, evaluate: Callable[[Run], object] | None = None
+    run: Run, *, draw_grid: Callable[[Run], object] | None = None, evaluation: "Evaluation | None" = None
 ) -> None:
     """Train from `run.step` to `config.steps`, or to the step after a SIGTERM; save, and leave metrics behind.
 
-    `draw_grid` is called on rank 0 every `grid.every` steps, `evaluate` on every rank every `evaluation.every` steps;
-    they must change nothing in the run. Raises JobError naming the first step that was not finite, once the state
+    `draw_grid` is called on rank 0 every `grid.every` steps, `evaluation` on every rank every `evaluation.every` steps,
+    once they are saved: it may take so long that it is killed, or stopped, and a resume then begins with it. Both must
+    change nothing in the run. Raises JobError naming the first step that was not finite, once the state
     before it is saved.
     """
     config, world = run.config, run.world
@@ -86,14 +91,19 @@ def train(
         Reporter(run, ahead) as reporter,
         StopRequest(world) as stop,
     ):
-        while run.step < config.steps:
+        stopped = False
+        if evaluation is not None and evaluation.missing(run):
+            evaluation.at(run, stop.asked)
+            stopped = stop.agreed()
+            reporter.resume_clock()
+        while run.step < config.steps and not stopped:
             reporter.add(train_step(run, ahead, norm))
 
             last = stop.due() or run.step == config.steps
-            save = last or run.step % config.save_every == 0
+            evaluate = evaluation is not None and run.step % config.evaluation.every == 0
+            save = last or evaluate or run.step % config.save_every == 0
             grid = config.grid.every > 0 and run.step % config.grid.every == 0
-            evaluation = config.evaluation.every > 0 and run.step % config.evaluation.every == 0
-            if save or grid or evaluation or run.step % config.log_every == 0:
+            if save or grid or run.step % config.log_every == 0:
                 bad = reporter.log()
                 if bad is not None:
                     run.step = bad[0] - 1  # the state that the gate has kept
@@ -107,15 +117,16 @@ def train(
             try:
                 if grid and draw_grid is not None and world.is_main:
                     draw_grid(run)
-                if evaluation and evaluate is not None:
-                    evaluate(run)
             except Exception:
                 if run.step > saved:
                     save_state(run)  # the pictures failed, not the training
                 raise
+            if evaluation is not None and evaluate:
+                evaluation.at(run, stop.asked)
+                last = last or stop.agreed()
             if last:
                 break
-            if save or grid or evaluation:
+            if save or grid:
                 world.wait()  # for what rank 0 did alone
                 reporter.resume_clock()
 

@@ -26,7 +26,7 @@ import torch
 
 from ..cache_specs.errors import JobError, UsageError, writing
 from ..cache_specs.fingerprint import weights_digest
-from .distributed import World
+from .distributed import Stopped, World
 from .interpolant import Interpolant
 from .latents import LatentNorm
 from .sample import Decoder, SampleRequest, draw_samples, finish
@@ -48,15 +48,18 @@ def sample_to_npz(
     world: World,
     about: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Path:
     """Draw a request into the file `out` (.npz) and return its path; draw nothing where that has been done.
 
     `decoder` names what `decode` is ("none" for latents); it, `about` (whatever else shapes the result, such as the
     precision) and the weights' digest are part of the request on disk. `progress` is told how many rows are done by
-    each batch of this rank. Every rank calls this. Without a decoder `arr_0` is [num,C,h,w] float32.
+    each batch of this rank; `stop` is asked before each one. Every rank calls this. Without a decoder `arr_0` is
+    [num,C,h,w] float32.
 
     Raises UsageError where `out` or what is left of it belongs to another request, JobError where the disk refuses a
-    write or a rank's rows are missing; what is done is kept and the same call continues.
+    write or a rank's rows are missing, and Stopped on all ranks where `stop` said so on one; what is done is kept and
+    the same call continues.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; expected 1 or more")
@@ -76,8 +79,12 @@ def sample_to_npz(
             _enter(partial, asked, _row(model, norm, decode), request.num)
         world.wait()
         rows = _Rows(partial)
+        stopped = False
         try:
             for first in range(world.rank * batch_size, request.num, world.size * batch_size):
+                if stop is not None and stop():
+                    stopped = True
+                    break
                 batch = range(first, min(first + batch_size, request.num))
                 if not rows.done(batch):
                     images = draw_samples(model, batch, request, interpolant=interpolant, norm=norm, decode=decode)
@@ -87,6 +94,8 @@ def sample_to_npz(
         finally:
             rows.close()
         world.wait()
+        if stop is not None and world.most([float(stopped)]) != [0.0]:
+            raise Stopped
         if world.is_main:
             _pack(partial, out, asked, request.num)
         world.wait()

@@ -1,6 +1,8 @@
 """Evaluation in a run: real and generated pictures encoded alike, each step once, nothing in the run changed."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import zarr
 
 from repa.cache_specs.errors import UsageError
+from repa.trainer import evaluation, sample_file
 from repa.trainer.checkpoint import load_checkpoint
 from repa.trainer.evaluation import pictures_of, write_record
 from repa.trainer.frechet import frechet_distance
@@ -123,6 +126,43 @@ def test_a_resumed_run_has_each_evaluation_once(demo, repa_train, tmp_path):
     assert outcome.code == 0, outcome.error
     assert outcome.losses() == whole.losses()
     assert evaluations(tmp_path / "run") == evaluations(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("during", ["draw_samples", "pictures_of"])
+def test_sigterm_ends_an_evaluation_and_a_resume_goes_on_with_it(demo, repa_train, tmp_path, monkeypatch, during):
+    """The step is saved before it is evaluated; what was drawn is not drawn again."""
+    calls = []
+
+    def watch(module, name):
+        work = getattr(module, name)
+
+        def watched(*args, **kwargs):
+            calls.append(name)
+            if name == during and calls.count("draw_samples") >= 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return work(*args, **kwargs)
+
+        return watched
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        for module, name in ((sample_file, "draw_samples"), (evaluation, "pictures_of")):
+            patch.setattr(module, name, watch(module, name))
+        ended = train(repa_train, demo, out, *EVALUATE)
+    assert ended.code == 0, ended.error
+    assert "evaluation at step 3 stopped; --resume auto goes on with it" in ended.output
+    assert calls == (["draw_samples"] * 2 if during == "draw_samples" else ["draw_samples"] * 3 + ["pictures_of"])
+    assert not (out / "evaluation.jsonl").exists()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["0000003.pt"]
+
+    draw = sample_file.draw_samples
+    monkeypatch.setattr(sample_file, "draw_samples", lambda *a, **k: calls.append("draw_samples") or draw(*a, **k))
+    rest = train(repa_train, demo, out, *EVALUATE, more=("--resume", "auto"))
+    assert rest.code == 0, rest.error
+    assert calls.count("draw_samples") == 2 * 3
+    whole = train(repa_train, demo, tmp_path / "whole", *EVALUATE)
+    assert rest.losses() == whole.losses()
+    assert evaluations(out) == evaluations(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

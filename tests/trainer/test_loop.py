@@ -201,12 +201,16 @@ def test_ranks_that_stop_at_such_a_step_wait_for_the_one_that_saves(make_cache, 
 
 
 def test_an_evaluation_that_fails_costs_no_steps(make_cache, small_sit, tmp_path):
-    def fail(run):
-        raise RuntimeError("out of memory")
+    class Failing:
+        def missing(self, run):
+            return False
+
+        def at(self, run, stop):
+            raise RuntimeError("out of memory")
 
     run = make_run(make_cache().path, f"out={tmp_path}", "steps=5", "evaluation.every=3")
     with pytest.raises(RuntimeError, match="out of memory"):
-        loop.train(run, evaluate=fail)
+        loop.train(run, evaluation=Failing())
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000003.pt"]
 
 
