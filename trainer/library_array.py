@@ -34,16 +34,21 @@ class LibraryArray:
     `in_shard_files` says that shards lie in files as `layout.shard_file` names them: one that is not there is then an
     error. A chunk that is not stored in a shard reads as zero, as everything does in another layout.
 
-    Raises CacheError where the array cannot be opened, UsageError where tensorstore is missing or cannot read there.
+    Raises CacheError where the array cannot be opened, UsageError where tensorstore is missing. From where tensorstore
+    cannot read (az://) no row is read, with a UsageError, but a copy can be staged.
     """
 
     def __init__(self, folder: Location, layout: ArrayLayout, *, in_shard_files: bool) -> None:
         self.folder = folder
         self.layout = layout
         self._in_shard_files = in_shard_files
+        kvstore = _kvstore(folder)
+        self._array: Any = None
+        if kvstore is None:
+            return
         spec = {
             "driver": "zarr3",
-            "kvstore": _kvstore(folder),
+            "kvstore": kvstore,
             "recheck_cached_data": "open",
             "recheck_cached_metadata": "open",
             "fill_missing_data_reads": False,  # told apart in `_read_one`
@@ -61,8 +66,11 @@ class LibraryArray:
 
         Only that writes into `out`, and it raises CacheError naming the sample where a stored row cannot be read.
         """
-        if len(self.layout.shape) == 1:  # its inner chunk is a shard
-            return functools.partial(self._read_shards, rows, out)
+        if self._array is None:
+            raise UsageError(
+                f"{self.folder}: rows cannot be read from there directly; add --stage DIR, which copies the cache once "
+                "to a local disk"
+            )
         future = self._array.vindex[rows, views].read()
 
         def wait() -> None:
@@ -76,37 +84,25 @@ class LibraryArray:
 
         return wait
 
-    def _read_shards(self, starts: NDArray, out: NDArray) -> None:
-        inner, end = self.layout.inner[0], self.layout.shape[0]
-        futures = [self._array[start : min(start + inner, end)].read() for start in starts.tolist()]
-        for i, (start, future) in enumerate(zip(starts.tolist(), futures, strict=True)):
-            try:
-                values = future.result()
-            except Exception as error:
-                values = self._fill_or_raise(error, start, f"samples {start} to {min(start + inner, end) - 1}")
-            out[i] = 0
-            out[i, : min(inner, end - start)] = values
-
     def _read_one(self, row: int, view: int) -> NDArray:
+        """Return one row, zero where it is not stored; raise CacheError where it cannot be read."""
         try:
             return np.asarray(self._array[row, view].read().result())
         except Exception as error:
-            return self._fill_or_raise(error, row, f"sample {row}, view {view}")
-
-    def _fill_or_raise(self, error: Exception, row: int, what: str) -> NDArray:
-        """Return zero for a chunk that is not stored; raise CacheError for one that cannot be read."""
-        name = self.layout.shard_file(row // self.layout.shard[0])
-        where = f"{self.folder}/{name}" if self._in_shard_files else str(self.folder)
-        missing = "NOT_FOUND" in str(error)
-        if missing and not (self._in_shard_files and (self.folder / name).size() is None):
-            return np.zeros((), dtype=self.layout.dtype)
-        raise CacheError(
-            f"{where}: {what} cannot be read ({'it is missing' if missing else _reason(error)}). See that the storage "
-            "answers, and what `repa-cache verify` says of this cache; then resume"
-        ) from error
+            name = self.layout.shard_file(row // self.layout.shard[0])
+            where = f"{self.folder}/{name}" if self._in_shard_files else str(self.folder)
+            missing = "NOT_FOUND" in str(error)
+            if missing and not (self._in_shard_files and (self.folder / name).size() is None):
+                return np.zeros((), dtype=self.layout.dtype)
+            reason = "it is missing" if missing else _reason(error)
+            raise CacheError(
+                f"{where}: sample {row}, view {view} cannot be read ({reason}). See that the storage answers, and what "
+                "`repa-cache verify` says of this cache; then resume"
+            ) from error
 
 
-def _kvstore(folder: Location) -> dict[str, Any]:
+def _kvstore(folder: Location) -> dict[str, Any] | None:
+    """Return what tensorstore calls a place, None for one that it cannot read."""
     if isinstance(folder, LocalPath):
         return {"driver": "file", "path": f"{folder.absolute()}/"}
     assert isinstance(folder, ObjectPath), folder
@@ -115,10 +111,7 @@ def _kvstore(folder: Location) -> dict[str, Any]:
     if scheme == "gs":
         return {"driver": "gcs", **store}
     if scheme != "s3":
-        raise UsageError(
-            f"{folder}: rows cannot be read from {scheme}:// directly; add --stage DIR, which copies the cache once to "
-            "a local disk"
-        )
+        return None
     # As obstore, which writes and lists, takes them from the environment.
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     credentials = "default"

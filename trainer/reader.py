@@ -19,9 +19,10 @@ import torch
 from ..cache_specs.errors import CacheError, UsageError
 from ..cache_specs.layout import BAD_FILES, ArrayLayout, layer_array
 from ..cache_specs.schema import FEATURES, IMPORTED, LATENTS, ComponentSpec, stored_layers
-from ..cache_specs.storage import location
+from ..cache_specs.storage import Location, location
 from ..cache_specs.tables import pick_layer
 from .components import check_ranges, choose_component, finished_component, read_layout
+from .direct_array import DirectArray
 from .row_batch import Batch, FeatureBatch, empty_pages
 from .row_reads import NUM_THREADS, Buffers, NDArray, RowArray, RowReads
 from .shards import open_array
@@ -227,7 +228,7 @@ class CacheReader:
         valid = arrays.pop("valid")
         check_ranges(group / "valid", valid.layout)
         if attributes.get(BAD_FILES):  # else every row is valid, and thousands of small files need not be opened
-            self._valid &= self._read_column(valid)
+            self._valid &= self._read_valid(group / "valid", valid)
         self.fingerprints[f"{kind}/{name}"] = str(attributes["fingerprint"])
         return component, attributes, arrays
 
@@ -261,23 +262,29 @@ class CacheReader:
         picked = {name: arrays.get(layer_array(name, layer)) for name in self._fields}
         return spec, {name: array for name, array in picked.items() if array is not None}
 
-    def _read_column(self, array: RowArray) -> NDArray:
-        """Return a whole array [N], whose inner chunk is a whole shard."""
-        (num,), (shard,) = array.layout.shape, array.layout.shard
+    def _read_valid(self, stored: Location, array: RowArray) -> NDArray:
+        """Return whether each sample is valid [N] bool."""
+        if not isinstance(array, DirectArray):
+            return self._read_whole(stored).astype(bool)
+        (num,), (shard,) = array.layout.shape, array.layout.shard  # a shard is one inner chunk
         starts = np.arange(0, num, shard)
-        out = np.zeros((len(starts), shard), dtype=array.layout.dtype)
+        out = np.zeros((len(starts), shard), dtype=bool)
         self._reads.read(self._reads.prepare([(array, out)]), starts, np.zeros_like(starts))
         return out.reshape(-1)[:num]
 
-    def _read_labels(self) -> NDArray:
+    def _read_whole(self, stored: Location) -> NDArray:
+        """Return all of a small array, wherever and however it is stored."""
         import zarr
 
-        stored = self.path / "label"
         try:
             with stored.reading():
-                labels = np.asarray(zarr.open_array(stored.zarr_store(), mode="r")[:]).astype(np.int64)
+                return np.asarray(zarr.open_array(stored.zarr_store(), mode="r")[:])
         except (OSError, ValueError, RuntimeError) as error:
             raise CacheError(f"{stored} cannot be read ({error}); the cache is damaged") from error
+
+    def _read_labels(self) -> NDArray:
+        stored = self.path / "label"
+        labels = self._read_whole(stored).astype(np.int64)
         if labels.shape != (self.num_samples,) or labels.min() < 0 or labels.max() >= self.num_classes:
             raise CacheError(
                 f"{stored} is {list(labels.shape)} with labels up to {labels.max()}; expected "

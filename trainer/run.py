@@ -117,6 +117,8 @@ def open_cache(config: RunConfig, world: World, *, copy: Path | None = None) -> 
         cls_token=False,
         check_reads=config.check_reads,
     )
+    if copy is not None or config.stage is None:
+        reader.rows(reader.valid_rows[:1])  # what cannot be read is said now, not when a model waits for it
     parts = world.size * config.accumulation
     if config.batch_size % parts:
         raise UsageError(

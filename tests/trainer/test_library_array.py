@@ -1,6 +1,5 @@
 """The library path: the same bytes as the direct one, from compressed shards, buckets and other people's sharding."""
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,8 +124,9 @@ def test_what_cannot_be_reached_is_one_line(bucket: str, request: pytest.Fixture
     with pytest.raises(CacheError, match=r"cannot be read \(.*InvalidAccessKeyId"):
         CacheReader(f"{request.getfixturevalue('refusing_bucket')}/cache")
     layout = ArrayLayout(name="x", shape=(1,), dtype="int8", inner=(1,), shard=(1,))
-    with pytest.raises(UsageError, match=r"^az://box/x: rows cannot be read from az:// directly; add --stage DIR"):
-        LibraryArray(location("az://box/x"), layout, in_shard_files=True)
+    refused = LibraryArray(location("az://box/x"), layout, in_shard_files=True)
+    with pytest.raises(UsageError, match=r"^az://box/x: rows cannot be read from there directly; add --stage DIR"):
+        refused.begin(np.zeros(1, int), np.zeros(1, int), np.zeros(1, np.int8))
     with pytest.raises(CacheError, match=r"^s3://\S+ cannot be opened \(.*\)$") as error:
         LibraryArray(location("s3://some-bucket/x"), layout, in_shard_files=True)  # at the server that refuses
     assert len(str(error.value)) < 400
@@ -142,20 +142,33 @@ def test_without_tensorstore_it_is_said_what_to_install(
         CacheReader(written.path)
 
 
-def test_a_compressed_column_lacks_a_shard(make_cache: Callable[..., Any], tmp_path: Path) -> None:
-    written = make_cache(compressed=True, zero_rows=())
-    shutil.copytree(written.path, tmp_path / "cache")
-    group = location(tmp_path / "cache/latents/toy-ae")
-    layout = ArrayLayout(name="valid", shape=(23,), dtype="bool", inner=(5,), shard=(5,))
-    column = open_array(group, layout, reads=RowReads(), check_reads=False)
-    assert isinstance(column, LibraryArray)
-    starts, out = np.arange(0, 23, 5), np.ones((5, 5), dtype=bool)
-    column.begin(starts, np.zeros(5, dtype=int), out)()
-    np.testing.assert_array_equal(out.reshape(-1), np.arange(25) < 23)  # beyond the last sample it is false
-    (group / "valid/c.1").delete()
-    column = open_array(group, layout, reads=RowReads(), check_reads=False)  # the first still knows what it read
-    with pytest.raises(CacheError, match=r"valid/c\.1: samples 5 to 9 cannot be read \(it is missing\)"):
-        column.begin(starts, np.zeros(5, dtype=int), out)()
+def test_samples_that_were_left_out_of_a_compressed_cache(make_cache: Callable[..., Any]) -> None:
+    written = make_cache(compressed=True, invalid={"features/toy": [2, 9]})
+    assert CacheReader(written.path).valid_rows.tolist() == [row for row in range(23) if row not in (2, 9)]
+    file = written.shard("features/toy/valid", 1)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(CacheError, match=r"features/toy/valid cannot be read \(.*the cache is damaged"):
+        CacheReader(written.path)
+
+
+def test_where_rows_cannot_be_read_a_copy_can_be_staged(
+    make_cache: Callable[..., Any],
+    upload: Callable[..., str],
+    bucket: str,
+    tmp_path: Path,
+    repa_train: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = upload(make_cache(invalid={"features/toy": [2, 9]}).path, f"{bucket}/cache")
+    monkeypatch.setattr(library_array, "_kvstore", lambda folder: None)  # as of az://, for which no server is at hand
+    for more in ((), ("--dry-run",)):
+        refused = repa_train(url, tmp_path / "run", "--steps", "2", *more)
+        assert refused.code == 2
+        assert f"{url}/features/toy/patch_tokens: rows cannot be read from there directly; add --stage" in refused.error
+    staged = ("--stage", str(tmp_path / "staged"))
+    assert repa_train(url, tmp_path / "run", "--steps", "2", *staged, "--dry-run").code == 0
+    outcome = repa_train(url, tmp_path / "run", "--steps", "2", *staged)
+    assert outcome.code == 0, outcome.error
 
 
 def test_a_run_from_a_bucket_is_the_run_from_the_folder(
