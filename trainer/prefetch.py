@@ -1,8 +1,9 @@
 """Micro-batches read ahead of the step by one thread, into a ring of reused buffers.
 
-In: `Batches` and the steps to serve. Out: `next()`, a micro-batch on the training device. Reading whole batches in
-one thread beats splitting a batch over threads, and worker processes, which copy every batch again, lose to both;
-fresh buffers cost page faults (measured for this project).
+In: `Batches` and the steps to serve. Out: `next()`, a micro-batch on the training device. One batch is read at a time,
+by two threads (direct_reads.py): two at a time, a thread each, lose to that, as two batches do not fit in the
+processor's cache where one does; worker processes, which copy every batch again, lose to both; fresh buffers cost page
+faults (measured for this project).
 
 On CUDA the buffers are pinned, and the thread copies each batch to the device as soon as it is read, on a stream of
 its own: on the compute stream a copy would stand behind every step that the host has queued, and the host would then
