@@ -39,6 +39,7 @@ class QueuedReads:
 
     def __init__(self) -> None:
         self._calls = _system_calls()
+        self._more = True  # whether another queue may be had
         self._idle: collections.deque[int] = collections.deque()
         if self._calls is not None:
             weakref.finalize(self, _destroy_queues, self._calls, self._idle)
@@ -64,7 +65,10 @@ class QueuedReads:
         except BaseException:  # Ctrl-C among them: what is left in the queue must not count for other reads
             calls.destroy(queue)
             raise
-        self._idle.append(queue)
+        if begun < 0:  # one of a parent's, in a forked child, would fail for ever
+            calls.destroy(queue)
+        else:
+            self._idle.append(queue)
         return end - start
 
     def _take_queue(self) -> int | None:
@@ -74,8 +78,8 @@ class QueuedReads:
             except IndexError:  # another thread was faster
                 pass
         queue = ctypes.c_ulong(0)
-        if self._calls is None or self._calls.setup(MOST_AT_ONCE, ctypes.addressof(queue)):
-            self._calls = None  # forbidden, or the machine's queues (fs.aio-max-nr) are used up: not tried again
+        if self._calls is None or not self._more or self._calls.setup(MOST_AT_ONCE, ctypes.addressof(queue)):
+            self._more = False  # forbidden, or the machine's queues (fs.aio-max-nr) are used up: not tried again
             return None
         return queue.value
 

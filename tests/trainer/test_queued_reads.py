@@ -1,5 +1,6 @@
 """Queues of reads against plain ones: the same bytes, and every way in which a read falls short."""
 
+import ctypes
 import errno
 import os
 import threading
@@ -123,6 +124,34 @@ def test_threads_take_queues_of_their_own(queue, file):
     assert not wrong
 
 
+def test_events_in_any_order_and_number_are_of_their_reads(queue, file, monkeypatch):
+    if queue._calls is None:
+        pytest.skip("reads one by one have no events")
+    descriptor, data = file
+    real, returned = queue._calls.events, []
+
+    def some(taken: int, _least: int, most: int, at: int, _timeout: None) -> int:
+        num = [0, 1, -1, most // 2, most][len(returned) % 5]  # -1: a signal came
+        returned.append(num)
+        if num < 0:
+            ctypes.set_errno(errno.EINTR)
+            return -1
+        got = real(taken, num, num, at, None)
+        assert got == num
+        events = np.ctypeslib.as_array((ctypes.c_int64 * (4 * num)).from_address(at)).reshape(num, 4)
+        events[:] = events[::-1].copy()
+        return num
+
+    monkeypatch.setattr(queue, "_calls", replace(queue._calls, events=some))
+    offsets = np.array([0, 99 * ROW + 500, 3, 200 * ROW, 7, 50 * ROW, 99 * ROW + 599, 9])
+    for _ in range(3):
+        got, out = read(queue, [descriptor] * 8, offsets)
+        assert got.tolist() == [ROW, 100, ROW, 0, ROW, ROW, 1, ROW]
+        for row, offset, num in zip(out, offsets, got, strict=True):
+            np.testing.assert_array_equal(row[:num], data[offset : offset + num])
+    assert set(returned) >= {0, 1, -1, 2}
+
+
 def test_where_queues_are_forbidden_rows_are_read_one_by_one(file, monkeypatch):
     descriptor, data = file
     queue = QueuedReads()
@@ -141,3 +170,27 @@ def test_where_queues_are_forbidden_rows_are_read_one_by_one(file, monkeypatch):
         assert got.tolist() == [ROW, ROW]
         np.testing.assert_array_equal(out[0], data[5 : 5 + ROW])
     assert len(tried) == 1
+
+
+def test_where_no_more_queues_may_be_had_those_there_go_on(queue, file, monkeypatch):
+    if queue._calls is None:
+        pytest.skip("reads one by one have no queues")
+    descriptor, data = file
+    real, submitted = queue._calls.submit, []
+
+    def submit(taken: int, *what: int) -> int:
+        submitted.append(taken)
+        return real(taken, *what)
+
+    def assert_read() -> None:
+        got, out = read(queue, [descriptor, descriptor], [5, 0])
+        assert got.tolist() == [ROW, ROW]
+        np.testing.assert_array_equal(out[0], data[5 : 5 + ROW])
+
+    monkeypatch.setattr(queue, "_calls", replace(queue._calls, setup=lambda *_: -1, submit=submit))
+    there = queue._idle.pop()  # in another thread's hands
+    assert_read()
+    assert submitted == []
+    queue._idle.append(there)
+    assert_read()
+    assert submitted == [there, there]
