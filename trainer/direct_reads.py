@@ -13,7 +13,7 @@ here, and a mapped file that is cut kills the process).
 import collections
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,8 @@ class DirectReads:
         self.files = OpenFiles()
         self._queues = QueuedReads()
         self._helpers = num_threads - 1
-        self._pool = ThreadPoolExecutor(num_threads - 1, thread_name_prefix="read-rows") if num_threads > 1 else None
+        self._pool: ThreadPoolExecutor | None = None
+        self._process = 0  # that the pool's threads live in
         self._flags = NO_WAIT
 
     def prepare(self, reads: Sequence[tuple[DirectArray, NDArray]]) -> "DirectBuffers":
@@ -91,10 +92,14 @@ class DirectReads:
                 except BaseException as error:
                     errors.append(error)
 
-        helpers = [self._pool.submit(work) for _ in range(self._helpers)] if self._pool and with_helpers else []
-        work()
+        helpers: list[Future[None]] = []
+        try:
+            helpers.extend(self._threads().submit(work) for _ in range(self._helpers if with_helpers else 0))
+            work()
+        except BaseException as error:  # no thread to be had; Ctrl-C between two parts
+            errors.append(error)
         for helper in helpers:
-            # One that has not begun has nothing left to do. (In a forked child none ever begins.)
+            # One that has not begun has nothing left to do.
             while not (helper.cancel() or helper.done()):
                 try:
                     helper.result()
@@ -102,6 +107,11 @@ class DirectReads:
                     errors.append(error)
         if errors:
             raise errors[0]
+
+    def _threads(self) -> ThreadPoolExecutor:
+        if self._pool is None or self._process != os.getpid():  # a forked child has none of its parent's threads
+            self._pool, self._process = ThreadPoolExecutor(self._helpers, thread_name_prefix="read-rows"), os.getpid()
+        return self._pool
 
 
 class DirectBuffers:

@@ -1,14 +1,17 @@
 """The reads of a batch, cut into parts and shared among threads: each is done once, and nothing after an error."""
 
+import os
 import signal
 import threading
 import time
+import traceback
 
 import numpy as np
 import pytest
 
 from repa.cache_specs.errors import UsageError
 from repa.trainer import direct_reads
+from repa.trainer.direct_array import DirectArray
 from repa.trainer.direct_reads import DirectReads
 from repa.trainer.queued_reads import MOST_AT_ONCE
 from repa.trainer.reader import CacheReader
@@ -64,6 +67,55 @@ def test_an_interrupt_waits_for_what_is_under_way():
     with pytest.raises(KeyboardInterrupt):
         reads._share([(0, 1), (1, 2)], slow_in_the_helper)
     assert len(done) == 1
+
+
+def test_nothing_runs_once_a_thread_was_not_to_be_had(monkeypatch):
+    reads, begun, done = DirectReads(3), threading.Event(), []
+    submit = direct_reads.ThreadPoolExecutor.submit
+
+    def one_is_to_be_had(pool, work):
+        if begun.is_set():
+            raise RuntimeError("can't start new thread")
+        helper = submit(pool, work)
+        begun.wait()
+        return helper
+
+    def slow(start, _):
+        begun.set()
+        time.sleep(0.05)
+        done.append(start)
+
+    monkeypatch.setattr(direct_reads.ThreadPoolExecutor, "submit", one_is_to_be_had)
+    with pytest.raises(RuntimeError, match="new thread"):
+        reads._share([(i, i + 1) for i in range(20)], slow)
+    assert done == [0]
+    time.sleep(0.12)
+    assert done == [0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_has_threads_and_queues_of_its_own(make_cache, monkeypatch):
+    monkeypatch.setattr(direct_reads, "WORTH_A_THREAD", 0)
+    written = make_cache()
+    reader = CacheReader(written.path, num_threads=2)
+    batch = reader.rows([3, 22])
+    child = os.fork()
+    if child == 0:
+        try:
+            both = threading.Barrier(2, timeout=20)
+            reader._reads._direct._share([(0, 1), (1, 2)], lambda *_: both.wait())
+            for i in range(2):
+                rows = [i, 21 - i]
+                written.assert_rows(reader.rows(rows, out=batch), rows, [0, 0])
+                # A queue of the parent's fails, and its rows are waited for one by one; once.
+                monkeypatch.delattr(DirectArray, "read_whole", raising=False)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    written.assert_rows(reader.rows([4, 5], out=batch), [4, 5], [0, 0])
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 4])
