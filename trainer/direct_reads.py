@@ -10,15 +10,14 @@ begin all of it, so that the disk sees the reads together and reads little else 
 here, and a mapped file that is cut kills the process).
 """
 
-import collections
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from .direct_array import ABSENT, DirectArray
+from .helper_threads import HelperThreads
 from .open_files import CLOSED, OpenFiles
 from .queued_reads import MOST_AT_ONCE, NO_WAIT, QueuedReads, Requests
 
@@ -39,14 +38,13 @@ class DirectReads:
     def __init__(self, num_threads: int) -> None:
         self.files = OpenFiles()
         self._queues = QueuedReads()
-        self._helpers = num_threads - 1
-        self._pool: ThreadPoolExecutor | None = None
-        self._process = 0  # that the pool's threads live in
+        self._num_threads = num_threads
+        self._helpers = HelperThreads(num_threads - 1)
         self._flags = NO_WAIT
 
     def prepare(self, reads: Sequence[tuple[DirectArray, NDArray]]) -> "DirectBuffers":
         """Prepare to read rows of each array into its buffer [B, *row], C-contiguous."""
-        return DirectBuffers(reads, self._queues, self._helpers + 1)
+        return DirectBuffers(reads, self._queues, self._num_threads)
 
     def read(self, buffers: "DirectBuffers", rows: NDArray, views: NDArray) -> None:
         """Fill the buffers with inner chunks (rows[i], views[i]) of their arrays.
@@ -65,53 +63,14 @@ class DirectReads:
             except OSError:  # NFS and tmpfs know no NO_WAIT
                 self._flags = 0
 
-        self._share(buffers.parts, read, with_helpers=buffers.num_bytes >= WORTH_A_THREAD)
+        self._helpers.share(buffers.parts, read, alone=buffers.num_bytes < WORTH_A_THREAD)
         missing = buffers.requests.missing()
         if missing is not None:
             requests, got = (values.tolist() for values in missing)
             batch.ask_for(requests)
-            self._share(list(zip(requests, got, strict=True)), batch.wait_for)
+            self._helpers.share(list(zip(requests, got, strict=True)), batch.wait_for)
         if any(array.checks for array in buffers.arrays):
-            self._share(buffers.parts, batch.check)
-
-    def _share(
-        self, parts: Sequence[tuple[int, int]], do: Callable[[int, int], None], *, with_helpers: bool = True
-    ) -> None:
-        """Call `do` once for each part, by any threads; no part runs any more when this returns or raises."""
-        left = collections.deque(parts)
-        errors: list[BaseException] = []
-
-        def work() -> None:
-            while not errors:
-                try:
-                    part = left.popleft()
-                except IndexError:
-                    return
-                try:
-                    do(*part)
-                except BaseException as error:
-                    errors.append(error)
-
-        helpers: list[Future[None]] = []
-        try:
-            helpers.extend(self._threads().submit(work) for _ in range(self._helpers if with_helpers else 0))
-            work()
-        except BaseException as error:  # no thread to be had; Ctrl-C between two parts
-            errors.append(error)
-        for helper in helpers:
-            # One that has not begun has nothing left to do.
-            while not (helper.cancel() or helper.done()):
-                try:
-                    helper.result()
-                except BaseException as error:  # Ctrl-C, here: the helper still writes
-                    errors.append(error)
-        if errors:
-            raise errors[0]
-
-    def _threads(self) -> ThreadPoolExecutor:
-        if self._pool is None or self._process != os.getpid():  # a forked child has none of its parent's threads
-            self._pool, self._process = ThreadPoolExecutor(self._helpers, thread_name_prefix="read-rows"), os.getpid()
-        return self._pool
+            self._helpers.share(buffers.parts, batch.check)
 
 
 class DirectBuffers:

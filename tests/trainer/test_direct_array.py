@@ -27,12 +27,11 @@ def small_batches_take_threads_too(monkeypatch):
 
 def test_every_row_with_few_open_files(make_cache):
     written = make_cache(num_samples=31, shard_samples=3, num_views=1)
-    reader = CacheReader(written.path)
-    files = reader._reads.files
-    files.limit = 2
     rows = np.random.default_rng(0).permutation(31)
     for num_threads in (1, 2):
-        reader._reads._direct._helpers = num_threads - 1
+        reader = CacheReader(written.path, num_threads=num_threads)
+        files = reader._reads.files
+        files.limit = 2
         written.assert_rows(reader.rows(rows), rows, np.zeros_like(rows))
         assert len(files) <= 2
     reader.close()

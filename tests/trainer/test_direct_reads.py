@@ -1,9 +1,7 @@
-"""The reads of a batch, cut into parts and shared among threads: each is done once, and nothing after an error."""
+"""The reads of a batch, cut into parts; a batch's memory, made out once; threads and queues after a fork."""
 
 import os
-import signal
 import threading
-import time
 import traceback
 
 import numpy as np
@@ -12,85 +10,8 @@ import pytest
 from repa.cache_specs.errors import UsageError
 from repa.trainer import direct_reads
 from repa.trainer.direct_array import DirectArray
-from repa.trainer.direct_reads import DirectReads
 from repa.trainer.queued_reads import MOST_AT_ONCE
 from repa.trainer.reader import CacheReader
-
-
-@pytest.mark.parametrize("num_threads", [1, 2, 5])
-@pytest.mark.parametrize("num", [0, 1, 2, 100])
-def test_every_part_is_done_once(num_threads, num):
-    reads, done = DirectReads(num_threads), []
-    for _ in range(3):
-        reads._share([(i, i + 1) for i in range(num)], lambda start, stop: done.append((start, stop)))
-        assert sorted(done) == [(i, i + 1) for i in range(num)]
-        done.clear()
-
-
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_nothing_runs_once_an_error_was_raised(num_threads):
-    done = []
-
-    def fail_at_seven(start, _):
-        if start == 7:
-            raise ValueError("seven")
-        time.sleep(0.001)
-        done.append(start)
-
-    reads = DirectReads(num_threads)
-    parts = [(i, i + 1) for i in range(200)]
-    with pytest.raises(ValueError, match="seven"):
-        reads._share(parts, fail_at_seven)
-    left = list(done)
-    assert len(left) < 50
-    time.sleep(0.02)
-    assert done == left
-    reads._share(parts, lambda start, _: done.append(start))  # the threads live on
-    assert len(done) == len(left) + 200
-
-
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system sends no signal to a thread")
-def test_an_interrupt_waits_for_what_is_under_way():
-    reads, begun, done = DirectReads(2), threading.Event(), []
-    main = threading.get_ident()
-
-    def slow_in_the_helper(start, _):
-        if threading.get_ident() == main:
-            begun.wait()  # until the other part is the helper's
-            return
-        begun.set()
-        time.sleep(0.05)
-        signal.pthread_kill(main, signal.SIGINT)
-        time.sleep(0.1)
-        done.append(start)
-
-    with pytest.raises(KeyboardInterrupt):
-        reads._share([(0, 1), (1, 2)], slow_in_the_helper)
-    assert len(done) == 1
-
-
-def test_nothing_runs_once_a_thread_was_not_to_be_had(monkeypatch):
-    reads, begun, done = DirectReads(3), threading.Event(), []
-    submit = direct_reads.ThreadPoolExecutor.submit
-
-    def one_is_to_be_had(pool, work):
-        if begun.is_set():
-            raise RuntimeError("can't start new thread")
-        helper = submit(pool, work)
-        begun.wait()
-        return helper
-
-    def slow(start, _):
-        begun.set()
-        time.sleep(0.05)
-        done.append(start)
-
-    monkeypatch.setattr(direct_reads.ThreadPoolExecutor, "submit", one_is_to_be_had)
-    with pytest.raises(RuntimeError, match="new thread"):
-        reads._share([(i, i + 1) for i in range(20)], slow)
-    assert done == [0]
-    time.sleep(0.12)
-    assert done == [0]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -104,7 +25,7 @@ def test_a_forked_child_has_threads_and_queues_of_its_own(make_cache, monkeypatc
     if child == 0:
         try:
             both = threading.Barrier(2, timeout=20)
-            reader._reads._direct._share([(0, 1), (1, 2)], lambda *_: both.wait())
+            reader._reads._direct._helpers.share([(0, 1), (1, 2)], lambda *_: both.wait())
             for i in range(2):
                 rows = [i, 21 - i]
                 written.assert_rows(reader.rows(rows, out=batch), rows, [0, 0])
