@@ -138,9 +138,7 @@ class Batches:
     @property
     def row_bytes(self) -> int:
         """Bytes that the reader returns for a sample."""
-        row = self.reader.empty_batch(1)
-        tensors = [row.rows, row.labels, row.moments, *(t for part in row.features for t in part.tensors().values())]
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in self.reader.empty_batch(1).tensors().values())
 
     @property
     def num_bytes(self) -> int:

@@ -155,8 +155,9 @@ class CacheReader:
     def rows(self, indices: Any, views: Any = None, *, out: Batch | None = None) -> Batch:
         """Read samples `indices` (any integers in [0, N), any order, repeats allowed) in views [B] (default: 0).
 
-        Returns CPU tensors; with `out`, an earlier batch of the same size, its tensors are filled and returned.
-        Raises UsageError for an index or view that the cache does not have, CacheError for rows that cannot be read.
+        Returns CPU tensors; with `out`, an earlier batch of this reader's and of the same size, its tensors are filled
+        and returned. After an error they hold nothing that may be used. Raises UsageError for an index or view that the
+        cache does not have and for another `out`, CacheError for rows that cannot be read.
         """
         rows = self._within(_integers(indices, "indices"), self.num_samples, "index")
         if views is None:
@@ -167,7 +168,7 @@ class CacheReader:
                 raise UsageError(f"views is {list(chosen.shape)}, indices {list(rows.shape)}; expected one view a row")
         batch = self.empty_batch(len(rows)) if out is None else out
         with self._lock:
-            memory = self._memory_of(batch)
+            memory = self._memory.get(batch) or self._memory_of(batch)
             if len(memory.rows) != len(rows):
                 raise UsageError(f"out is a batch of {len(memory.rows)}, and {len(rows)} rows are to be read into it")
             memory.rows[:] = rows
@@ -206,14 +207,23 @@ class CacheReader:
         return values
 
     def _memory_of(self, batch: Batch) -> _Memory:
-        """Return what is made out once of a batch: in a ring it is read into again and again."""
-        memory = self._memory.get(batch)
-        if memory is None:
-            reads = [(self._moments, batch.moments)]
-            for arrays, features in zip(self._feature_arrays, batch.features, strict=True):
-                reads += [(array, getattr(features, _FEATURE_FIELDS[name])) for name, array in arrays.items()]
-            buffers = self._reads.prepare([(array, tensor.numpy()) for array, tensor in reads])
-            memory = self._memory[batch] = _Memory(batch.rows.numpy(), batch.labels.numpy(), buffers)
+        """Make out once what a batch is read into: in a ring it is read into again and again.
+
+        Raises UsageError where it is not as `empty_batch` makes them: its tensors would take a row for another.
+        """
+        found = {name: _description(tensor, len(tensor)) for name, tensor in batch.tensors().items()}
+        ours = {name: _description(tensor, len(batch.rows)) for name, tensor in self.empty_batch(0).tensors().items()}
+        for name in ours | found:
+            if found.get(name) != ours.get(name):
+                raise UsageError(
+                    f"out: {name} is {found.get(name, 'missing')}; the reader of {self.path} fills "
+                    f"{ours.get(name, 'none')}. Give it a batch that it has made: empty_batch, or an earlier result"
+                )
+        reads = [(self._moments, batch.moments)]
+        for arrays, features in zip(self._feature_arrays, batch.features, strict=True):
+            reads += [(array, getattr(features, _FEATURE_FIELDS[name])) for name, array in arrays.items()]
+        buffers = self._reads.prepare([(array, tensor.numpy()) for array, tensor in reads])
+        memory = self._memory[batch] = _Memory(batch.rows.numpy(), batch.labels.numpy(), buffers)
         return memory
 
     def _open(self, kind: str, name: str) -> tuple[ComponentSpec, Mapping[str, Any], dict[str, RowArray]]:
@@ -291,6 +301,11 @@ class CacheReader:
                 f"[{self.num_samples}] below {self.num_classes}: the cache is damaged"
             )
         return labels
+
+
+def _description(tensor: torch.Tensor, num: int) -> str:
+    """Return dtype and shape of a tensor, had it `num` rows."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {[num, *tensor.shape[1:]]}"
 
 
 def _integers(values: Any, name: str) -> NDArray:

@@ -35,6 +35,13 @@ class Batch:
     moments: Tensor
     features: list[FeatureBatch] = field(default_factory=list)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by name, those of encoder i as features[i].tokens and so on."""
+        named: dict[str, Tensor] = {"rows": self.rows, "labels": self.labels, "moments": self.moments}
+        for i, features in enumerate(self.features):
+            named |= {f"features[{i}].{name}": tensor for name, tensor in features.tensors().items()}
+        return named
+
 
 def empty_pages(shape: tuple[int, ...], dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
     """Return an empty tensor that begins at a page.

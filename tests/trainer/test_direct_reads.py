@@ -3,11 +3,12 @@
 import os
 import threading
 import traceback
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from repa.cache_specs.errors import UsageError
+from repa.cache_specs.errors import CacheError, UsageError
 from repa.trainer import direct_reads
 from repa.trainer.direct_array import DirectArray
 from repa.trainer.queued_reads import MOST_AT_ONCE
@@ -60,6 +61,55 @@ def test_a_batch_of_another_size_is_refused(make_cache):
     for rows in ([3], [1, 2, 3]):
         with pytest.raises(UsageError, match=rf"out is a batch of 2, and {len(rows)} rows"):
             reader.rows(rows, out=reader.empty_batch(2))
+
+
+def test_a_batch_of_another_reader_is_refused(make_cache):
+    written = make_cache(encoders={"toy": "float16", "toy8": "int8"}, width=16)
+    reader = CacheReader(written.path, encoder="toy")
+    half = make_cache(encoders={"toy": "int8"}, width=32)  # as many bytes a row
+    for other, what in (
+        (
+            CacheReader(half.path),
+            r"features\[0\]\.tokens is int8 \[2, 16, 32\]; the reader of .* fills float16 \[2, 16, 16\]",
+        ),
+        (
+            CacheReader(written.path, encoder="toy", cls_token=False),
+            r"\.cls_token is missing; .* fills float16 \[2, 16\]",
+        ),
+        (CacheReader(written.path, encoder="toy8-int8"), r"features\[0\]\.tokens is int8"),
+        (CacheReader(written.path, encoder=()), r"features\[0\]\.tokens is missing"),
+        (CacheReader(written.path, encoder=["toy", "toy8-int8"]), r"features\[1\]\.tokens is int8 .* fills none"),
+    ):
+        with pytest.raises(UsageError, match=rf"^out: .*{what}"):
+            reader.rows([1, 2], out=other.empty_batch(2))
+    odd = replace(reader.empty_batch(2), moments=reader.empty_batch(3).moments)
+    with pytest.raises(UsageError, match=r"moments is float16 \[3, 3, 8, 8\]; .* fills float16 \[2, 3, 8, 8\]"):
+        reader.rows([1, 2], out=odd)
+    written.assert_rows(
+        reader.rows([1, 2], out=CacheReader(written.path, encoder="toy").empty_batch(2)), [1, 2], [0, 0]
+    )
+
+
+def test_a_ring_fills_what_is_not_stored_and_reads_what_is(make_cache):
+    written = make_cache(zero_rows=(2, 7), write_empty_chunks=False)
+    reader = CacheReader(written.path)
+    batch = reader.empty_batch(3)
+    for rows in ([7, 2, 7], [0, 1, 3], [2, 22, 7], [4, 2, 2], [5, 6, 8]):
+        written.assert_rows(reader.rows(rows, out=batch), rows, [0, 0, 0])
+
+
+def test_a_batch_serves_on_after_an_error(make_cache):
+    written = make_cache(zero_rows=(2,), write_empty_chunks=False)
+    lost = written.shard("features/toy/channel_std", 1)
+    reader = CacheReader(written.path)
+    batch = reader.empty_batch(3)
+    for rows in ([0, 1, 2], [12, 2, 14]):
+        aside = lost.rename(lost.with_name("aside"))
+        with pytest.raises(CacheError, match=r"channel_std/c\.1.*\(samples 5 to 9\) cannot be opened"):
+            reader.rows([2, 5, 22], out=batch)
+        aside.rename(lost)
+        written.assert_rows(reader.rows(rows, out=batch), rows, [0, 0, 0])
+    written.assert_rows(reader.rows([2, 5, 22], out=batch), [2, 5, 22], [0, 0, 0])
 
 
 def test_a_ring_of_batches_is_made_out_once_and_let_go(make_cache):

@@ -1,7 +1,7 @@
 """The library path: the same bytes as the direct one, from compressed shards, buckets and other people's sharding."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,8 @@ from repa.cache_specs.storage import location
 from repa.trainer import CacheReader, library_array
 from repa.trainer.direct_array import DirectArray
 from repa.trainer.library_array import LibraryArray
-from repa.trainer.row_batch import Batch
 from repa.trainer.row_reads import RowReads
 from repa.trainer.shards import open_array
-
-
-def tensors(batch: Batch) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from {"rows": batch.rows, "labels": batch.labels, "moments": batch.moments}.items()
-    for i, features in enumerate(batch.features):
-        yield from ((f"{i}/{name}", tensor) for name, tensor in features.tensors().items())
 
 
 def assert_same_rows(reader: CacheReader, other: CacheReader) -> None:
@@ -33,9 +26,10 @@ def assert_same_rows(reader: CacheReader, other: CacheReader) -> None:
     every = np.repeat(np.arange(reader.num_samples), 2), np.tile([0, 1], reader.num_samples)  # shard edges too
     drawn = rng.integers(0, reader.num_samples, 40), rng.integers(0, 2, 40)  # unsorted, with repeats
     for rows, views in (every, drawn, (np.empty(0, int), np.empty(0, int))):
-        for (name, left), (_, right) in zip(
-            tensors(reader.rows(rows, views)), tensors(other.rows(rows, views)), strict=True
-        ):
+        batch, others = reader.rows(rows, views).tensors(), other.rows(rows, views).tensors()
+        assert list(batch) == list(others)
+        for name, left in batch.items():
+            right = others[name]
             assert left.dtype == right.dtype
             np.testing.assert_array_equal(left.numpy().view(np.uint8), right.numpy().view(np.uint8), err_msg=name)
     np.testing.assert_array_equal(reader.valid_rows, other.valid_rows)
@@ -94,7 +88,7 @@ def test_what_is_damaged_or_gone_is_named_by_object_and_sample(
     written = make_cache(num_samples=23, shard_samples=5)
     cache = location(upload(written.path, f"{bucket}/cache"))
     reader = CacheReader(str(cache))
-    before = [tensor.clone() for _, tensor in tensors(reader.rows([5, 12]))]
+    before = [tensor.clone() for tensor in reader.rows([5, 12]).tensors().values()]
     shards = cache / "features/toy/patch_tokens"
     whole = (shards / "c.2.0.0.0").read() or b""
 
@@ -112,7 +106,7 @@ def test_what_is_damaged_or_gone_is_named_by_object_and_sample(
             CacheReader(str(cache)).rows([0, 10])
     (shards / "c.2.0.0.0").write(whole)
     (shards / "c.1.0.0.0").write((written.path / "features/toy/patch_tokens/c.1.0.0.0").read_bytes())
-    for (_, tensor), old in zip(tensors(CacheReader(str(cache)).rows([5, 12])), before, strict=True):
+    for tensor, old in zip(CacheReader(str(cache)).rows([5, 12]).tensors().values(), before, strict=True):
         assert torch.equal(tensor, old)
 
 
