@@ -9,6 +9,7 @@ being read as it was. What is written into an open file in place is seen only wi
 crc32c of each row. A chunk that is not stored reads as the fill value, zero.
 """
 
+import errno
 import math
 import os
 from pathlib import Path
@@ -69,7 +70,10 @@ class DirectArray:
         try:
             descriptor = self._files.open(number, self.folder / self.layout.shard_file(shard))
         except OSError as error:
-            raise self._error(shard, f"cannot be opened: {error.strerror}") from error
+            advice = None
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                advice = f"This reader holds {len(self._files)} open; raise the limit (ulimit -n) or open fewer readers"
+            raise self._error(shard, f"cannot be opened: {error.strerror}", advice) from error
         try:
             self._check_file(shard, descriptor)
         except BaseException:
@@ -122,10 +126,12 @@ class DirectArray:
             raise self._error(shard, "has an index with chunks that overlap")
         return offsets
 
-    def _error(self, shard: int, what: str) -> CacheError:
+    def _error(self, shard: int, what: str, advice: str | None = None) -> CacheError:
         first = shard * self.layout.shard[0]
         last = min(first + self.layout.shard[0], self.layout.shape[0]) - 1
-        return CacheError(
-            f"{self.folder / self.layout.shard_file(shard)} (samples {first} to {last}) {what}. `repa-cache verify` on "
-            f"this cache lists everything damaged; restore the file, or delete {self.folder.parent} and build it again"
+        mend = (
+            "`repa-cache verify` on this cache lists everything damaged; restore the file, or delete "
+            f"{self.folder.parent} and build it again"
         )
+        file = self.folder / self.layout.shard_file(shard)
+        return CacheError(f"{file} (samples {first} to {last}) {what}. {advice or mend}")

@@ -89,7 +89,8 @@ class CacheReader:
     num_threads  that read a batch, the caller's among them
 
     Raises CacheError for what is missing, incomplete, damaged or of another format, and UsageError for a name that
-    the cache does not hold. Any threads may call `rows`; one call runs at a time.
+    the cache does not hold. Any threads may call `rows`; one call runs at a time. A forked child may go on with it,
+    unless a call was under way.
     """
 
     def __init__(
@@ -102,6 +103,8 @@ class CacheReader:
         check_reads: bool = False,
         num_threads: int = NUM_THREADS,
     ) -> None:
+        if num_threads < 1:
+            raise UsageError(f"num_threads is {num_threads}; expected 1 or more, the caller's thread among them")
         self.path = location(path)
         self.layout = read_layout(self.path)
         self._reads = RowReads(num_threads)

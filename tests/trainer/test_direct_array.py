@@ -53,6 +53,20 @@ def test_no_more_files_are_open_than_the_process_may_hold(make_cache):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_a_limit_on_open_files_is_not_taken_for_damage(make_cache, monkeypatch):
+    reader = CacheReader(make_cache().path)
+    reader.rows([0])
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", refuse)
+    message = r"/c\.4.*\(samples 20 to 22\) cannot be opened: Too many open files\. This reader holds 5 open; raise"
+    with pytest.raises(CacheError, match=message) as caught:
+        reader.rows([22])
+    assert "delete" not in str(caught.value)
+
+
 def test_threads_may_share_a_reader(make_cache):
     written = make_cache()
     reader = CacheReader(written.path, num_threads=3)

@@ -96,6 +96,11 @@ def test_rows_outside_the_cache_are_refused(make_cache):
         reader.rows([0.5])
 
 
+def test_no_threads_are_refused(make_cache):
+    with pytest.raises(UsageError, match="num_threads is 0; expected 1 or more"):
+        CacheReader(make_cache().path, num_threads=0)
+
+
 def test_components_are_chosen_by_name(make_cache, tmp_path):
     written = make_cache(encoders={"dinov2-vit-b": "float16", "hog": "float16"})
     with pytest.raises(UsageError, match=r"holds several: dinov2-vit-b, hog\. Choose with --encoder"):
