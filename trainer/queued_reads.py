@@ -40,6 +40,7 @@ class QueuedReads:
     def __init__(self) -> None:
         self._calls = _system_calls()
         self._more = True  # whether another queue may be had
+        self._process = os.getpid()
         self._idle: collections.deque[int] = collections.deque()
         if self._calls is not None:
             weakref.finalize(self, _destroy_queues, self._calls, self._idle)
@@ -65,7 +66,7 @@ class QueuedReads:
         except BaseException:  # Ctrl-C among them: what is left in the queue must not count for other reads
             calls.destroy(queue)
             raise
-        if begun < 0:  # one of a parent's, in a forked child, would fail for ever
+        if begun < 0 and os.getpid() != self._process:  # a parent's, in a forked child, would fail for ever
             calls.destroy(queue)
         else:
             self._idle.append(queue)
