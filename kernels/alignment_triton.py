@@ -77,7 +77,7 @@ def alignment_kernel(
     loss_ptr,  # [B * cdiv(K, ROWS)] fp32
     dz_ptr,  # [B,K,E] if NEEDS_DZ
     gamma,
-    scale,  # weight / (B K), or weight if WEIGHTED
+    weight,
     K,
     T,
     E: tl.constexpr,
@@ -96,6 +96,9 @@ def alignment_kernel(
     block = tl.program_id(0) % blocks
     columns = tl.arange(0, BLOCK_E)
     in_row = columns < E
+    # torch.compile declares Python's numbers as fp64 (torch 2.11 does), which would make all that follows fp64.
+    gamma = tl.cast(gamma, tl.float32)
+    scale = tl.cast(weight, tl.float32)
 
     # f' = (f - offset) * gain for float tokens, s q gain + offset for int8. Past E all of it is 0.
     if NORMALISED or INT8:
@@ -114,6 +117,10 @@ def alignment_kernel(
     if WEIGHTED:
         total = tl.load(total_ptr)
         scale = scale / tl.where(total == 0.0, 1.0, total)
+    else:
+        # B K is counted here: torch.compile would declare weight / (B K) as an integer where sizes may vary.
+        rows = (tl.num_programs(0) // blocks).to(tl.int64) * K
+        scale = tl.div_rn(scale, rows.to(tl.float32))
 
     first = block * ROWS
     last = tl.minimum(first + ROWS, K)
@@ -203,11 +210,10 @@ def fused(
     token_scale, channel_mean, channel_std, row_index = (
         None if t is None else t.contiguous() for t in (token_scale, channel_mean, channel_std, row_index)
     )
-    scale = weight / (B * K)
     total = None
     if row_weight is not None:
         row_weight = row_weight.to(torch.float32).contiguous()
-        total, scale = row_weight.sum(), weight
+        total = row_weight.sum()
     programs = B * triton.cdiv(K, ROWS)
     partial = torch.empty(programs, dtype=torch.float32, device=z.device)
 
@@ -228,7 +234,7 @@ def fused(
         partial,
         given(dz),
         0.0 if gamma is None else gamma,
-        scale,
+        weight,
         K,
         tokens.shape[1],
         E=width,

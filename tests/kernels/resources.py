@@ -32,17 +32,18 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "i8": 1}
-# width, z, tokens, gamma given, row weights, row index
+# width, z, tokens, gamma given, row weights, row index, the type of gamma and weight: torch.compile may say fp64
 ALIGNMENT = [
-    (384, "bf16", "fp16", True, False, False),
-    (768, "bf16", "fp16", True, False, False),
-    (768, "bf16", "i8", True, False, False),
-    (1024, "fp32", "fp32", True, False, False),
-    (1152, "bf16", "fp16", True, True, True),
-    (1280, "bf16", "bf16", True, False, False),
-    (1536, "fp32", "fp32", False, False, False),
-    (4096, "bf16", "i8", True, True, True),
-    (4096, "fp32", "fp32", True, True, True),
+    (384, "bf16", "fp16", True, False, False, "fp32"),
+    (768, "bf16", "fp16", True, False, False, "fp32"),
+    (768, "bf16", "fp16", True, False, False, "fp64"),
+    (768, "bf16", "i8", True, False, False, "fp32"),
+    (1024, "fp32", "fp32", True, False, False, "fp32"),
+    (1152, "bf16", "fp16", True, True, True, "fp32"),
+    (1280, "bf16", "bf16", True, False, False, "fp32"),
+    (1536, "fp32", "fp32", False, False, False, "fp32"),
+    (4096, "bf16", "i8", True, True, True, "fp32"),
+    (4096, "fp32", "fp32", True, True, True, "fp32"),
 ]
 
 
@@ -86,13 +87,13 @@ def resources(compiled: Any, arch: str, log: str) -> dict[str, int]:
 
 
 def alignment_line(
-    width: int, z: str, tokens: str, normalised: bool, weighted: bool, indexed: bool, arch: str
+    width: int, z: str, tokens: str, normalised: bool, weighted: bool, indexed: bool, numbers: str, arch: str
 ) -> dict[str, Any]:
     """Compile the alignment kernel and say what it takes and what it must at least have."""
     types = {
         "z_ptr": f"*{z}", "tokens_ptr": f"*{tokens}", "token_scale_ptr": "*fp16", "channel_mean_ptr": "*fp32",
         "channel_std_ptr": "*fp32", "row_weight_ptr": "*fp32", "row_index_ptr": "*i64", "total_ptr": "*fp32",
-        "loss_ptr": "*fp32", "dz_ptr": f"*{z}", "gamma": "fp32", "scale": "fp32", "K": "i32", "T": "i32",
+        "loss_ptr": "*fp32", "dz_ptr": f"*{z}", "gamma": numbers, "weight": numbers, "K": "i32", "T": "i32",
     }  # fmt: skip
     constants = {
         "E": width, "BLOCK_E": triton.next_power_of_2(width), "ROWS": alignment_triton.ROWS, "INT8": tokens == "i8",
@@ -105,7 +106,7 @@ def alignment_line(
     per_thread = constants["BLOCK_E"] // (warps * warp_size)
     return {
         "kernel": "alignment", "arch": arch, "width": width, "z": z, "tokens": tokens, "gamma": normalised,
-        "row_weight": weighted, "row_index": indexed, "warps": warps,
+        "row_weight": weighted, "row_index": indexed, "numbers": numbers, "warps": warps,
         # z is loaded at two places, before the loop and ahead of each row, and dz stored at one.
         "z_loads_expected": 2 * per_thread * BYTES[z] // 16,
         "token_loads_expected": 2 * (per_thread * BYTES[tokens] // 16),  # int8: 8 bytes a thread, 64-bit loads

@@ -185,13 +185,16 @@ def test_more_images_than_a_grid_has_rows(make_case, truth, assert_close, on):
     assert_close(*loss_and_dz(on("cuda", case)), truth(case))
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_torch_compile_keeps_it_whole(make_case, on, device, kind):
+def test_torch_compile_keeps_it_whole(make_case, on, device, kind, dynamic):
     case = on(device, make_case(T=19, **kind))
     z, rest = case.pop("z").requires_grad_(), case
     # On the CPU no C++ is compiled: what is tested is the graph. On a GPU it is Inductor and its Triton launch.
     backend = "inductor" if device == "cuda" else "aot_eager"
-    compiled = torch.compile(lambda z: 2.0 * cosine_alignment(z, **rest), fullgraph=True, backend=backend)
+    torch.compiler.reset()  # it refuses to compile one piece of code more than 8 times over
+    whole = {"fullgraph": True, "backend": backend, "dynamic": dynamic}
+    compiled = torch.compile(lambda z: 2.0 * cosine_alignment(z, **rest), **whole)
     loss = compiled(z)
     (dz,) = torch.autograd.grad(loss, z)
     expected, expected_dz = loss_and_dz({"z": z, **rest}, times=2.0)
