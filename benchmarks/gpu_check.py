@@ -8,12 +8,14 @@
    fused op and with the loss as a trainer writes it in eager PyTorch: steps/s, data wait, peak memory, and the
    alignment loss's share of the step.
 
-Needs torch >= 2.9, triton, numpy, zarr, numcodecs, click, pyyaml and pytest: neither ray, timm, diffusers nor network.
+Needs torch >= 2.9, triton, numpy, zarr, numcodecs, google-crc32c, pyyaml, tqdm, pillow and pytest: neither ray, timm,
+diffusers nor network.
 `--device cpu --model SiT-Ti/2 --steps 2` runs the same code where there is no GPU, to try it; it proves nothing.
 """
 
 import argparse
 import contextlib
+import gc
 import json
 import statistics
 import subprocess
@@ -91,6 +93,7 @@ def train(cache: Path, out: Path, options: argparse.Namespace, *, compiled: bool
     config = settings(cache, out, options, compiled)
     device = torch.device(options.device)
     torch.compiler.reset()
+    gc.collect()  # a compiled model refers to itself: that of the run before would count in this one's peak memory
     run = prepare(config, World(rank=0, size=1, device=device))
     norm = run.norm.tensors(device)
     if device.type == "cuda":
