@@ -90,9 +90,13 @@ def test_a_batch_of_another_reader_is_refused(make_cache):
     )
 
 
-def test_a_ring_fills_what_is_not_stored_and_reads_what_is(make_cache):
+@pytest.mark.parametrize("check_reads", [False, True])
+def test_a_ring_fills_what_is_not_stored_and_reads_what_is(make_cache, monkeypatch, check_reads):
     written = make_cache(zero_rows=(2, 7), write_empty_chunks=False)
-    reader = CacheReader(written.path)
+    reader = CacheReader(written.path, check_reads=check_reads)
+    reader.rows(np.arange(23))
+    if not check_reads:  # a row that is not stored is not to be waited for, nor those after it
+        monkeypatch.delattr(DirectArray, "read_whole")
     batch = reader.empty_batch(3)
     for rows in ([7, 2, 7], [0, 1, 3], [2, 22, 7], [4, 2, 2], [5, 6, 8]):
         written.assert_rows(reader.rows(rows, out=batch), rows, [0, 0, 0])

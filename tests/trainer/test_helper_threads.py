@@ -4,6 +4,7 @@ import gc
 import signal
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -88,12 +89,18 @@ def test_nothing_runs_once_a_thread_was_not_to_be_had(monkeypatch):
 def test_threads_end_with_their_object_and_hold_nothing_of_a_job():
     before = set(threading.enumerate())
     helpers = HelperThreads(3)
-    memory = np.zeros(1)
-    helpers.share([(i, i + 1) for i in range(9)], lambda *_: time.sleep(0.001) or memory.sum())
+
+    def slow(*_):
+        time.sleep(0.001)
+
+    helpers.share([(i, i + 1) for i in range(9)], slow)
     threads = set(threading.enumerate()) - before
     assert len(threads) == 3
-    references = len(gc.get_referrers(memory))
-    assert references <= 1
+    held, given_up = weakref.ref(slow), time.monotonic() + 20
+    del slow
+    while held() is not None and time.monotonic() < given_up:  # who was too late may still be about to look
+        time.sleep(0.001)
+    assert held() is None
     del helpers
     for thread in threads:
         thread.join(timeout=20)

@@ -89,6 +89,23 @@ def test_a_read_over_the_end_and_one_that_fails_leave_the_others_whole(queue, fi
     np.testing.assert_array_equal(out[0], data[11 : 11 + ROW])
 
 
+def test_what_came_the_time_before_does_not_count(queue, file):
+    descriptor, data = file
+    out = np.zeros((4, ROW), dtype=np.uint8)
+    requests = Requests(queue, out.ctypes.data + np.arange(4) * ROW)
+    files, lengths, closed = np.full(4, descriptor), np.full(4, ROW), 2**20
+    for refused in (False, True, False):
+        requests.place(np.where(refused, closed, files), np.arange(4) * ROW, lengths, flags=0)
+        requests.read(2, 4)
+        requests.read(0, 2)
+        missing = requests.missing()
+        if refused:
+            assert [part.tolist() for part in missing] == [[0, 1, 2, 3], [0, 0, 0, 0]]
+        else:
+            assert missing is None
+            np.testing.assert_array_equal(out.reshape(-1), data[: 4 * ROW])
+
+
 @pytest.mark.skipif(not queued_reads.NO_WAIT, reason="this system cannot say what is in memory")
 def test_what_is_not_in_memory_is_not_waited_for(queue, file):
     descriptor, data = file
