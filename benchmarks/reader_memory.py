@@ -1,4 +1,4 @@
-"""Print the peak memory of a process that reads a cache ahead, over what it holds with one sample, as one JSON object.
+"""Print the peak memory of a process that reads a cache ahead, over what its imports hold, as one JSON object.
 
 python benchmarks/reader_memory.py CACHE BATCH_SIZE
 """
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+import zarr  # noqa: F401  # the reader imports it when it opens a cache
 from peak_memory import peak_bytes, reset_peak
 
 from repa.trainer.batches import Batches, DrawSpec, Place
@@ -33,6 +34,8 @@ def main() -> None:
     parser.add_argument("cache", type=Path)
     parser.add_argument("batch_size", type=int)
     options = parser.parse_args()
+    torch.randn(8)  # its generator and libraries are loaded
+    base = reset_peak()
     reader = CacheReader(options.cache)
     spec = DrawSpec(
         seed=0,
@@ -42,8 +45,6 @@ def main() -> None:
         interpolant=Interpolant(),
         label_dropout=0.1,
     )
-    Batches(reader, spec, Place(batch_size=1)).read(0, 0)  # by now the code that reads and draws is in memory
-    base = reset_peak()
     batches = Batches(reader, spec, Place(batch_size=options.batch_size))
     depth = batches_ahead(RunConfig.prefetch_bytes, batches.num_bytes)
     steps = depth + 2  # the first buffers are filled again

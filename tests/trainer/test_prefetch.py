@@ -10,7 +10,7 @@ import torch
 from repa.cache_specs.errors import CacheError
 from repa.trainer.batches import Batches, DrawSpec, Place
 from repa.trainer.interpolant import Interpolant
-from repa.trainer.prefetch import MOST_AHEAD, ReadAhead, batches_ahead, map_tensors
+from repa.trainer.prefetch import MOST_AHEAD, READING_BYTES, ReadAhead, batches_ahead, map_tensors
 from repa.trainer.reader import CacheReader
 
 SPEC = DrawSpec(
@@ -51,7 +51,9 @@ def test_read_ahead_ends_its_thread_wherever_it_stands(batches):
 
 
 def test_the_bound_counts_batches():
-    assert [batches_ahead(bound, 100) for bound in (1, 99, 100, 199, 200, 999)] == [1, 1, 1, 1, 2, 9]
+    for bound in (1, 99, 100, 199, 200, 999):
+        assert batches_ahead(bound, 100) == 1  # nothing is left beside what reading itself takes
+    assert [batches_ahead(READING_BYTES + bound, 100) for bound in (0, 99, 100, 199, 200, 999)] == [1, 1, 1, 1, 2, 9]
     assert batches_ahead(10**9, 100) == MOST_AHEAD
 
 
@@ -59,7 +61,7 @@ def test_the_bound_counts_batches():
 def test_the_ring_holds_the_bound_and_one_batch(batches, monkeypatch, taken):
     """Memory is counted where it is asked for; the thread then waits, whether or not a batch is in use."""
     one = batches.num_bytes
-    bound = 3 * one + 100
+    bound = READING_BYTES + 3 * one + 100
     tensors, empty, read = [], batches.empty, batches.read
     rows = iter(range(1000))
 
@@ -79,7 +81,7 @@ def test_the_ring_holds_the_bound_and_one_batch(batches, monkeypatch, taken):
     assert next(rows) == max(taken, 1) + depth
     held = sum(tensor.nbytes for tensor in tensors)
     assert held == (depth + 1) * one
-    assert held <= bound + one
+    assert held + READING_BYTES <= bound + one
 
 
 def test_an_error_while_reading_reaches_the_loop(make_cache):
