@@ -7,7 +7,7 @@ A sample is what training reads: float16 moments (8, 32, 32), tokens (256, 768) 
 float32 channel statistics, label and row. Each loader writes it in its own format, is checked once against the source
 byte by byte over an epoch, and is then timed in interleaved rounds of a fixed number of batches, shuffled as well as it
 can: warm, its files in the page cache as they were written; cold, put out of it, counting what is read from the disk;
-and ours and the limit again from the page cache as their own reads have filled it, where files lie in smaller pieces.
+and ours and the limit again from the page cache as their own reads have filled it, which is slower to read for ours.
 Rates are medians; ratios are taken within a round, with the 95 % bootstrap interval of their median.
 """
 
