@@ -14,7 +14,7 @@ from ..cache_specs.encoder_entry import EncoderEntry
 from ..cache_specs.errors import UsageError, nearest
 from ..cache_specs.layout import DEFAULT_SHARD_SAMPLES, VIEWS, ArrayLayout, CacheLayout
 from ..cache_specs.schema import FEATURES, STORAGE_DTYPES, component_arrays
-from ..cache_specs.shard_index import CHECKSUM_BYTES, index_bytes
+from ..cache_specs.shard_index import CHECKSUM_BYTES, index_bytes, padding
 from ..cache_specs.sizes import human_bytes
 from ..cache_specs.tables import ResolvedModel
 
@@ -60,10 +60,12 @@ def planned_layout(*, num_images: int, resolution: int, flip: bool) -> CacheLayo
 
 
 def array_bytes(layout: ArrayLayout) -> int:
-    """Return the bytes of an array's shard files, uncompressed: chunks, their checksums, the indexes."""
+    """Return the bytes of an array's shard files, uncompressed: chunks, checksums, zeros between, the indexes."""
     whole, rest = divmod(layout.shape[0], layout.shard[0])
     chunks = whole * math.prod(layout.chunks_per_shard) + (layout.num_chunks(rest) if rest else 0)
-    return chunks * (layout.inner_bytes + CHECKSUM_BYTES) + layout.num_shards * index_bytes(layout)
+    stored = layout.inner_bytes + CHECKSUM_BYTES
+    gaps = (chunks - layout.num_shards) * padding(stored)
+    return chunks * stored + gaps + layout.num_shards * index_bytes(layout)
 
 
 def component_bytes(kind: str, model: ResolvedModel, cache: CacheLayout) -> dict[str, int]:

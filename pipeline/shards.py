@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..cache_specs.layout import ArrayLayout
-from ..cache_specs.shard_index import ABSENT, CHECKSUM_BYTES, checksum, pack_index, stored_chunks
+from ..cache_specs.shard_index import ABSENT, CHECKSUM_BYTES, checksum, pack_index, padding, stored_chunks
 from ..cache_specs.storage import Location, disk_error, location, write_bytes
 
 # zstd-1 saves about 8 % of Gaussian float16, more costs much time for little; blosc is for readers that want LZ4.
@@ -81,6 +81,9 @@ class ShardWriter:
         for chunk in chunks:
             data = self._encode(chunk)
             raw = data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+            gap = padding(self._offset)
+            self._pending += bytes(gap)
+            self._offset += gap
             self._pending += raw.data if isinstance(raw, np.ndarray) else raw
             self._pending += checksum(raw)
             length = len(raw) + CHECKSUM_BYTES

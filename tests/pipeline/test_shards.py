@@ -10,6 +10,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from repa.cache_specs.errors import CacheError
 from repa.cache_specs.layout import ArrayLayout
+from repa.cache_specs.shard_index import index_bytes, unpack_index
 from repa.pipeline.shards import ShardWriter, iter_chunks, read_shard
 
 LAYOUT = ArrayLayout(name="x", shape=(7, 2, 3, 5), dtype="float16", inner=(1, 1, 3, 5), shard=(4, 2, 3, 5))
@@ -36,6 +37,24 @@ def rows() -> np.ndarray:
     values = np.random.default_rng(0).standard_normal(LAYOUT.shape).astype(np.float16)
     values[2] = 0
     return values
+
+
+@pytest.mark.parametrize("compressor", ["none", "zstd"])
+def test_chunks_begin_at_multiples_of_64(tmp_path: Path, rows: np.ndarray, compressor: str) -> None:
+    file = tmp_path / "shard"
+    writer = ShardWriter(file, LAYOUT, compressor)
+    writer.append(rows[:4].reshape(-1, 3, 5))
+    writer.close()
+    data = file.read_bytes()
+    offsets, lengths = unpack_index(data[-index_bytes(LAYOUT) :], LAYOUT, file_bytes=len(data), where=file).T.tolist()
+    assert not any(offset % 64 for offset in offsets)
+    assert sorted(set(offsets)) == offsets
+    assert len(data) == offsets[-1] + lengths[-1] + index_bytes(LAYOUT)
+    between = np.ones(len(data) - index_bytes(LAYOUT), dtype=bool)
+    for offset, length in zip(offsets, lengths, strict=True):
+        between[offset : offset + length] = False
+    assert between.any()
+    assert not np.frombuffer(data, np.uint8, len(between))[between].any()
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])

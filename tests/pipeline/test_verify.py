@@ -75,13 +75,24 @@ def test_a_flipped_bit_in_any_file_is_found(cache: Path, tmp_path: Path) -> None
 def test_a_flipped_bit_in_data_is_named_by_sample_and_view(cache: Path) -> None:
     file = cache / "features/hog-grid4/patch_tokens/c.1.0.0.0"
     data = file.read_bytes()
-    chunk_bytes = 16 * 128 * 2 + 4
+    chunk_bytes = 16 * 128 * 2 + 64  # its checksum, and zeros up to where the next may begin
     file.write_bytes(flipped(data, 3 * chunk_bytes + 100))
     (problem,) = problems_of(cache)
     file.write_bytes(data)
     # Chunk 3 of shard 1: samples 4 to 7, two views each.
     assert problem == (
         "features/hog-grid4/patch_tokens: sample 5 (class 1/005.png), view flip: its checksum does not hold"
+    )
+
+
+def test_a_flipped_bit_between_chunks_is_named(cache: Path) -> None:
+    file = cache / "features/hog-grid4/patch_tokens/c.1.0.0.0"
+    data = file.read_bytes()
+    file.write_bytes(flipped(data, 3 * (16 * 128 * 2 + 64) - 1))
+    (problem,) = problems_of(cache)
+    file.write_bytes(data)
+    assert problem == (
+        "features/hog-grid4/patch_tokens: sample 5 (class 1/005.png), view flip: the bytes before it are not zero"
     )
 
 
