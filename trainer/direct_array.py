@@ -1,7 +1,8 @@
 """One array in our own uncompressed shards: where each row lies, and whether it is the row that was asked for.
 
 A shard's index is parsed once, when its file is first opened; after that a row is a descriptor and an offset, and many
-rows, of all arrays of a batch, are one system call (direct_reads.py).
+rows, of all arrays of a batch, are one system call (direct_reads.py). Where chunks lie as the build writes them, which
+the index says, their places are counted: looking them up in memory, one by one, takes longer than small rows do.
 
 A row is never another row: index and file size are checked when a shard is opened, and that it is still the same file
 when it is opened again; every read is whole or an error. A file that is replaced by a rename while it is open goes on
@@ -10,7 +11,6 @@ crc32c of each row. A chunk that is not stored reads as the fill value, zero.
 """
 
 import errno
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from ..cache_specs.errors import CacheError
 from ..cache_specs.layout import ArrayLayout
 from ..cache_specs.shard_index import ABSENT as NOT_STORED
-from ..cache_specs.shard_index import CHECKSUM_BYTES, checksum, index_bytes, unpack_index
+from ..cache_specs.shard_index import CHECKSUM_BYTES, checksum, index_bytes, padding, unpack_index
 from .open_files import OpenFiles
 
 NDArray = np.ndarray[Any, Any]
@@ -34,12 +34,13 @@ class DirectArray:
     row_bytes   of an inner chunk, without its checksum
     cut         samples a shard, samples an inner chunk, and views
     first_file  number of shard 0 among `files`; shard k is first_file + k
-    offsets     [num_shards * chunks a shard] int64: where an inner chunk begins in its file, or ABSENT; true of shards
-                that have been opened
+    stride      bytes from an inner chunk to the next in the shards of a build
+    elsewhere   by shard, the offsets [chunks a shard] int64 of those whose chunks lie in another way, ABSENT for those
+                that are not stored; true of shards that have been opened
     checks      whether each row that is read is to be checked by `check_row`
 
-    Memory: 8 bytes a chunk (a view of a sample) once its shard has been touched, 10 MB an array for 1,281,167 images
-    of one view, and 44 bytes a shard. Nothing a sample is a Python object.
+    Memory: 40 bytes a shard; in a cache that others wrote, 8 a chunk (a view of a sample) besides, 10 MB an array for
+    1,281,167 images of one view, once its shard has been touched.
     """
 
     def __init__(
@@ -54,15 +55,23 @@ class DirectArray:
         self.cut = (layout.shard[0], layout.inner[0], num_views)
         self._files = files
         self.first_file = files.add(layout.num_shards)
-        # Zeros that take no memory until a shard's index is written there.
-        self._chunks = math.prod(layout.chunks_per_shard)
-        self.offsets = np.zeros(layout.num_shards * self._chunks, dtype=np.int64)
+        self.stride = self._stored_bytes + padding(self._stored_bytes)
+        self.elsewhere: dict[int, NDArray] = {}
         self._identity = np.zeros((layout.num_shards, 3), dtype=np.int64)  # of the files whose index stands there
 
     def locate(self, rows: NDArray, views: NDArray) -> tuple[NDArray, NDArray]:
-        """Return the shards of inner chunks (rows[i], views[i]), and their places in `offsets`, both [B]."""
-        shard_samples, inner_samples, num_views = self.cut  # inner_samples is 1, or a whole shard for `valid`
-        return rows // shard_samples, rows // inner_samples * num_views + views
+        """Return the shards of inner chunks (rows[i], views[i]), and their numbers in them, both [B]."""
+        shard_samples, inner_samples, num_views = self.cut
+        shards, chunks = np.divmod(rows, shard_samples)
+        if inner_samples > 1:  # a whole shard, as of `valid`
+            chunks //= inner_samples
+        return shards, chunks if num_views == 1 else chunks * num_views + views
+
+    def move_elsewhere(self, shards: NDArray, chunks: NDArray, offsets: NDArray) -> None:
+        """Correct `offsets` [B] of inner chunks that are not where the build would have put them."""
+        for shard in set(shards.tolist()) & self.elsewhere.keys():
+            there = shards == shard
+            offsets[there] = self.elsewhere[shard][chunks[there]]
 
     def open(self, shard: int) -> None:
         """Open the file of `shard`; parse its index the first time, later make sure that it is the same file."""
@@ -104,7 +113,11 @@ class DirectArray:
         # The inode is unsigned and of 64 bits.
         identity = np.array([status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1)], dtype=np.int64)
         if not self._identity[shard].any():
-            self.offsets[shard * self._chunks :][: self._chunks] = self._read_index(shard, descriptor, status.st_size)
+            offsets = self._read_index(shard, descriptor, status.st_size)
+            samples = self.layout.shape[0] - shard * self.layout.shard[0]
+            num = self.layout.num_chunks(min(samples, self.layout.shard[0]))
+            if not np.array_equal(offsets[:num], np.arange(num) * self.stride):
+                self.elsewhere[shard] = offsets
             self._identity[shard] = identity
         elif (identity != self._identity[shard]).any():
             raise self._error(shard, "is not the file that it was when this reader first opened it")

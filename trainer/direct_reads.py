@@ -11,7 +11,7 @@ here, and a mapped file that is cut kills the process).
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,11 +46,12 @@ class DirectReads:
         """Prepare to read rows of each array into its buffer [B, *row], C-contiguous."""
         return DirectBuffers(reads, self._queues, self._num_threads)
 
-    def read(self, buffers: "DirectBuffers", rows: NDArray, views: NDArray) -> None:
+    def read(self, buffers: "DirectBuffers", rows: NDArray, views: NDArray, meanwhile: Callable[[], None]) -> None:
         """Fill the buffers with inner chunks (rows[i], views[i]) of their arrays.
 
-        On return, or once this has raised, nothing writes into the buffers. One call at a time. Raises CacheError
-        naming file and samples where a stored row cannot be read whole.
+        The caller's thread calls `meanwhile` once nothing is left to begin. On return, or once this has raised, nothing
+        writes into the buffers. One call at a time. Raises CacheError naming file and samples where a stored row cannot
+        be read whole.
         """
         batch = _Batch(buffers, rows, views, self.files)
         if not self._flags:
@@ -63,13 +64,14 @@ class DirectReads:
             except OSError:  # NFS and tmpfs know no NO_WAIT
                 self._flags = 0
 
-        self._helpers.share(buffers.parts, read, alone=buffers.num_bytes < WORTH_A_THREAD)
+        alone = buffers.num_bytes < WORTH_A_THREAD
+        self._helpers.share(buffers.parts, read, alone=alone, meanwhile=meanwhile)
         missing = buffers.requests.missing()
         if missing is not None:
             requests, got = (values.tolist() for values in missing)
             batch.ask_for(requests)
             self._helpers.share(list(zip(requests, got, strict=True)), batch.wait_for)
-        if any(array.checks for array in buffers.arrays):
+        if buffers.checks:
             self._helpers.share(buffers.parts, batch.check)
 
 
@@ -80,6 +82,7 @@ class DirectBuffers:
     rows        [B, row_bytes] uint8, the memory of each array
     lengths     [arrays * B] int64, bytes of a request
     num_bytes   of all
+    checks      whether an array's rows are to be checked
     most_files  that one batch may lie in
     parts       ranges of requests, the larger first: threads that begin at different times then end together
     """
@@ -91,19 +94,18 @@ class DirectBuffers:
         assert len({array.cut for array in self.arrays}) == 1, "the arrays of a batch are cut alike"
         self.rows = [out.view(np.uint8).reshape(num, array.row_bytes) for array, out in reads]
         self.first_files = np.array([[array.first_file] for array in self.arrays])
+        self.strides = np.array([[array.stride] for array in self.arrays])
         row_bytes = np.array([[array.row_bytes] for array in self.arrays])
         addresses = np.array([[rows.ctypes.data] for rows in self.rows]) + row_bytes * np.arange(num)
-        self.requests = Requests(queues, addresses.ravel())
         self.lengths = np.repeat(row_bytes, num)
+        self.requests = Requests(queues, addresses.ravel(), self.lengths)
+        self.checks = any(array.checks for array in self.arrays)
         self.num_bytes = int(self.lengths.sum())
         self.most_files = sum(min(num, array.layout.num_shards) for array in self.arrays)
         self.parts = list(self._cut(num_threads))
 
     def __getitem__(self, part: slice) -> "DirectBuffers":
-        """Return the buffers of some rows; of all of them, these."""
-        num = len(self.rows[0])
-        if part.indices(num) == (0, num, 1):
-            return self
+        """Return the buffers of some rows."""
         reads = [(array, rows[part]) for array, rows in zip(self.arrays, self.rows, strict=True)]
         return DirectBuffers(reads, self._queues, self._num_threads)
 
@@ -119,7 +121,7 @@ class DirectBuffers:
 
 
 class _Batch:
-    """Where the rows of one batch lie: descriptors, offsets and lengths [arrays * B] of its requests."""
+    """Where the rows of one batch lie: descriptors, offsets and lengths [arrays * B] int64 of its requests."""
 
     def __init__(self, buffers: DirectBuffers, rows: NDArray, views: NDArray, files: OpenFiles) -> None:
         self._buffers = buffers
@@ -131,11 +133,13 @@ class _Batch:
                 for shard in np.unique(self._shards[closed]).tolist():
                     array.open(shard)
             descriptors = files.get(numbers)
-        self.descriptors = descriptors.ravel()
-        self.offsets = np.concatenate([array.offsets[chunks] for array in buffers.arrays])
-        self.lengths = buffers.lengths
-        if self.offsets.min(initial=0) == ABSENT:
-            self._fill_absent()
+        offsets = buffers.strides * chunks
+        self.descriptors, self.offsets, self.lengths = descriptors.reshape(-1), offsets.reshape(-1), buffers.lengths
+        if any(array.elsewhere for array in buffers.arrays):
+            for array, of_array in zip(buffers.arrays, offsets, strict=True):
+                array.move_elsewhere(self._shards, chunks, of_array)
+            if self.offsets.min(initial=0) == ABSENT:
+                self._fill_absent()
 
     def ask_for(self, requests: Iterable[int]) -> None:
         """Have the kernel begin to read what it does not hold of some requests, without waiting for any of it."""

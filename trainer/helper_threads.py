@@ -23,10 +23,18 @@ class HelperThreads:
         self._jobs: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._busy: list[threading.Lock] = []  # one a thread, held while it is at a job
 
-    def share(self, parts: Iterable[tuple[int, int]], do: Callable[[int, int], None], *, alone: bool = False) -> None:
+    def share(
+        self,
+        parts: Iterable[tuple[int, int]],
+        do: Callable[[int, int], None],
+        *,
+        alone: bool = False,
+        meanwhile: Work = lambda: None,
+    ) -> None:
         """Call `do` once for each part, by any threads; no part runs any more when this returns or raises.
 
-        Raises what `do` raised first; what had not begun by then is left out. One call at a time.
+        `meanwhile` is called once, by the caller's thread, while others may still be at the last parts. Raises what
+        `do` raised first; what had not begun by then is left out. One call at a time.
         """
         left = collections.deque(parts)
         errors: list[BaseException] = []
@@ -47,6 +55,7 @@ class HelperThreads:
             if not alone:
                 self._wake(work)
             work()
+            meanwhile()
         except BaseException as error:  # no thread to be had; Ctrl-C between two parts
             errors.append(error)
         while True:

@@ -43,7 +43,7 @@ def default_limit() -> int:
 class OpenFiles:
     """Descriptors by file number; the least recently used are closed, but only between batches.
 
-    12 bytes a file, open or not, and some 100 an open one. `limit` holds between batches; what one batch reads comes
+    16 bytes a file, open or not, and some 100 an open one. `limit` holds between batches; what one batch reads comes
     on top while it is read, and callers ask for no more than half of `limit` at once (row_reads.py). What is open is
     closed with the object.
     """
@@ -51,8 +51,8 @@ class OpenFiles:
     def __init__(self, limit: int | None = None) -> None:
         self.limit = default_limit() if limit is None else limit
         self._open: dict[int, int] = {}  # number: descriptor
-        self._descriptors = np.empty(0, dtype=np.int32)  # the same for many numbers at once
-        self._used = np.empty(0, dtype=np.int64)  # the batch that last asked for the file
+        self._descriptors = np.empty(0, dtype=np.int64)  # the same for many numbers at once
+        self._used = np.empty(0, dtype=np.int64)  # the batch that last asked for the file, where some must be closed
         self._batch = 0
         weakref.finalize(self, _close_all, self._open)
 
@@ -62,14 +62,15 @@ class OpenFiles:
     def add(self, num: int) -> int:
         """Make room for `num` more files, closed for now; return the number of the first."""
         first = len(self._descriptors)
-        self._descriptors = np.append(self._descriptors, np.full(num, CLOSED, dtype=np.int32))
+        self._descriptors = np.append(self._descriptors, np.full(num, CLOSED, dtype=np.int64))
         self._used = np.append(self._used, np.zeros(num, dtype=np.int64))
         return first
 
     def get(self, numbers: NDArray) -> NDArray:
         """Return the descriptors of files `numbers`, CLOSED for those to open; note that they are used now."""
-        self._used[numbers] = self._batch
-        return self._descriptors[numbers]
+        if len(self._used) > self.limit:
+            self._used[numbers] = self._batch
+        return np.take(self._descriptors, numbers)
 
     def open(self, number: int, path: Path) -> int:
         """Open file `number` for reads at random places; the caller does not close it."""

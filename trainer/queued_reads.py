@@ -89,26 +89,36 @@ class Requests:
     """Reads into the same pieces of memory, again and again: placed in files, done in parts, and then looked at.
 
     addresses  [n] of the memory, which whoever reads keeps until the reads have ended
+    lengths    [n] int64, bytes of each, unless it is placed with others
     """
 
-    def __init__(self, queues: QueuedReads, addresses: NDArray) -> None:
+    def __init__(self, queues: QueuedReads, addresses: NDArray, lengths: NDArray) -> None:
         num = len(addresses)
         places = np.arange(num)
         self._queues = queues
         self._table = np.zeros((num, _REQUEST_WORDS), dtype=np.int64)
         self._table[:, 0] = places
         self._table[:, 3] = addresses
+        self._files, self._offsets, self._lengths = self._table[:, 2], self._table[:, 5], self._table[:, 4]
         self._pointers = self._table.ctypes.data + places * (_REQUEST_WORDS * _WORD)
         self._events = np.zeros((num, _EVENT_WORDS), dtype=np.int64)
         self.pointers_at, self.events_at = self._pointers.ctypes.data, self._events.ctypes.data
+        self._set(lengths, 0)
+
+    def _set(self, lengths: NDArray, flags: int) -> None:
+        self._lengths[:] = lengths
+        self._table[:, 1] = flags << 32
+        self._are_set, self._num_bytes = (lengths, flags), int(lengths.sum())
 
     def place(self, files: NDArray, offsets: NDArray, lengths: NDArray, *, flags: int) -> None:
-        """Let read i be of lengths[i] bytes at offsets[i] of descriptor files[i]; none may be under way."""
-        self._table[:, 1] = flags << 32
-        self._table[:, 2] = files
-        self._table[:, 2] <<= 32
-        self._table[:, 4] = lengths
-        self._table[:, 5] = offsets
+        """Let read i be of lengths[i] bytes at offsets[i] of descriptor files[i]; none may be under way.
+
+        files, offsets and lengths are [n] int64; `lengths` is not changed between two calls that are given it.
+        """
+        if lengths is not self._are_set[0] or flags != self._are_set[1]:
+            self._set(lengths, flags)
+        np.left_shift(files, 32, out=self._files)
+        self._offsets[:] = offsets
 
     def read(self, start: int, stop: int) -> None:
         """Do requests start .. stop - 1, MOST_AT_ONCE at most; threads may, each its own.
@@ -121,7 +131,7 @@ class Requests:
             ended = self._read_one_by_one(start, stop) if done is None else done
         finally:
             if ended < stop - start:
-                self._events[start + ended : stop, _DATA] = -1
+                self._events[start + ended : stop] = -1
 
     def missing(self) -> tuple[NDArray, NDArray] | None:
         """Return which requests got less than they asked for [m], and how many bytes they got [m], both int64.
@@ -129,9 +139,10 @@ class Requests:
         None says that all came, as is usual. Fewer than asked come where the file ends, where a read failed (0), and
         with NO_WAIT where they are not in the page cache. Every request must have been read since it was placed.
         """
-        places, came, lengths = self._events[:, _DATA], self._events[:, _RESULT], self._table[:, 4]
-        if (came == lengths[places]).all() and places.min(initial=0) >= 0:
+        places, came = self._events[:, _DATA], self._events[:, _RESULT]
+        if came.sum() == self._num_bytes:  # none gives more than was asked for
             return None
+        lengths = self._lengths.copy()
         got = np.zeros_like(lengths)
         ended = places >= 0
         got[places[ended]] = came[ended].clip(min=0)

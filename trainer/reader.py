@@ -23,7 +23,7 @@ from ..cache_specs.storage import Location, location
 from ..cache_specs.tables import pick_layer
 from .components import check_ranges, choose_component, finished_component, read_layout
 from .direct_array import DirectArray
-from .row_batch import Batch, FeatureBatch, empty_pages
+from .row_batch import Batch, FeatureBatch
 from .row_reads import NUM_THREADS, Buffers, NDArray, RowArray, RowReads
 from .shards import open_array
 
@@ -164,7 +164,7 @@ class CacheReader:
         """
         rows = self._within(_integers(indices, "indices"), self.num_samples, "index")
         if views is None:
-            chosen = np.zeros_like(rows)
+            chosen = np.zeros(len(rows), dtype=np.int64)
         else:
             chosen = self._within(_integers(views, "views"), len(self.views), "view")
             if chosen.shape != rows.shape:
@@ -174,9 +174,12 @@ class CacheReader:
             memory = self._memory.get(batch) or self._memory_of(batch)
             if len(memory.rows) != len(rows):
                 raise UsageError(f"out is a batch of {len(memory.rows)}, and {len(rows)} rows are to be read into it")
-            memory.rows[:] = rows
-            np.take(self.labels, rows, out=memory.labels, mode="clip")
-            self._reads.read(memory.buffers, rows, chosen)
+
+            def fill_rest() -> None:
+                memory.rows[:] = rows
+                np.take(self.labels, rows, out=memory.labels, mode="clip")
+
+            self._reads.read(memory.buffers, rows, chosen, meanwhile=fill_rest)
         return batch
 
     def empty_batch(self, num: int, *, pin_memory: bool = False) -> Batch:
@@ -184,7 +187,7 @@ class CacheReader:
 
         def allocate(layout: ArrayLayout) -> torch.Tensor:
             dtype = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}[layout.dtype]
-            return empty_pages((num, *layout.shape[2:]), dtype, pin_memory=pin_memory)
+            return torch.empty((num, *layout.shape[2:]), dtype=dtype, pin_memory=pin_memory)
 
         return Batch(
             rows=torch.empty(num, dtype=torch.int64, pin_memory=pin_memory),
@@ -204,7 +207,7 @@ class CacheReader:
     def _within(self, values: NDArray, limit: int, name: str) -> NDArray:
         """Return `values` int64; raise UsageError unless they are in [0, limit)."""
         # One look: as unsigned numbers, negative ones are beyond any limit.
-        if len(values) and values.view(np.uint64).max() >= limit:
+        if len(values) and np.maximum.reduce(values.view(np.uint64)) >= limit:
             value = values[(values < 0) | (values >= limit)][0]
             raise UsageError(f"{self.path}: {name} {value}; the cache has 0 to {limit - 1}")
         return values

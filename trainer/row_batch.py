@@ -1,10 +1,7 @@
-"""Rows of a cache as one batch of CPU tensors, and the memory that they are read into."""
+"""Rows of a cache as one batch of CPU tensors."""
 
-import math
-import mmap
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -41,18 +38,3 @@ class Batch:
         for i, features in enumerate(self.features):
             named |= {f"features[{i}].{name}": tensor for name, tensor in features.tensors().items()}
         return named
-
-
-def empty_pages(shape: tuple[int, ...], dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
-    """Return an empty tensor that begins at a page.
-
-    A read is a copy by the processor, which on AMD's takes three to four times as long where the memory begins 1 to 31
-    bytes after the data, counted modulo 4096 (measured: 0.8 against 3 ms for 64 rows of 96 pages). In a shard row i
-    begins 4 i bytes into a page, so that torch's memory, 64 bytes into one, met every sixteenth row so.
-    """
-    if pin_memory:  # whole pages already
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    memory = torch.empty(num_bytes + mmap.PAGESIZE, dtype=torch.uint8)
-    start = -memory.data_ptr() % mmap.PAGESIZE
-    return memory[start : start + num_bytes].view(dtype).view(shape)

@@ -6,7 +6,7 @@ There are two kinds of array, and `shards.open_array` chooses:
     LibraryArray  (library_array.py) everything else: compressed shards, object stores, other people's sharding
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,29 +40,36 @@ class RowReads:
         """Prepare to read rows of each array into its buffer [B, *row], C-contiguous; once for a ring's batch."""
         return Buffers(reads, self._direct)
 
-    def read(self, buffers: "Buffers", rows: NDArray, views: NDArray) -> None:
-        """Fill the buffers with inner chunks (rows[i], views[i]) of their arrays.
+    def read(
+        self, buffers: "Buffers", rows: NDArray, views: NDArray, *, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
+        """Fill the buffers with inner chunks (rows[i], views[i]) of their arrays, and call `meanwhile`.
 
         On return, or once this has raised, nothing writes into the buffers. One call at a time. Raises CacheError
         naming file and samples where a stored row cannot be read whole.
         """
         waits = [array.begin(rows, views, out) for array, out in buffers.library]
-        if buffers.direct is not None:
-            self._read_direct(buffers.direct, rows, views)
+        most_files = self.files.limit // 2  # beside those of other batches
+        if buffers.direct is None:
+            meanwhile()
+        elif buffers.direct.most_files <= most_files:
+            self._read_direct(buffers.direct, rows, views, meanwhile)
+        else:  # each row of an array may lie in a file of its own
+            at_once = max(1, most_files // len(buffers.direct.arrays))
+            for first in range(0, len(rows), at_once):
+                part = slice(first, first + at_once)
+                self._read_direct(buffers.direct[part], rows[part], views[part])
+            meanwhile()
         for wait in waits:
             wait()
 
-    def _read_direct(self, buffers: DirectBuffers, rows: NDArray, views: NDArray) -> None:
-        most_files = self.files.limit // 2  # beside those of other batches
-        at_once = len(rows)
-        if buffers.most_files > most_files:  # each row of an array may lie in a file of its own
-            at_once = max(1, most_files // len(buffers.arrays))
-        for first in range(0, len(rows), at_once or 1):
-            part = slice(first, first + at_once)
-            try:
-                self._direct.read(buffers[part], rows[part], views[part])
-            finally:
-                self.files.end_batch()
+    def _read_direct(
+        self, buffers: DirectBuffers, rows: NDArray, views: NDArray, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
+        try:
+            self._direct.read(buffers, rows, views, meanwhile)
+        finally:
+            self.files.end_batch()
 
 
 class Buffers:

@@ -1,14 +1,16 @@
-"""Caches for the trainer's tests, written by zarr-python from the contract alone.
+"""Caches for the trainer's tests, written by zarr-python, or by hand, from the contract alone.
 
 Nothing of repa.pipeline and nothing of the direct reader is used: two ways to the bytes that must agree.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,9 @@ from repa.cache_specs.schema import ComponentSpec
 from repa.cache_specs.storage import location
 from repa.trainer.row_batch import Batch
 from repa.trainer.sit import SIZES
+
+# Where the chunks of a shard lie: in C order at multiples of 64 bytes; or in zarr's order without gaps
+Shards = Literal["as built", "zarr's", "zarr's, nothing for zeros", "zstd"]
 
 
 @dataclass
@@ -85,8 +90,7 @@ def write_cache(
     zero_rows: tuple[int, ...] = (),
     nan_rows: tuple[int, ...] = (),
     complete: bool = True,
-    compressed: bool = False,
-    write_empty_chunks: bool = True,
+    shards: Shards = "as built",
     seed: int = 0,
 ) -> WrittenCache:
     """Write random rows: latents "toy-ae" of 3 channels and one group an entry of `encoders` (name: dtype)."""
@@ -155,17 +159,14 @@ def write_cache(
         for array in component.arrays(layout):
             data = rows[array.name].astype(array.dtype)
             data[list(zero_rows)] = 1 if array.name == "valid" else 0
-            _write_array(group, array, data, compressed=compressed, write_empty_chunks=write_empty_chunks)
+            _write_array(group, array, data, shards)
             written.arrays[f"{component.path}/{array.name}"] = data
         if complete:
             group.attrs["complete"] = True
     return written
 
 
-def _write_array(
-    group: zarr.Group, layout: ArrayLayout, data: np.ndarray, *, compressed: bool, write_empty_chunks: bool
-) -> None:
-    codecs: list[Any] = [ZstdCodec(level=1), Crc32cCodec()] if compressed else [Crc32cCodec()]
+def _write_array(group: zarr.Group, layout: ArrayLayout, data: np.ndarray, shards: Shards) -> None:
     array = group.create_array(
         layout.name,
         shape=layout.shape,
@@ -173,12 +174,33 @@ def _write_array(
         chunks=layout.inner,
         shards=layout.shard,
         filters=None,
-        compressors=codecs,
+        compressors=[ZstdCodec(level=1), Crc32cCodec()] if shards == "zstd" else [Crc32cCodec()],
         fill_value=0,
         chunk_key_encoding={"name": "default", "separator": "."},
-        config={"write_empty_chunks": write_empty_chunks},
+        config={"write_empty_chunks": shards != "zarr's, nothing for zeros"},
     )
-    array[...] = data
+    if shards != "as built":
+        array[...] = data
+        return
+    folder = Path(str(array.store_path).removeprefix("file://"))
+    for shard in range(layout.num_shards):
+        samples = data[shard * layout.shard[0] :][: layout.shard[0]]
+        if len(layout.shape) == 1:  # one chunk, with room for samples past the last
+            chunks = [np.concatenate([samples, np.zeros(layout.shard[0] - len(samples), samples.dtype)])]
+        else:
+            chunks = [view for sample in samples for view in sample]
+        index = np.full((math.prod(layout.chunks_per_shard), 2), 2**64 - 1, dtype="<u8")
+        file = b""
+        for i, chunk in enumerate(chunks):
+            file += bytes(-len(file) % 64)
+            index[i] = len(file), chunk.nbytes + 4
+            file += with_checksum(chunk.tobytes())
+        (folder / layout.shard_file(shard)).write_bytes(file + with_checksum(index.tobytes()))
+    np.testing.assert_array_equal(array[...], data)  # as zarr reads it
+
+
+def with_checksum(data: bytes) -> bytes:
+    return data + google_crc32c.value(data).to_bytes(4, "little")
 
 
 @pytest.fixture(scope="session")

@@ -216,8 +216,8 @@ def wrapping_round(entries: np.ndarray) -> None:
     entries[1] = (2**64 - 8, 388)
 
 
-def misaligned(entries: np.ndarray) -> None:
-    entries[1, 0] -= 4
+def too_early(entries: np.ndarray) -> None:
+    entries[1, 0] -= 64
 
 
 def twice(entries: np.ndarray) -> None:
@@ -237,7 +237,7 @@ def half_absent(entries: np.ndarray) -> None:
     [
         (outside, "points outside the file"),
         (wrapping_round, "points outside the file"),
-        (misaligned, "chunks that overlap"),
+        (too_early, "chunks that overlap"),
         (twice, "chunks that overlap"),
         (of_another_size, "chunks that are not of 388 bytes"),
         (half_absent, "points outside the file"),

@@ -92,7 +92,7 @@ def test_a_batch_of_another_reader_is_refused(make_cache):
 
 @pytest.mark.parametrize("check_reads", [False, True])
 def test_a_ring_fills_what_is_not_stored_and_reads_what_is(make_cache, monkeypatch, check_reads):
-    written = make_cache(zero_rows=(2, 7), write_empty_chunks=False)
+    written = make_cache(zero_rows=(2, 7), shards="zarr's, nothing for zeros")
     reader = CacheReader(written.path, check_reads=check_reads)
     reader.rows(np.arange(23))
     if not check_reads:  # a row that is not stored is not to be waited for, nor those after it
@@ -103,7 +103,7 @@ def test_a_ring_fills_what_is_not_stored_and_reads_what_is(make_cache, monkeypat
 
 
 def test_a_batch_serves_on_after_an_error(make_cache):
-    written = make_cache(zero_rows=(2,), write_empty_chunks=False)
+    written = make_cache(zero_rows=(2,), shards="zarr's, nothing for zeros")
     lost = written.shard("features/toy/channel_std", 1)
     reader = CacheReader(written.path)
     batch = reader.empty_batch(3)

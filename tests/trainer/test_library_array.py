@@ -36,15 +36,15 @@ def assert_same_rows(reader: CacheReader, other: CacheReader) -> None:
     assert reader.fingerprints == other.fingerprints
 
 
-@pytest.mark.parametrize("write_empty_chunks", [True, False])
+@pytest.mark.parametrize("shards", ["as built", "zarr's", "zarr's, nothing for zeros"])
 def test_a_bucket_gives_the_rows_of_the_folder(
-    make_cache: Callable[..., Any], upload: Callable[..., str], bucket: str, write_empty_chunks: bool
+    make_cache: Callable[..., Any], upload: Callable[..., str], bucket: str, shards: str
 ) -> None:
     written = make_cache(
         encoders={"toy": "float16", "toy8": "int8"},
         zero_rows=(1, 7, 22),
         invalid={"features/toy": [3]},
-        write_empty_chunks=write_empty_chunks,
+        shards=shards,
     )
     names = sorted(folder.name for folder in (written.path / "features").iterdir() if folder.is_dir())
     there = CacheReader(upload(written.path, f"{bucket}/cache"), encoder=names)
@@ -129,7 +129,7 @@ def test_what_cannot_be_reached_is_one_line(bucket: str, request: pytest.Fixture
 def test_without_tensorstore_it_is_said_what_to_install(
     make_cache: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = make_cache(compressed=True)
+    written = make_cache(shards="zstd")
     monkeypatch.setitem(sys.modules, "tensorstore", None)
     library_array._shared_context.cache_clear()
     with pytest.raises(UsageError, match=r"moments: .*through tensorstore, which is not installed; pip install"):
@@ -137,7 +137,7 @@ def test_without_tensorstore_it_is_said_what_to_install(
 
 
 def test_samples_that_were_left_out_of_a_compressed_cache(make_cache: Callable[..., Any]) -> None:
-    written = make_cache(compressed=True, invalid={"features/toy": [2, 9]})
+    written = make_cache(shards="zstd", invalid={"features/toy": [2, 9]})
     assert CacheReader(written.path).valid_rows.tolist() == [row for row in range(23) if row not in (2, 9)]
     file = written.shard("features/toy/valid", 1)
     file.write_bytes(file.read_bytes()[:-3])

@@ -41,8 +41,9 @@ def file(tmp_path: Path):
 
 def read(queue: QueuedReads, files, offsets, *, flags: int = 0) -> tuple[np.ndarray, np.ndarray]:
     out = np.zeros((len(offsets), ROW), dtype=np.uint8)
-    requests = Requests(queue, out.ctypes.data + np.arange(len(out)) * ROW)
-    requests.place(np.asarray(files, int), np.asarray(offsets, int), np.full(len(out), ROW), flags=flags)
+    lengths = np.full(len(out), ROW)
+    requests = Requests(queue, out.ctypes.data + np.arange(len(out)) * ROW, lengths)
+    requests.place(np.asarray(files, int), np.asarray(offsets, int), lengths, flags=flags)
     half = len(out) // 2
     for start, stop in ((half, len(out)), (0, half)):  # parts in any order
         requests.read(start, stop)
@@ -92,8 +93,8 @@ def test_a_read_over_the_end_and_one_that_fails_leave_the_others_whole(queue, fi
 def test_what_came_the_time_before_does_not_count(queue, file):
     descriptor, data = file
     out = np.zeros((4, ROW), dtype=np.uint8)
-    requests = Requests(queue, out.ctypes.data + np.arange(4) * ROW)
     files, lengths, closed = np.full(4, descriptor), np.full(4, ROW), 2**20
+    requests = Requests(queue, out.ctypes.data + np.arange(4) * ROW, lengths)
     for refused in (False, True, False):
         requests.place(np.where(refused, closed, files), np.arange(4) * ROW, lengths, flags=0)
         requests.read(2, 4)
