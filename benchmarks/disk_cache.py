@@ -38,6 +38,15 @@ def evict(folder: Path) -> float:
     return stayed / max(total, 1)
 
 
+def read_in_order(folder: Path) -> None:
+    """Read every file of `folder` from its begin to its end, as `cat` or `repa-cache verify` does."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb", buffering=0) as opened:
+                while opened.read(2**20):
+                    pass
+
+
 def _resident_pages(descriptor: int, num_bytes: int) -> int:
     """Return how many pages of a file lie in the page cache."""
     pages = -(-num_bytes // mmap.PAGESIZE)

@@ -76,7 +76,7 @@ def stored_chunks(
     """Yield the chunks of an open shard by number, in their order, in the memory of the largest.
 
     Each comes as its stored bytes [n] uint8 without the checksum, which held, valid until the next is asked for; as
-    None where it is not stored; or as what is wrong with it, the zeros before it among that. Raises `CacheError` where
+    None where it is not stored; or as what is wrong with it or with the padding before it. Raises `CacheError` where
     there is no index to go by.
     """
     index = read_index(source, layout, where=where)
@@ -94,7 +94,7 @@ def stored_chunks(
         if num_read != gap + length or checksum(data) != found:
             yield i, "its checksum does not hold"
         elif stored[:gap].any():
-            yield i, "the bytes before it are not zero"
+            yield i, "the padding before it is not zero"
         else:
             yield i, data
 

@@ -1,8 +1,8 @@
 """One array in our own uncompressed shards: where each row lies, and whether it is the row that was asked for.
 
 A shard's index is parsed once, when its file is first opened; after that a row is a descriptor and an offset, and many
-rows, of all arrays of a batch, are one system call (direct_reads.py). Where chunks lie as the build writes them, which
-the index says, their places are counted: looking them up in memory, one by one, takes longer than small rows do.
+rows, of all arrays of a batch, are one system call (direct_reads.py). Where the index says that chunks lie as the build
+writes them, their places are counted: a table of all chunks takes 10 MB an array, mostly not in a processor's cache.
 
 A row is never another row: index and file size are checked when a shard is opened, and that it is still the same file
 when it is opened again; every read is whole or an error. A file that is replaced by a rename while it is open goes on
@@ -39,8 +39,7 @@ class DirectArray:
                 that are not stored; true of shards that have been opened
     checks      whether each row that is read is to be checked by `check_row`
 
-    Memory: 40 bytes a shard; in a cache that others wrote, 8 a chunk (a view of a sample) besides, 10 MB an array for
-    1,281,167 images of one view, once its shard has been touched.
+    Memory: 40 bytes a shard; of a shard that is not as the build writes it 8 a chunk (a view of a sample) besides.
     """
 
     def __init__(

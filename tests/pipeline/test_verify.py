@@ -92,7 +92,7 @@ def test_a_flipped_bit_between_chunks_is_named(cache: Path) -> None:
     (problem,) = problems_of(cache)
     file.write_bytes(data)
     assert problem == (
-        "features/hog-grid4/patch_tokens: sample 5 (class 1/005.png), view flip: the bytes before it are not zero"
+        "features/hog-grid4/patch_tokens: sample 5 (class 1/005.png), view flip: the padding before it is not zero"
     )
 
 

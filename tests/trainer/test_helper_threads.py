@@ -1,5 +1,6 @@
 """Parts of a job, shared among threads: each is done once, and nothing after an error or a Ctrl-C."""
 
+import contextlib
 import gc
 import signal
 import threading
@@ -42,6 +43,31 @@ def test_nothing_runs_once_an_error_was_raised(num_threads):
     assert done == left
     helpers.share(parts, lambda start, _: done.append(start))  # the threads live on
     assert len(done) == len(left) + 200
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_done_meanwhile_waits_for_no_part_and_is_waited_for_with_them(fails):
+    helpers, begun, called, order = HelperThreads(1), threading.Event(), threading.Event(), []
+    main = threading.get_ident()
+
+    def until_called_in_the_helper(*_):
+        if threading.get_ident() == main:
+            begun.wait()  # until the other part is the helper's
+            return
+        begun.set()
+        assert called.wait(20)
+        order.append("part")
+
+    def meanwhile():
+        assert threading.get_ident() == main
+        order.append("meanwhile")
+        called.set()
+        if fails:
+            raise ValueError("meanwhile")
+
+    with pytest.raises(ValueError, match="meanwhile") if fails else contextlib.nullcontext():
+        helpers.share([(0, 1), (1, 2)], until_called_in_the_helper, meanwhile=meanwhile)
+    assert order == ["meanwhile", "part"]
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="this system sends no signal to a thread")
