@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from repa.cache_specs.errors import CacheError
-from repa.cache_specs.shard_index import ABSENT, index_bytes, pack_index
+from repa.cache_specs.shard_index import ABSENT, ALIGNMENT, index_bytes, pack_index
 from repa.trainer import direct_reads, queued_reads
 from repa.trainer.queued_reads import Requests
 from repa.trainer.reader import CacheReader
@@ -153,10 +153,10 @@ def test_rows_that_are_not_in_memory_are_asked_for_and_waited_for(make_cache, mo
     assert len(set(asked)) == 5 * len(ORDER)
 
 
-def test_batches_begin_at_a_page(make_cache):
+def test_batches_are_aligned_as_chunks_in_their_files_are(make_cache):
     batch = CacheReader(make_cache().path).empty_batch(3)
     tensors = [batch.moments, *batch.features[0].tensors().values()]
-    assert [tensor.data_ptr() % 4096 for tensor in tensors] == [0] * len(tensors)
+    assert [tensor.data_ptr() % ALIGNMENT for tensor in tensors] == [0] * len(tensors)
     assert all(tensor.is_contiguous() for tensor in tensors)
     assert batch.features[0].tokens.dtype == torch.float16
 
