@@ -85,8 +85,12 @@ def test_an_interrupt_waits_for_what_is_under_way():
         time.sleep(0.1)
         done.append(start)
 
-    with pytest.raises(KeyboardInterrupt):
-        helpers.share([(0, 1), (1, 2)], slow_in_the_helper)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            helpers.share([(0, 1), (1, 2)], slow_in_the_helper)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert len(done) == 1
 
 
