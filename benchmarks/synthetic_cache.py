@@ -15,7 +15,7 @@ import numpy as np
 from repa.cache_specs.fingerprint import manifest_fingerprint, transform_fingerprint
 from repa.cache_specs.layout import CROP, VIEWS, ArrayLayout, CacheLayout
 from repa.cache_specs.schema import FEATURES, LATENTS, ComponentSpec
-from repa.cache_specs.shard_index import ABSENT, checksum, pack_index
+from repa.cache_specs.shard_index import ABSENT, checksum, pack_index, padding
 from repa.pipeline.manifest import FolderSource, Manifest
 from repa.pipeline.shards import ShardWriter
 from repa.pipeline.statistics import component_statistics
@@ -128,7 +128,7 @@ def _declare_without_checksum(file: Path) -> None:
 
 def _write_holes(path: Path, layout: ArrayLayout, num_chunks: int) -> None:
     entries = np.full((math.prod(layout.chunks_per_shard), 2), ABSENT, dtype=np.uint64)
-    entries[:num_chunks, 0] = np.arange(num_chunks) * layout.inner_bytes
+    entries[:num_chunks, 0] = np.arange(num_chunks) * (layout.inner_bytes + padding(layout.inner_bytes))
     entries[:num_chunks, 1] = layout.inner_bytes
     data = b""
     if len(layout.shape) == 1:
@@ -138,7 +138,7 @@ def _write_holes(path: Path, layout: ArrayLayout, num_chunks: int) -> None:
     index = pack_index(entries)
     with path.open("wb") as file:
         file.write(data)
-        file.truncate(int(entries[:num_chunks, 1].sum()))
+        file.truncate(int(entries[:num_chunks].sum(axis=1).max()))
         file.seek(0, os.SEEK_END)
         file.write(index)
 

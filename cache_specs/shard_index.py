@@ -3,8 +3,8 @@
 Zarr v3's sharding codec with `index_location: end`: uint64 little-endian pairs (offset, length) in C order of the chunk
 grid, then the crc32c of those bytes. A chunk that is not in the file has both words 2^64 - 1 and reads as fill value.
 
-The codec leaves open where in the file the chunks lie. Ours begin at multiples of 64 bytes, zeros between them: memory
-that a row is copied into is aligned so too, and the processor copies such bytes faster.
+The codec leaves open where in the file the chunks lie. Ours begin at multiples of 64 bytes, zeros between them, as the
+memory does that rows are copied into: the processor copies such bytes faster.
 """
 
 import math
@@ -91,7 +91,7 @@ def stored_chunks(
         stored = buffer[: gap + length]
         num_read = source.read_into(stored.data, offset - gap)
         data, found = stored[gap:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:].tobytes()
-        if num_read != gap + length or checksum(data) != found:
+        if num_read != gap + length or length < CHECKSUM_BYTES or checksum(data) != found:
             yield i, "its checksum does not hold"
         elif stored[:gap].any():
             yield i, "the padding before it is not zero"

@@ -11,6 +11,8 @@ crc32c of each row. A chunk that is not stored reads as the fill value, zero.
 """
 
 import errno
+import functools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,10 @@ class DirectArray:
     cut         samples a shard, samples an inner chunk, and views
     first_file  number of shard 0 among `files`; shard k is first_file + k
     stride      bytes from an inner chunk to the next in the shards of a build
-    elsewhere   by shard, the offsets [chunks a shard] int64 of those whose chunks lie in another way, ABSENT for those
-                that are not stored; true of shards that have been opened
+    counted     whether that holds of all shards that have been opened
     checks      whether each row that is read is to be checked by `check_row`
 
-    Memory: 40 bytes a shard; of a shard that is not as the build writes it 8 a chunk (a view of a sample) besides.
+    Memory: 41 bytes a shard; where shards are not as the build writes them, 8 a chunk (a view of a sample) besides.
     """
 
     def __init__(
@@ -55,7 +56,12 @@ class DirectArray:
         self._files = files
         self.first_file = files.add(layout.num_shards)
         self.stride = self._stored_bytes + padding(self._stored_bytes)
-        self.elsewhere: dict[int, NDArray] = {}
+        self.counted = True
+        self._chunks = math.prod(layout.chunks_per_shard)
+        # Offsets [num_shards * chunks a shard], ABSENT where a chunk is not stored, and which shards [num_shards] go by
+        # them. Zeros take no memory until something is written there.
+        self._offsets = np.zeros(layout.num_shards * self._chunks, dtype=np.int64)
+        self._not_counted = np.zeros(layout.num_shards, dtype=bool)
         self._identity = np.zeros((layout.num_shards, 3), dtype=np.int64)  # of the files whose index stands there
 
     def locate(self, rows: NDArray, views: NDArray) -> tuple[NDArray, NDArray]:
@@ -66,27 +72,21 @@ class DirectArray:
             chunks //= inner_samples
         return shards, chunks if num_views == 1 else chunks * num_views + views
 
-    def move_elsewhere(self, shards: NDArray, chunks: NDArray, offsets: NDArray) -> None:
-        """Correct `offsets` [B] of inner chunks that are not where the build would have put them."""
-        for shard in set(shards.tolist()) & self.elsewhere.keys():
-            there = shards == shard
-            offsets[there] = self.elsewhere[shard][chunks[there]]
+    def look_up(self, shards: NDArray, chunks: NDArray, offsets: NDArray) -> None:
+        """Correct `offsets` [B] of inner chunks in shards not as the build writes them; ABSENT if not stored."""
+        there = np.take(self._offsets, shards * self._chunks + chunks)
+        np.copyto(offsets, there, where=self._not_counted[shards])
 
     def open(self, shard: int) -> None:
         """Open the file of `shard`; parse its index the first time, later make sure that it is the same file."""
-        number = self.first_file + shard
+        path = self.folder / self.layout.shard_file(shard)
         try:
-            descriptor = self._files.open(number, self.folder / self.layout.shard_file(shard))
+            self._files.open(self.first_file + shard, path, check=functools.partial(self._check_file, shard))
         except OSError as error:
             advice = None
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 advice = f"This reader holds {len(self._files)} open; raise the limit (ulimit -n) or open fewer readers"
             raise self._error(shard, f"cannot be opened: {error.strerror}", advice) from error
-        try:
-            self._check_file(shard, descriptor)
-        except BaseException:
-            self._files.discard(number)  # what is open counts as checked
-            raise
 
     def read_whole(self, shard: int, descriptor: int, buffer: memoryview, offset: int) -> None:
         """Fill `buffer`: a read may return less than asked, and nothing means that the file was cut."""
@@ -113,11 +113,14 @@ class DirectArray:
         identity = np.array([status.st_size, status.st_mtime_ns, status.st_ino & (2**63 - 1)], dtype=np.int64)
         if not self._identity[shard].any():
             offsets = self._read_index(shard, descriptor, status.st_size)
-            samples = self.layout.shape[0] - shard * self.layout.shard[0]
-            num = self.layout.num_chunks(min(samples, self.layout.shard[0]))
-            if not np.array_equal(offsets[:num], np.arange(num) * self.stride):
-                self.elsewhere[shard] = offsets
-            self._identity[shard] = identity
+            samples = min(self.layout.shape[0] - shard * self.layout.shard[0], self.layout.shard[0])
+            as_built = np.arange(self.layout.num_chunks(samples)) * self.stride
+            counted = np.array_equal(offsets[: len(as_built)], as_built)
+            if not counted:
+                self._offsets[shard * self._chunks :][: self._chunks] = offsets
+                self.counted = False
+            self._not_counted[shard] = not counted
+            self._identity[shard] = identity  # last: a Ctrl-C before it has the index parsed again
         elif (identity != self._identity[shard]).any():
             raise self._error(shard, "is not the file that it was when this reader first opened it")
 

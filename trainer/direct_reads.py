@@ -135,9 +135,9 @@ class _Batch:
             descriptors = files.get(numbers)
         offsets = buffers.strides * chunks
         self.descriptors, self.offsets, self.lengths = descriptors.reshape(-1), offsets.reshape(-1), buffers.lengths
-        if any(array.elsewhere for array in buffers.arrays):
+        if not all(array.counted for array in buffers.arrays):
             for array, of_array in zip(buffers.arrays, offsets, strict=True):
-                array.move_elsewhere(self._shards, chunks, of_array)
+                array.look_up(self._shards, chunks, of_array)
             if self.offsets.min(initial=0) == ABSENT:
                 self._fill_absent()
 

@@ -7,6 +7,7 @@ one costs about as much as reading a small row. So as many stay open as the proc
 import contextlib
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +68,23 @@ class OpenFiles:
         return first
 
     def get(self, numbers: NDArray) -> NDArray:
-        """Return the descriptors of files `numbers`, CLOSED for those to open; note that they are used now."""
+        """Return the descriptors of files `numbers`, CLOSED for those to open; note their use where some must close."""
         if len(self._used) > self.limit:
             self._used[numbers] = self._batch
         return np.take(self._descriptors, numbers)
 
-    def open(self, number: int, path: Path) -> int:
-        """Open file `number` for reads at random places; the caller does not close it."""
-        descriptor = self._open[number] = self._descriptors[number] = os.open(path, os.O_RDONLY)
-        # Else the kernel reads on after each row, up to 8 MiB here for rows of 0.4.
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        return descriptor
+    def open(self, number: int, path: Path, *, check: Callable[[int], None]) -> None:
+        """Open file `number` for reads at random places, unless `check` raises: what is open has been checked."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            # Else the kernel reads on after each row, up to 8 MiB here for rows of 0.4.
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            check(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._open[number] = self._descriptors[number] = descriptor
 
     def end_batch(self) -> None:
         """Close the least recently used where more than `limit` are open; nothing may be reading."""
@@ -88,12 +94,8 @@ class OpenFiles:
             num = len(self) - self.limit + self.limit // 8
             numbers = np.fromiter(self._open, dtype=np.int64, count=len(self))
             for number in numbers[np.argpartition(self._used[numbers], num - 1)[:num]].tolist():
-                self.discard(number)
-
-    def discard(self, number: int) -> None:
-        """Close file `number`."""
-        self._descriptors[number] = CLOSED
-        os.close(self._open.pop(number))
+                self._descriptors[number] = CLOSED
+                os.close(self._open.pop(number))
 
     def close(self) -> None:
         """Close all; a later `open` opens them again."""

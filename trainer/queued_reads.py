@@ -103,22 +103,26 @@ class Requests:
         self._pointers = self._table.ctypes.data + places * (_REQUEST_WORDS * _WORD)
         self._events = np.zeros((num, _EVENT_WORDS), dtype=np.int64)
         self.pointers_at, self.events_at = self._pointers.ctypes.data, self._events.ctypes.data
-        self._set(lengths, 0)
-
-    def _set(self, lengths: NDArray, flags: int) -> None:
-        self._lengths[:] = lengths
-        self._table[:, 1] = flags << 32
-        self._are_set, self._num_bytes = (lengths, flags), int(lengths.sum())
+        self._set: tuple[NDArray | None, int] = (None, 0)
+        self._set_all(lengths, 0)
 
     def place(self, files: NDArray, offsets: NDArray, lengths: NDArray, *, flags: int) -> None:
         """Let read i be of lengths[i] bytes at offsets[i] of descriptor files[i]; none may be under way.
 
         files, offsets and lengths are [n] int64; `lengths` is not changed between two calls that are given it.
         """
-        if lengths is not self._are_set[0] or flags != self._are_set[1]:
-            self._set(lengths, flags)
+        if lengths is not self._set[0] or flags != self._set[1]:
+            self._set_all(lengths, flags)
         np.left_shift(files, 32, out=self._files)
         self._offsets[:] = offsets
+
+    def _set_all(self, lengths: NDArray, flags: int) -> None:
+        """Set what seldom changes; a Ctrl-C on the way has it set again the next time."""
+        self._set = (None, 0)
+        self._lengths[:] = lengths
+        self._table[:, 1] = flags << 32
+        self._num_bytes = int(lengths.sum())
+        self._set = (lengths, flags)
 
     def read(self, start: int, stop: int) -> None:
         """Do requests start .. stop - 1, MOST_AT_ONCE at most; threads may, each its own.

@@ -22,6 +22,10 @@ NDArray = np.ndarray[Any, Any]
 RowArray = DirectArray | LibraryArray
 
 
+def _nothing() -> None:
+    pass
+
+
 class RowReads:
     """Reads batches of the arrays of one reader, which share its threads and open files.
 
@@ -41,7 +45,7 @@ class RowReads:
         return Buffers(reads, self._direct)
 
     def read(
-        self, buffers: "Buffers", rows: NDArray, views: NDArray, *, meanwhile: Callable[[], None] = lambda: None
+        self, buffers: "Buffers", rows: NDArray, views: NDArray, *, meanwhile: Callable[[], None] = _nothing
     ) -> None:
         """Fill the buffers with inner chunks (rows[i], views[i]) of their arrays, and call `meanwhile`.
 
@@ -58,13 +62,13 @@ class RowReads:
             at_once = max(1, most_files // len(buffers.direct.arrays))
             for first in range(0, len(rows), at_once):
                 part = slice(first, first + at_once)
-                self._read_direct(buffers.direct[part], rows[part], views[part])
+                self._read_direct(buffers.direct[part], rows[part], views[part], _nothing)
             meanwhile()
         for wait in waits:
             wait()
 
     def _read_direct(
-        self, buffers: DirectBuffers, rows: NDArray, views: NDArray, meanwhile: Callable[[], None] = lambda: None
+        self, buffers: DirectBuffers, rows: NDArray, views: NDArray, meanwhile: Callable[[], None]
     ) -> None:
         try:
             self._direct.read(buffers, rows, views, meanwhile)

@@ -11,7 +11,9 @@ import torch
 
 from repa.cache_specs.errors import CacheError
 from repa.cache_specs.shard_index import ABSENT, ALIGNMENT, index_bytes, pack_index
+from repa.pipeline.shards import ShardWriter
 from repa.trainer import direct_reads, queued_reads
+from repa.trainer.direct_array import DirectArray
 from repa.trainer.queued_reads import Requests
 from repa.trainer.reader import CacheReader
 
@@ -159,6 +161,60 @@ def test_batches_are_aligned_as_chunks_in_their_files_are(make_cache):
     assert [tensor.data_ptr() % ALIGNMENT for tensor in tensors] == [0] * len(tensors)
     assert all(tensor.is_contiguous() for tensor in tensors)
     assert batch.features[0].tokens.dtype == torch.float16
+
+
+def arrays_of(reader: CacheReader) -> list[DirectArray]:
+    return [reader._moments, *reader._feature_arrays[0].values()]
+
+
+def test_the_build_writes_what_is_counted(make_cache, tmp_path):
+    written = make_cache(encoders={"toy": "int8"})
+    reader = CacheReader(written.path)
+    written.assert_rows(reader.rows(ORDER, VIEWS), ORDER, VIEWS, ["toy-int8"])
+    assert all(array.counted for array in arrays_of(reader))
+    for array in arrays_of(reader):
+        rows = written.arrays[str(array.folder).removeprefix(f"{written.path}/")]
+        for shard in range(array.layout.num_shards):
+            writer = ShardWriter(tmp_path / "shard", array.layout, "none")
+            writer.append(rows[shard * 5 :][:5].reshape(-1, *rows.shape[2:]))
+            writer.close()
+            assert writer.path.read_bytes() == (array.folder / array.layout.shard_file(shard)).read_bytes()
+
+
+def test_shards_may_be_written_in_several_ways(make_cache):
+    written = make_cache(num_samples=43)
+    layout = CacheReader(written.path)._moments.layout
+    rng = np.random.default_rng(0)
+    for shard in (1, 2, 4, 8):  # of nine; the last has 3 samples
+        file = written.shard("latents/toy-ae/moments", shard)
+        data, entries = file.read_bytes(), entries_of(file, layout)
+        packed = b""
+        for i in rng.permutation(len(entries)) if shard > 1 else range(len(entries)):
+            if entries[i, 0] != ABSENT:
+                offset, length = entries[i].tolist()
+                entries[i, 0] = len(packed)
+                packed += data[offset : offset + length]
+        file.write_bytes(packed + pack_index(entries))
+    reader = CacheReader(written.path)
+    for _ in range(3):
+        rows, views = rng.integers(0, 43, 60), rng.integers(0, 2, 60)
+        written.assert_rows(reader.rows(rows, views), rows, views)
+    assert [array.counted for array in arrays_of(reader)] == [False, True, True, True, True]
+
+
+def test_a_shard_whose_opening_was_interrupted_is_opened_again(make_cache, monkeypatch):
+    written = make_cache(shards="zarr's")
+    reader = CacheReader(written.path)
+    advise = os.posix_fadvise
+
+    def interrupt(*_: object) -> None:
+        monkeypatch.setattr(os, "posix_fadvise", advise)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "posix_fadvise", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        reader.rows([3, 4])
+    written.assert_rows(reader.rows([3, 4]), [3, 4], [0, 0])
 
 
 def cut(file: Path) -> None:

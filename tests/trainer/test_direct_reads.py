@@ -116,6 +116,23 @@ def test_a_batch_serves_on_after_an_error(make_cache):
     written.assert_rows(reader.rows([2, 5, 22], out=batch), [2, 5, 22], [0, 0, 0])
 
 
+def test_a_batch_serves_on_after_an_interrupt_while_it_was_placed(make_cache):
+    written = make_cache(zero_rows=(2,), shards="zarr's, nothing for zeros")
+    reader = CacheReader(written.path)
+    batch = reader.rows([0, 1, 3])
+    requests = reader._memory[batch].buffers.direct.requests
+
+    class Interrupts(np.ndarray):
+        def sum(self, *args, **options):
+            raise KeyboardInterrupt
+
+    lengths = requests._lengths.copy()
+    lengths[:] = 0  # as if none of the rows were stored
+    with pytest.raises(KeyboardInterrupt):
+        requests.place(lengths, lengths, lengths.view(Interrupts), flags=0)
+    written.assert_rows(reader.rows([5, 6, 8], out=batch), [5, 6, 8], [0, 0, 0])
+
+
 def test_a_ring_of_batches_is_made_out_once_and_let_go(make_cache):
     written = make_cache()
     reader = CacheReader(written.path)

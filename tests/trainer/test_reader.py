@@ -74,7 +74,12 @@ def test_a_range_that_is_missing_is_refused_before_the_first_row(make_cache):
 def test_opening_reads_no_shard_unless_rows_were_left_out(make_cache, monkeypatch):
     files = []
     opened = OpenFiles.open
-    monkeypatch.setattr(OpenFiles, "open", lambda self, number, path: files.append(path) or opened(self, number, path))
+
+    def count(self, number, path, **options):
+        files.append(path)
+        opened(self, number, path, **options)
+
+    monkeypatch.setattr(OpenFiles, "open", count)
     CacheReader(make_cache().path)
     assert files == []
     written = make_cache(invalid={"features/toy": [2, 9]})
