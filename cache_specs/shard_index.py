@@ -5,7 +5,7 @@ grid, then the crc32c of those bytes. A chunk that is not in the file has both w
 
 The codec leaves open where in the file the chunks lie. Ours begin at multiples of 64 bytes, zeros between them, as the
 memory does that rows are copied into: the processor copies such bytes faster. (AMD's takes several times as long where
-the memory begins 1 to 31 bytes after the data, counted modulo 4096, as one row in sixteen did without the zeros.)
+the memory begins 1 to 31 bytes after the data, counted modulo 4096, as for some rows it did without the zeros.)
 """
 
 import math
