@@ -129,12 +129,15 @@ def test_little_else_is_read_from_a_cold_disk(make_cache):
 @pytest.mark.parametrize("error", [errno.EAGAIN, errno.EOPNOTSUPP])
 def test_rows_that_are_not_in_memory_are_asked_for_and_waited_for(make_cache, monkeypatch, error):
     written = make_cache()
-    preadv, advise, asked = os.preadv, os.posix_fadvise, []
+    preadv, advise = os.preadv, os.posix_fadvise
+    asked, refused, cut_short = [], [], []
 
     def refuse_at_once(descriptor, buffers, offset, flags=0):
-        if flags and (error == errno.EOPNOTSUPP or offset % 8):
+        if flags and (error == errno.EOPNOTSUPP or offset % (2 * ALIGNMENT)):
+            refused.append(offset)
             raise OSError(error, os.strerror(error))
         if flags:  # the last byte has to be waited for
+            cut_short.append(offset)
             buffers = [memoryview(buffers[0]).cast("B")[:-1]]
         return preadv(descriptor, buffers, offset)
 
@@ -150,6 +153,8 @@ def test_rows_that_are_not_in_memory_are_asked_for_and_waited_for(make_cache, mo
     asked.clear()
     for _ in range(2):
         written.assert_rows(reader.rows(ORDER, VIEWS), ORDER, VIEWS)
+    assert refused
+    assert cut_short or error == errno.EOPNOTSUPP
     # Each array's rows once a batch, row 7's two views apart from each other: moments, tokens, mean, std, cls.
     assert len(asked) == 2 * 5 * len(ORDER)
     assert len(set(asked)) == 5 * len(ORDER)
