@@ -33,8 +33,8 @@ class HelperThreads:
     ) -> None:
         """Call `do` once for each part, by any threads; no part runs any more when this returns or raises.
 
-        `meanwhile` is called once, by the caller's thread, while others may still be at the last parts. Raises what
-        `do` raised first; what had not begun by then is left out. One call at a time.
+        `meanwhile` is called by the caller's thread once no part is left to begin, while others may still be at the
+        last. Raises what went wrong first; what had not begun by then is left out. One call at a time.
         """
         left = collections.deque(parts)
         errors: list[BaseException] = []
