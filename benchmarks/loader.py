@@ -133,13 +133,22 @@ def compare_cold(loaders: list[Loader], found: dict[str, Any], options: argparse
     both = [loader for loader in loaders if loader.name in (LIMIT, OURS)]
     if len(both) == 2:
         for state in REFILLED:
-            found[state] = compare_refilled(both, state, found["batch_size"], options)
+            refilled = compare_refilled(both, state, found["batch_size"], options)
+            if refilled is not None:
+                found[state] = refilled
 
 
-def compare_refilled(both: list[Loader], state: str, batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the results of ours and the limit with their files put out of the page cache and read into it again."""
+def compare_refilled(
+    both: list[Loader], state: str, batch_size: int, options: argparse.Namespace
+) -> dict[str, Any] | None:
+    """Return the results of ours and the limit with their files put out of the page cache and read into it again.
+
+    None where they cannot be put out of it, as for `cold_reads`.
+    """
     for loader in both:
-        evict(loader.folder)
+        if evict(loader.folder) > STILL_WARM:
+            return None
+    for loader in both:
         if state == "read_in_order":
             read_in_order(loader.folder)
         loader.open()
