@@ -31,11 +31,11 @@ from conditions import append_line, conditions
 from peak_memory import peak_bytes, reset_peak
 from PIL import Image, ImageFilter
 
-from repa.pipeline.build import run_build
-from repa.pipeline.decode import decode_batch
-from repa.pipeline.encode import load_model
-from repa.pipeline.manifest import Manifest, scan_folder
-from repa.pipeline.plan import BuildOptions, plan_build
+from repa.pipeline.building.build import run_build
+from repa.pipeline.building.encode import load_model
+from repa.pipeline.building.plan import BuildOptions, plan_build
+from repa.pipeline.images.decode import decode_batch
+from repa.pipeline.images.manifest import Manifest, scan_folder
 
 # Encoder and autoencoder of each, and its images where none are asked for: a VAE takes seconds an image on a CPU.
 MODELS = {"hog": ("hog", "none", 512), "vit-s": ("dinov2-vit-s", "none", 192), "sd-vae": (None, "sd-vae-ft-mse", 8)}

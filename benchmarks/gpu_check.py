@@ -32,11 +32,12 @@ import torch
 from conditions import conditions
 from synthetic_cache import make_cache
 
-from repa.trainer.config import Layer, RunConfig, recipe_layer, resolve
 from repa.trainer.distributed import World
-from repa.trainer.loop import train_step
-from repa.trainer.prefetch import ReadAhead, batches_ahead
-from repa.trainer.run import Run, prepare
+from repa.trainer.reading.prefetch import ReadAhead, batches_ahead
+from repa.trainer.runs.config import RunConfig
+from repa.trainer.runs.run import Run, prepare
+from repa.trainer.runs.settings import Layer, recipe_layer, resolve
+from repa.trainer.training.loop import train_step
 
 NUM_SAMPLES = 1024  # 0.4 GB of float16 tokens: it stays in the page cache, as a local NVMe's hot set would
 WARM_UP = 10
@@ -156,7 +157,7 @@ def loss_in_eager_pytorch(replaced: bool) -> Iterator[None]:
     if not replaced:
         yield
         return
-    with mock.patch("repa.trainer.losses.cosine_alignment", weighted_eager):
+    with mock.patch("repa.trainer.diffusion.losses.cosine_alignment", weighted_eager):
         yield
 
 

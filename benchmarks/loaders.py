@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from samples import NDArray, Rows, Samples, array_paths, open_raw
 
-from repa.trainer.reader import CacheReader
+from repa.trainer.reading.reader import CacheReader
 
 LIMIT, OURS = "np.take", "CacheReader"
 

@@ -27,13 +27,13 @@ from torch import Tensor
 from repa.cache_specs.fingerprint import manifest_fingerprint, transform_fingerprint
 from repa.cache_specs.layout import CROP, CacheLayout
 from repa.cache_specs.schema import ComponentSpec
-from repa.pipeline.features import choose_rows, open_encoders
-from repa.pipeline.manifest import FolderSource, Manifest
-from repa.pipeline.measure import measure
-from repa.pipeline.quantize import stored_tokens
-from repa.pipeline.shards import ShardWriter
-from repa.pipeline.spatial_metrics import distances, unmasked_metrics
-from repa.pipeline.store import CacheStore
+from repa.pipeline.analysis.features import choose_rows, open_encoders
+from repa.pipeline.analysis.measure import measure
+from repa.pipeline.analysis.spatial_metrics import distances, unmasked_metrics
+from repa.pipeline.images.manifest import FolderSource, Manifest
+from repa.pipeline.store.quantize import stored_tokens
+from repa.pipeline.store.shards import ShardWriter
+from repa.pipeline.store.store import CacheStore
 
 GRID, WIDTH = (16, 16), 768
 IMAGES = 64  # a timing

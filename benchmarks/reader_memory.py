@@ -12,11 +12,11 @@ import torch
 import zarr  # noqa: F401  # the reader imports it when it opens a cache
 from peak_memory import peak_bytes, reset_peak
 
-from repa.trainer.batches import Batches, DrawSpec, Place
-from repa.trainer.config import RunConfig
-from repa.trainer.interpolant import Interpolant
-from repa.trainer.prefetch import ReadAhead, batches_ahead
-from repa.trainer.reader import CacheReader
+from repa.trainer.diffusion.interpolant import Interpolant
+from repa.trainer.reading.batches import Batches, DrawSpec, Place
+from repa.trainer.reading.prefetch import ReadAhead, batches_ahead
+from repa.trainer.reading.reader import CacheReader
+from repa.trainer.runs.config import RunConfig
 
 IDLE_S = 0.5  # longer than the reading of one batch takes
 

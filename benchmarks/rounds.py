@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from repa.pipeline.intervals import percentiles, resampled
+from repa.pipeline.analysis.intervals import percentiles, resampled
 
 
 def median_interval(values: Sequence[float]) -> dict[str, float]:

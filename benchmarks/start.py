@@ -57,7 +57,7 @@ def first_step(cache: Path, *, batch_size: int) -> tuple[float, int]:
             "out": out,
             "device": "cpu",
         }
-        command = [sys.executable, "-m", "repa.trainer.cli"]
+        command = [sys.executable, "-m", "repa.trainer.commands.train"]
         command += [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
         command += ["--set", "log_every=1", "--set", "grid.every=0"]
         log, start = out / "metrics.jsonl", time.perf_counter()

@@ -33,15 +33,15 @@ from synthetic_cache import make_cache
 
 from repa.cache_specs.schema import FEATURES
 from repa.cache_specs.tables import ResolvedModel, resolve_encoder
-from repa.pipeline.encoders import load_encoder
-from repa.pipeline.estimate import model_costs, planned_layout, sit_gmac, speedup
-from repa.trainer.batches import MicroBatch
-from repa.trainer.config import Layer, recipe_layer, resolve
+from repa.pipeline.checking.estimate import model_costs, planned_layout, sit_gmac, speedup
+from repa.pipeline.models.encoders import load_encoder
 from repa.trainer.distributed import World, default_device
-from repa.trainer.loop import train_step
-from repa.trainer.prefetch import ReadAhead, batches_ahead, map_tensors
-from repa.trainer.row_batch import FeatureBatch
-from repa.trainer.run import Run, prepare
+from repa.trainer.reading.batches import MicroBatch
+from repa.trainer.reading.prefetch import ReadAhead, batches_ahead, map_tensors
+from repa.trainer.rows.row_batch import FeatureBatch
+from repa.trainer.runs.run import Run, prepare
+from repa.trainer.runs.settings import Layer, recipe_layer, resolve
+from repa.trainer.training.loop import train_step
 
 MODELS = ("SiT-Ti/2", "SiT-S/2")
 ENCODERS = ("dinov2-vit-s", "dinov2-vit-b")

@@ -16,10 +16,10 @@ from repa.cache_specs.fingerprint import manifest_fingerprint, transform_fingerp
 from repa.cache_specs.layout import CROP, VIEWS, ArrayLayout, CacheLayout
 from repa.cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from repa.cache_specs.shard_index import ABSENT, checksum, pack_index, padding
-from repa.pipeline.manifest import FolderSource, Manifest
-from repa.pipeline.shards import ShardWriter
-from repa.pipeline.statistics import component_statistics
-from repa.pipeline.store import CacheStore
+from repa.pipeline.images.manifest import FolderSource, Manifest
+from repa.pipeline.store.shards import ShardWriter
+from repa.pipeline.store.statistics import component_statistics
+from repa.pipeline.store.store import CacheStore
 
 NUM_CLASSES = 1000
 

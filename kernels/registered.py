@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from .alignment import backward, loss_and_dz, save
+from .gradient import backward, loss_and_dz, save
 
 # torch searches the source of an op for Triton kernels, and to read it imports its compiler; ours are imported inside,
 # where it does not look. A partial has no source, and lacks of a function only what is set here.

@@ -19,24 +19,24 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BuildOptions": "plan",
-    "ImportOptions": "import_plan",
-    "load_autoencoder": "autoencoders",
-    "load_encoder": "encoders",
-    "plan_import": "import_plan",
-    "run_build": "build",
-    "run_import": "import_latents",
-    "scan_folder": "manifest",
+    "BuildOptions": "building.plan",
+    "ImportOptions": "importing.plan",
+    "load_autoencoder": "models.autoencoders",
+    "load_encoder": "models.encoders",
+    "plan_import": "importing.plan",
+    "run_build": "building.build",
+    "run_import": "importing.latents",
+    "scan_folder": "images.manifest",
 }
 
 if TYPE_CHECKING:
-    from .autoencoders import load_autoencoder
-    from .build import run_build
-    from .encoders import load_encoder
-    from .import_latents import run_import
-    from .import_plan import ImportOptions, plan_import
-    from .manifest import scan_folder
-    from .plan import BuildOptions
+    from .building.build import run_build
+    from .building.plan import BuildOptions
+    from .images.manifest import scan_folder
+    from .importing.latents import run_import
+    from .importing.plan import ImportOptions, plan_import
+    from .models.autoencoders import load_autoencoder
+    from .models.encoders import load_encoder
 
 
 def __getattr__(name: str) -> Any:

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from repa.cache_specs.tables import resolve_encoder
 from repa.kernels import cosine_alignment, reference
-from repa.pipeline import demo_data
-from repa.pipeline.build import run_build
-from repa.pipeline.decode import decode
-from repa.pipeline.encoders import load_encoder
-from repa.pipeline.plan import BuildOptions
-from repa.pipeline.verify import verify
+from repa.pipeline.building.build import run_build
+from repa.pipeline.building.plan import BuildOptions
+from repa.pipeline.checking.verify import verify
+from repa.pipeline.images import demo_data
+from repa.pipeline.images.decode import decode
+from repa.pipeline.models.encoders import load_encoder
 from repa.trainer import CacheReader, SiT, load_model
-from repa.trainer.cli import train_command
-from repa.trainer.interpolant import Interpolant
-from repa.trainer.sample_cli import sample_command
+from repa.trainer.commands.sample import sample_command
+from repa.trainer.commands.train import train_command
+from repa.trainer.diffusion.interpolant import Interpolant
 
 CROPS = 48  # a photograph
 RESOLUTION, GRID = 32, 4

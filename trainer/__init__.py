@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["Batch", "CacheReader", "FeatureBatch", "SiT", "load_model", "stage_cache"]
 
 _HOMES = {
-    "Batch": "row_batch",
-    "CacheReader": "reader",
-    "FeatureBatch": "row_batch",
-    "SiT": "sit",
-    "load_model": "pretrained",
-    "stage_cache": "stage",
+    "Batch": "rows.row_batch",
+    "CacheReader": "reading.reader",
+    "FeatureBatch": "rows.row_batch",
+    "SiT": "models.sit",
+    "load_model": "models.pretrained",
+    "stage_cache": "reading.stage",
 }
 
 if TYPE_CHECKING:
-    from .pretrained import load_model
-    from .reader import CacheReader
-    from .row_batch import Batch, FeatureBatch
-    from .sit import SiT
-    from .stage import stage_cache
+    from .models.pretrained import load_model
+    from .models.sit import SiT
+    from .reading.reader import CacheReader
+    from .reading.stage import stage_cache
+    from .rows.row_batch import Batch, FeatureBatch
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import start
 import zarr
 from synthetic_cache import make_sparse_cache
 
-from repa.trainer.reader import CacheReader
+from repa.trainer.reading.reader import CacheReader
 
 
 @pytest.fixture(scope="module")

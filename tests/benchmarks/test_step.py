@@ -10,7 +10,7 @@ import torch
 from synthetic_cache import make_cache
 
 from repa.cache_specs.tables import ResolvedModel, resolve_encoder
-from repa.trainer.prefetch import map_tensors
+from repa.trainer.reading.prefetch import map_tensors
 
 MODEL, ENCODER = "SiT-Ti/2", "dinov2-vit-s"
 

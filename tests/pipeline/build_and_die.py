@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import repa.pipeline.build
-import repa.pipeline.import_latents  # noqa: F401
+import repa.pipeline.building.build
+import repa.pipeline.importing.latents  # noqa: F401
 from repa.cache_specs.object_store import ObjectPath
 from repa.cache_specs.tables import autoencoder_table, encoder_table
-from repa.pipeline.cli import main
+from repa.pipeline.commands.cache import main
 
 
 def die_at(point: int) -> list[int]:

@@ -21,8 +21,8 @@ from repa.cache_specs.fingerprint import manifest_fingerprint, transform_fingerp
 from repa.cache_specs.layout import BAD_FILES, CROP, VIEWS, ArrayLayout, CacheLayout
 from repa.cache_specs.schema import ComponentSpec
 from repa.cache_specs.storage import location
-from repa.trainer.row_batch import Batch
-from repa.trainer.sit import SIZES
+from repa.trainer.models.sit import SIZES
+from repa.trainer.rows.row_batch import Batch
 
 # Where the chunks of a shard lie: in C order at multiples of 64 bytes; or in zarr's order without gaps
 Shards = Literal["as built", "zarr's", "zarr's, nothing for zeros", "zstd"]
@@ -272,7 +272,7 @@ def repa_train(small_sit: None, capsys: pytest.CaptureFixture[str]) -> Callable[
 
     Eight samples a step of the small SiT, recipe irepa tapped after the first block, unless arguments say otherwise.
     """
-    from repa.trainer.cli import train_command
+    from repa.trainer.commands.train import train_command
 
     def run(cache: Path, out: Path, *arguments: str) -> Outcome:
         capsys.readouterr()

@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from small_train import ended, forked, train_step
 
-from repa.pipeline.cli import main as cache_command
-from repa.pipeline.store import CacheStore
-from repa.trainer import checkpoint, loop
-from repa.trainer.cli import train_command
-from repa.trainer.sit import SIZES
+from repa.pipeline.commands.cache import main as cache_command
+from repa.pipeline.store.store import CacheStore
+from repa.trainer.commands.train import train_command
+from repa.trainer.models import checkpoint
+from repa.trainer.models.sit import SIZES
+from repa.trainer.training import loop
 
 STEPS, SAVE_EVERY = 12, 4
 WAIT_S = 100.0

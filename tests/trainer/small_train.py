@@ -27,9 +27,13 @@ import torch
 import torch.utils.tensorboard  # with the next two lines what a run imports by and by, once for all forks
 import zarr  # noqa: F401
 
-from repa.trainer import borrowed, distributed, grids, loop, resume  # noqa: F401
-from repa.trainer.cli import train_command
-from repa.trainer.sit import SIZES
+from repa.trainer import distributed
+from repa.trainer.commands import borrowed  # noqa: F401
+from repa.trainer.commands.train import train_command
+from repa.trainer.evaluating import grids  # noqa: F401
+from repa.trainer.models.sit import SIZES
+from repa.trainer.runs import resume  # noqa: F401
+from repa.trainer.training import loop
 
 ARGUMENTS = ["--model", "SiT-Ti/2", "--recipe", "irepa", "--batch-size", "8", "--steps", "11", "--device", "cpu"]
 SETTINGS = ("accumulation=2", "alignment.encoder_depth=1", "save_every=3", "log_every=2")

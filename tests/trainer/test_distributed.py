@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from repa.cache_specs.errors import JobError, UsageError
-from repa.trainer import loop
-from repa.trainer.batches import Batches, Place
-from repa.trainer.checkpoint import load_checkpoint
-from repa.trainer.config import Layer, recipe_layer, resolve, set_layer
 from repa.trainer.distributed import TIMEOUT, World, join, settle_buckets
-from repa.trainer.run import dummy_inputs, prepare
+from repa.trainer.models.checkpoint import load_checkpoint
+from repa.trainer.reading.batches import Batches, Place
+from repa.trainer.runs.run import dummy_inputs, prepare
+from repa.trainer.runs.settings import Layer, recipe_layer, resolve, set_layer
+from repa.trainer.training import loop
 
 SCRIPT = Path(__file__).with_name("small_train.py")
 ALONE = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}

@@ -1,0 +1,1 @@
+"""What a cache tells of its encoders: spatial metrics, probes, CKNNA, correlation with quality, pictures."""

@@ -1,0 +1,172 @@
+"""A cache's tokens as an encoder gave them: chosen, decoded from storage, normalised over space.
+
+In: a cache and names of encoders. Out: float32 batches of view 0 for rows chosen once, so that every encoder is
+measured on the same images.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cache_specs.errors import CacheError, UsageError, nearest
+from ...cache_specs.layout import layer_array
+from ...cache_specs.schema import FEATURES, ComponentSpec, stored_layers
+from ...cache_specs.tables import pick_layer, stored_encoder
+from ..store.rows import ComponentRows
+from ..store.statistics import EPS
+from ..store.store import CacheStore
+
+BATCH_BYTES = 2**23  # of float32 tokens at a time: what is done to them one after the other stays in the cache
+SAMPLE_SEED = 0  # --num takes the same images in every run and for every encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBatch:
+    """b images of one encoder, view 0. `tokens` [b, T, E], `mean` and `std` [b, E] over the image's tokens, float32."""
+
+    rows: np.ndarray
+    tokens: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def constant(self) -> Tensor:
+        """Return [b] bool: images whose tokens are all the same, which have no spatial structure to measure."""
+        return (self.std == 0).all(1)
+
+    def normalized(self, gamma: float) -> Tensor:
+        """Return tokens normalised over space, (f - gamma * mean) / (std + 1e-6), [b, T, E] (iREPA, eq. in sec. 4)."""
+        return (self.tokens - gamma * self.mean[:, None]).div_(self.std[:, None] + EPS)
+
+
+class Features:
+    """One encoder's finished component, or one layer of it."""
+
+    def __init__(self, store: CacheStore, component: ComponentSpec, layer: int | None = None) -> None:
+        """Read `component`; `layer` is one of its `stored_layers`."""
+        self.component = component
+        self.name = component.path.removeprefix(f"{FEATURES}/")
+        if len(stored_layers(component.spec)) > 1:
+            self.name += f":layer={layer}"
+        self._layer = layer
+        self.grid: tuple[int, int] = tuple(component.spec["grid"])
+        self.width: int = component.spec["width"]
+        self.random_weights: bool = component.spec["random_weights"]
+        self._store = store
+        self._rows = ComponentRows(store, component)
+
+    @property
+    def has_cls(self) -> bool:
+        return layer_array("cls_token", self._layer) in self._rows
+
+    def valid(self) -> np.ndarray:
+        """Return which samples are there, [N] bool."""
+        return self._store.read(f"{self.component.path}/valid", 0, self._store.layout.num_samples)
+
+    def batches(self, rows: np.ndarray) -> Iterator[TokenBatch]:
+        """Yield the tokens of samples `rows` [n], ascending, a bounded batch at a time.
+
+        Raises `CacheError` naming the sample where a value is not finite.
+        """
+        size = max(1, BATCH_BYTES // (4 * self.grid[0] * self.grid[1] * self.width))
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            mean, std = self._read("channel_mean", part), self._read("channel_std", part)
+            tokens = self._read("patch_tokens", part)
+            if self.component.dtype == "int8":
+                # channel_std * s * q + channel_mean: the code lives in normalised space (quantize.py)
+                scale = self._read("token_scale", part)
+                tokens = tokens * scale[..., None] * std[:, None] + mean[:, None]
+            yield TokenBatch(rows=part, tokens=tokens, mean=mean, std=std)
+
+    def pooled(self, rows: np.ndarray) -> np.ndarray:
+        """Return the mean over tokens [n, E] float32, as the encoder gave them: it is stored, before any rounding."""
+        return self._read("channel_mean", rows).numpy()
+
+    def cls(self, rows: np.ndarray) -> np.ndarray:
+        """Return the class token [n, E] float32, for an encoder that has one."""
+        return self._read("cls_token", rows).numpy()
+
+    def _read(self, name: str, rows: np.ndarray) -> Tensor:
+        values = torch.from_numpy(self._rows.read(layer_array(name, self._layer), rows)).float()
+        # A sum is finite where every value is: one pass, and no table of booleans.
+        finite = values.flatten(1).sum(1).isfinite()
+        if not finite.all():
+            row = int(rows[int(finite.int().argmin())])
+            raise CacheError(
+                f"{self._store.path}: {self.component.path}/{name} of sample {row} ({sample_id(self._store, row)}) is "
+                "not finite, so nothing can be measured on it; repa-cache verify lists all such rows"
+            )
+        return values
+
+
+def open_encoders(path: str | Path, names: Sequence[str]) -> tuple[CacheStore, list[Features]]:
+    """Open a cache and the encoders `names`, or all of its finished ones, every layer, where none is named.
+
+    Raises `CacheError` where there is no cache, or a named encoder is not finished, and `UsageError` for an unknown
+    name, with the nearest known one.
+    """
+    store = CacheStore.open(path)
+    present = [name.partition("/")[2] for name in store.components() if name.startswith(f"{FEATURES}/")]
+    if not present:
+        imported = [store.component(name) for name in store.components()]
+        if any(component and component.imported and not component.imported["images"] for component in imported):
+            raise CacheError(f"{path} was imported without images, so it holds no encoder and none can be added")
+        raise CacheError(
+            f"{path} holds no encoder; add one with repa-cache build --cache {path} --data PATH --encoder E"
+        )
+    complete = [name for name in present if store.is_complete(f"{FEATURES}/{name}")]
+    if not names and not complete:
+        raise _unfinished(store, present[0])
+    if names:
+        return store, [_open(store, name, present) for name in names]
+    whole = [component for name in complete if (component := store.component(f"{FEATURES}/{name}")) is not None]
+    return store, [Features(store, component, layer) for component in whole for layer in stored_layers(component.spec)]
+
+
+def _open(store: CacheStore, request: str, present: Sequence[str]) -> Features:
+    found = stored_encoder(request, present)
+    if found is None:
+        raise UsageError(f"{store.path} holds no encoder {request!r}; {nearest(request, present)}")
+    name, asked = found
+    component = store.component(f"{FEATURES}/{name}")
+    assert component is not None, name
+    if not store.is_complete(component.path):
+        raise _unfinished(store, name)
+    return Features(store, component, pick_layer(component.path, stored_layers(component.spec), asked))
+
+
+def _unfinished(store: CacheStore, name: str) -> CacheError:
+    component = store.component(f"{FEATURES}/{name}")
+    assert component is not None, name
+    return CacheError(
+        f"{store.path}: {component.path} is not complete; finish it with {component.build_command(store.path)}"
+    )
+
+
+def choose_rows(encoders: Sequence[Features], num: int | None) -> np.ndarray:
+    """Return the samples to measure, ascending: valid in every encoder, `num` of them or all where there are fewer.
+
+    A manifest is ordered by class, so `num` are drawn at random, the same in every run.
+    """
+    if num is not None and num < 1:
+        raise UsageError(f"--num {num}: expected 1 or more images")
+    rows = np.flatnonzero(np.logical_and.reduce([encoder.valid() for encoder in encoders]))
+    if len(rows) == 0:
+        raise CacheError("no sample is valid in every encoder that was asked for")
+    if num is None or num >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(SAMPLE_SEED).choice(rows, num, replace=False))
+
+
+def sample_id(store: CacheStore, row: int) -> str:
+    """Return the sample id of one row."""
+    return str(store.read("sample_id", row, row + 1)[0])
+
+
+def labels_of(store: CacheStore, rows: np.ndarray) -> np.ndarray:
+    """Return the labels [n] int64 of samples `rows`."""
+    return store.read("label", 0, store.layout.num_samples).astype(np.int64)[rows]

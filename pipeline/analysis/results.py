@@ -1,0 +1,200 @@
+"""One table from what was measured apart: a line an encoder, its metrics, and the quality of the runs trained on it.
+
+Quality comes from RUN/evaluation.jsonl (trainer/evaluating/evaluation.py writes a line an evaluated step) or from the
+columns of a results file; metrics from the CSVs of `repa-cache metrics` and `repa-cache probe`, or from the same
+results file.
+"""
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...cache_specs.errors import UsageError, nearest
+from .measure import ALL_CLASSES, CSV_HEADER, METRICS
+
+EVALUATION_FILE = "evaluation.jsonl"  # of a run
+CONFIG_FILE = "config.json"
+_METRIC = re.compile(rf"{'|'.join(METRICS)}|(linear_probe|knn\d+)(_cls)?")
+_SETTINGS = ("step", "num")  # of an evaluation: runs are compared at equal ones
+
+
+@dataclass(kw_only=True)
+class Results:
+    """Encoders [n] in the order of `names`; `quality` [n] float64; `metrics[name]` [n] float64, NaN where missing."""
+
+    names: list[str]
+    quality_name: str
+    quality: np.ndarray
+    metrics: dict[str, np.ndarray]
+    notes: list[str] = field(default_factory=list)
+
+
+def join(sources: Sequence[Path], metrics_files: Sequence[Path], quality: str | None) -> Results:
+    """Join one results file, or run folders with metrics files, by encoder.
+
+    Raises `UsageError` where the sources cannot be joined: nothing in common, runs evaluated at different steps, a
+    quality figure that is missing or must be chosen.
+    """
+    notes: list[str] = []
+    metrics = _merge(_figures(file) for file in metrics_files)
+    if len(sources) == 1 and sources[0].is_file():
+        table = _results_file(sources[0])
+        for encoder, row in table.items():
+            metrics.setdefault(encoder, {}).update({name: row[name] for name in row if _METRIC.fullmatch(name)})
+        qualities = {
+            encoder: {name: value for name, value in row.items() if not _METRIC.fullmatch(name)}
+            for encoder, row in table.items()
+        }
+        where = str(sources[0])
+    else:
+        if not metrics_files:
+            raise UsageError(
+                "runs alone say nothing of their encoders: add --metrics FILE.csv, as repa-cache metrics CACHE --csv "
+                "FILE.csv and repa-cache probe CACHE --csv FILE.csv write it"
+            )
+        qualities = _runs(sources, notes)
+        where = f"{len(sources)} runs"
+    chosen = _choose(quality, qualities, where)
+    both = sorted(encoder for encoder in qualities if encoder in metrics and chosen in qualities[encoder])
+    for encoder in sorted(set(qualities) - set(both)):
+        missing = chosen if encoder in metrics else "metrics"
+        notes.append(f"left out: {encoder} has no {missing}")
+    if not both:
+        raise UsageError(
+            f"{where}: no encoder with both {chosen} and metrics; quality is known for {_list(qualities)}, metrics for "
+            f"{_list(metrics)}"
+        )
+    names = sorted({name for encoder in both for name in metrics[encoder]}, key=_order)
+    return Results(
+        names=both,
+        quality_name=chosen,
+        quality=np.array([qualities[encoder][chosen] for encoder in both]),
+        metrics={name: np.array([metrics[encoder].get(name, math.nan) for encoder in both]) for name in names},
+        notes=notes,
+    )
+
+
+def _order(metric: str) -> tuple[int, str]:
+    """Linear probe first, beside it the spatial metrics, then the rest."""
+    first = ("linear_probe", "lds", "cds", "srss", "rmsc")
+    return (first.index(metric) if metric in first else len(first), metric)
+
+
+def _merge(tables: Iterator[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    merged: dict[str, dict[str, float]] = {}
+    for table in tables:
+        for encoder, row in table.items():
+            merged.setdefault(encoder, {}).update(row)
+    return merged
+
+
+def _read_csv(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            rows = [dict(row) for row in reader]
+            return list(reader.fieldnames or []), rows
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{file}: cannot be read ({error}); expected a CSV") from error
+
+
+def _figures(file: Path) -> dict[str, dict[str, float]]:
+    """Return metrics by encoder from a CSV of `repa-cache metrics` or `probe`: over all images, tokens as stored."""
+    header, rows = _read_csv(file)
+    if tuple(header) != CSV_HEADER:
+        raise UsageError(f"--metrics {file}: columns {header}; expected what repa-cache metrics --csv writes")
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["class"] == ALL_CLASSES and not row["gamma"]:
+            figures = found.setdefault(row["encoder"], {})
+            if row["mean"]:
+                figures[row["metric"]] = _number(row["mean"], file, row["encoder"], row["metric"])
+    return found
+
+
+def _results_file(file: Path) -> dict[str, dict[str, float]]:
+    header, rows = _read_csv(file)
+    if "encoder" not in header or len(header) < 3:
+        raise UsageError(f"{file}: its columns are {header}; expected encoder, its metrics, and quality figures")
+    table: dict[str, dict[str, float]] = {}
+    for row in rows:
+        encoder = row.pop("encoder")
+        if encoder in table:
+            raise UsageError(f"{file}: encoder {encoder} has two lines; keep one")
+        table[encoder] = {name: _number(value, file, encoder, name) for name, value in row.items() if value}
+    return table
+
+
+def _number(text: str, file: Path, encoder: str, column: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(f"{file}: {encoder}: {column} is {text!r}; expected a number, or nothing where there is none")
+    return value
+
+
+def _runs(folders: Sequence[Path], notes: list[str]) -> dict[str, dict[str, float]]:
+    """Return quality by encoder, the mean over its runs, each at its last evaluated step."""
+    figures: dict[str, list[dict[str, float]]] = {}
+    settings: dict[tuple[Any, ...], Path] = {}
+    for folder in folders:
+        encoders, record = _run(folder)
+        if len(encoders) != 1:
+            notes.append(f"left out: {folder} is aligned with {_list(encoders) if encoders else 'no encoder'}, not one")
+            continue
+        settings.setdefault(tuple(record.get(key) for key in _SETTINGS), folder)
+        values = {name: float(value) for name, value in record.items() if name not in _SETTINGS}
+        figures.setdefault(encoders[0], []).append(values)
+    if len(settings) > 1:
+        (one, first), (other, second) = list(settings.items())[:2]
+        raise UsageError(
+            f"{first} was last evaluated at step {one[0]} with {one[1]} samples, {second} at step {other[0]} with "
+            f"{other[1]}: they cannot be compared. Train and evaluate all of them alike"
+        )
+    for encoder, runs in figures.items():
+        if len(runs) > 1:
+            notes.append(f"{encoder}: the mean of {len(runs)} runs")
+    return {
+        encoder: {name: float(np.mean([run[name] for run in runs])) for name in runs[0] if all(name in r for r in runs)}
+        for encoder, runs in figures.items()
+    }
+
+
+def _run(folder: Path) -> tuple[list[str], dict[str, Any]]:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        lines = (folder / EVALUATION_FILE).read_text(encoding="utf-8").splitlines()
+        return list(config["encoders"]), dict(json.loads(lines[-1]))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{folder}: no {Path(error.filename).name}; expected the folder of a run with evaluations (repa-train "
+            "--set evaluation.every=STEPS), or one results file"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UsageError(f"{folder}: {CONFIG_FILE} or {EVALUATION_FILE} is damaged ({error!r})") from error
+
+
+def _choose(quality: str | None, qualities: Mapping[str, Mapping[str, float]], where: str) -> str:
+    known = sorted({name for row in qualities.values() for name in row})
+    if quality is not None:
+        if quality not in known:
+            raise UsageError(f"--quality {quality}: {where} has no such figure; {nearest(quality, known)}")
+        return quality
+    frechet = [name for name in known if name.startswith("frechet")]
+    candidates = known if len(known) == 1 else frechet
+    if len(candidates) != 1:
+        raise UsageError(f"{where}: which figure is to be explained? Choose with --quality: {_list(known)}")
+    return candidates[0]
+
+
+def _list(names: Any) -> str:
+    return ", ".join(sorted(names)) or "none"

@@ -1,0 +1,196 @@
+"""The build: which ranges of which components are missing, and everything from the manifest to `complete`.
+
+manifest -> layout -> locks -> missing ranges -> workers -> shards -> statistics -> complete
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from ...cache_specs.errors import JobError, UsageError
+from ..images.manifest import Manifest
+from ..store.complete import complete_component
+from ..store.records import known_bytes
+from ..store.store import CacheStore
+from .encode import RangeResult, load_model
+from .job import InProcessPool, JobOptions, Pool, RangeWork
+from .plan import BuildOptions, BuildPlan, missing_ranges, plan_build
+from .ray_pool import RayPool
+
+MAX_LISTED = 1000  # bad images named while they are found: where a whole disk is gone, the rest are the same
+
+
+@dataclass(kw_only=True)
+class BuildReport:
+    """What a build did.
+
+    `bad` gives the reason by sample row, `not_finite` the same by component path, `passing` the rows of `bad` that
+    another try may well read; `statistics` is what completion wrote, by component path.
+    """
+
+    num_images: int = 0
+    seconds: float = 0.0
+    bad: dict[int, str] = field(default_factory=dict)
+    passing: set[int] = field(default_factory=set)
+    not_finite: dict[str, dict[int, str]] = field(default_factory=dict)
+    completed: list[str] = field(default_factory=list)
+    statistics: dict[str, dict[str, object]] = field(default_factory=dict)
+
+    def add(self, result: RangeResult) -> None:
+        """Take up one range."""
+        self.num_images += result.num_samples
+        self.bad.update(result.bad)
+        self.passing.update(result.passing)
+        for path, reasons in result.not_finite.items():
+            self.not_finite.setdefault(path, {}).update(reasons)
+
+    def reasons(self, path: str) -> dict[int, str]:
+        """Return why rows of one component could not be used."""
+        return {**self.not_finite.get(path, {}), **self.bad}
+
+    @property
+    def unusable(self) -> set[int]:
+        """The rows that some component could not use."""
+        return set(self.bad).union(*self.not_finite.values())
+
+
+def run_build(
+    options: BuildOptions,
+    *,
+    on_start: Callable[[int, int], None],
+    on_progress: Callable[[int], None],
+    on_message: Callable[[str], None] = lambda line: None,
+) -> BuildReport:
+    """Build what is missing and complete every component that has all its ranges.
+
+    `on_start(done, total)` and `on_progress(samples)` count samples of ranges; `on_message` gets a line for each bad
+    image when it is found, and before each component that is completed. Raises `RepaError` for what cannot be built;
+    bad images are no error here but entries of the report.
+    """
+    plan = plan_build(options)
+    store = CacheStore.create_or_open(options.cache, plan.layout, options.manifest)
+    report = BuildReport()
+    with contextlib.ExitStack() as locks:
+        for path in sorted(plan.missing):
+            locks.enter_context(store.lock(path))
+        # Again, now that no other build can change it: what is missing, never what is asked, which is what is locked.
+        plan = replace(plan, missing=missing_ranges(store, plan.requests))
+        _check_on_disk(store, plan, options)
+        if plan.work():
+            _encode(store, plan, options, report, on_start, on_progress, on_message)
+        else:
+            on_start(store.layout.num_samples, store.layout.num_samples)
+        _complete(store, plan, options, report, on_message)
+    return report
+
+
+def _encode(
+    store: CacheStore,
+    plan: BuildPlan,
+    options: BuildOptions,
+    report: BuildReport,
+    on_start: Callable[[int, int], None],
+    on_progress: Callable[[int], None],
+    on_message: Callable[[str], None],
+) -> None:
+    pending = tuple(request for request in plan.requests if plan.missing[request.component("").path])
+    job = JobOptions(
+        cache=store.path.absolute(),
+        layout=store.layout,
+        requests=pending,
+        source=options.manifest.source,
+        batch_size=options.batch_size,
+        device=options.device,
+        threads=options.threads or max(1, (os.cpu_count() or 1) // max(1, options.workers or 1)),
+        skip_bad=options.skip_bad,
+    )
+    with _open_pool(job, workers=options.workers, address=options.address) as pool:
+        for component in pool.components:
+            store.create_component(component)
+            store.reopen_component(component)
+        # Once more: where a component's record was deleted, its shards could be told to be its own only by now.
+        work = replace(plan, missing=missing_ranges(store, plan.requests)).work()
+        ranges = [store.layout.sample_range(index) for index in work]
+        on_start(store.layout.num_samples - sum(stop - start for start, stop in ranges), store.layout.num_samples)
+        started = time.monotonic()
+        for result in pool.run(_range_works(store, work, options.manifest)):
+            _list_bad(result, len(report.unusable), options.manifest, on_message)
+            report.add(result)
+            on_progress(result.num_samples)
+        report.seconds = time.monotonic() - started
+
+
+def _open_pool(options: JobOptions, *, workers: int | None, address: str | None) -> Pool:
+    """Return the pool that `--workers` asks for: 0 is this process, any other number (or None, one a device) is Ray."""
+    if workers == 0:
+        if address is not None:
+            raise UsageError("--workers 0 encodes in this process; leave out --address, or ask for workers")
+        return InProcessPool(options)
+    return RayPool(options, num_workers=workers, address=address)
+
+
+def _list_bad(result: RangeResult, listed: int, manifest: Manifest, on_message: Callable[[str], None]) -> None:
+    reasons = dict(result.bad)
+    for by_row in result.not_finite.values():
+        reasons |= {row: "; ".join(filter(None, [reasons.get(row), reason])) for row, reason in by_row.items()}
+    for row in sorted(reasons)[: max(0, MAX_LISTED - listed)]:
+        on_message(f"bad image: {manifest.sample_ids[row]}: {reasons[row]}")
+    if listed < MAX_LISTED < listed + len(reasons):
+        on_message("bad image: further ones are only counted")
+
+
+def _range_works(store: CacheStore, work: Mapping[int, tuple[str, ...]], manifest: Manifest) -> Iterator[RangeWork]:
+    done = {}
+    for path in store.components():
+        component = store.component(path)
+        if component is not None:
+            done[path] = set(range(store.layout.num_ranges)) - set(store.missing_ranges(component))
+    for index, paths in work.items():
+        start, stop = store.layout.sample_range(index)
+        yield RangeWork(
+            index=index,
+            paths=paths,
+            sample_ids=tuple(manifest.sample_ids[start:stop].tolist()),
+            expected_bytes=known_bytes(store, [path for path in done if index in done[path]], start, stop),
+        )
+
+
+def _complete(
+    store: CacheStore, plan: BuildPlan, options: BuildOptions, report: BuildReport, on_message: Callable[[str], None]
+) -> None:
+    """Complete what has all its ranges; raise `JobError` for what was asked and is not whole, unless by bad images."""
+    unfinished: list[str] = []
+    for path, missing in missing_ranges(store, plan.requests).items():
+        reasons = report.reasons(path)
+        explained = {row // store.layout.shard_samples for row in (report.passing if options.skip_bad else reasons)}
+        component = store.component(path)
+        lost = sorted(set(missing) - explained)
+        if lost:
+            start, stop = store.layout.sample_range(lost[0])
+            unfinished.append(f"{path}: {len(lost)} ranges are missing, first samples {start} to {stop - 1}")
+        elif component is not None and not missing and not store.is_complete(path):
+            on_message(f"{path}: every range is there; reading {store.layout.num_ranges} shards to complete it")
+            try:
+                report.statistics[path] = complete_component(store, component, options.manifest, reasons)
+                report.completed.append(path)
+            except JobError as error:
+                unfinished.append(str(error))
+    if unfinished:
+        raise JobError(f"{store.path}: not finished: {'; '.join(unfinished)}. Run the same command again")
+
+
+def _check_on_disk(store: CacheStore, plan: BuildPlan, options: BuildOptions) -> None:
+    """Refuse a component that is on disk with other settings.
+
+    Weights are compared when a worker loads them for what is missing; where nothing is missing they are loaded for the
+    comparison only if a file was named.
+    """
+    for request in plan.requests:
+        found = store.component(request.component("").path)
+        if found is not None:
+            weights = found.weights
+            if request.weights_file is not None and not plan.missing[found.path]:
+                _, weights = load_model(request, options.device or "cpu")
+            store.create_component(request.component(weights))

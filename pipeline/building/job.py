@@ -1,0 +1,103 @@
+"""Where ranges are encoded: in this process, or by Ray (ray_pool.py) on a machine or a cluster.
+
+Both pools offer the same two things: `components`, the specs with the digests of the weights that were loaded, and
+`run`, which takes ranges and yields results as they finish. Decoding is apart from encoding: threads here, CPU tasks
+under Ray, an actor for each device.
+"""
+
+import itertools
+import operator
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+
+from ...cache_specs.layout import CacheLayout
+from ...cache_specs.schema import ComponentSpec
+from ...cache_specs.storage import Location
+from ..images.decode import DecodedBatch, decode_batch
+from ..images.manifest import ImageSource
+from .encode import ModelRequest, RangeResult, Worker
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RangeWork:
+    """One range still to be encoded: into which components, from which samples, of which known file sizes."""
+
+    index: int
+    paths: tuple[str, ...]
+    sample_ids: tuple[str, ...]
+    expected_bytes: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What every worker of a build is told. `device` None leaves the choice to the pool: cuda where it has one."""
+
+    cache: Location
+    layout: CacheLayout
+    requests: tuple[ModelRequest, ...]
+    source: ImageSource
+    batch_size: int
+    device: str | None
+    threads: int
+    skip_bad: bool
+
+    def batches(self, work: RangeWork) -> Iterator[tuple[ImageSource, tuple[str, ...], int, np.ndarray]]:
+        """Yield the arguments of `decode_batch` for each sub-batch: always the same ones, from the first row."""
+        for start in range(0, len(work.sample_ids), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self.source, work.sample_ids[part], self.layout.resolution, work.expected_bytes[part]
+
+
+class Pool(Protocol):
+    """Workers that encode ranges; a context manager."""
+
+    components: list[ComponentSpec]
+
+    def run(self, work: Iterable[RangeWork]) -> Iterator[RangeResult]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+
+class InProcessPool:
+    """One worker in this process, with threads that decode a little ahead, over the ends of ranges too."""
+
+    def __init__(self, options: JobOptions) -> None:
+        self._options = options
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._worker = Worker(options.cache, options.layout, options.requests, device=device, threads=options.threads)
+        self.components = self._worker.components
+        self._num_decoders = os.cpu_count() or 1
+        self._decoders = ThreadPoolExecutor(max_workers=self._num_decoders, thread_name_prefix="decode")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._decoders.shutdown(wait=True, cancel_futures=True)
+        self._worker.close()
+
+    def run(self, work: Iterable[RangeWork]) -> Iterator[RangeResult]:
+        for item, decoded in itertools.groupby(self._decoded(work), key=operator.itemgetter(0)):
+            batches = (batch for _, batch in decoded)
+            # Waits for the commit, so that progress is told as it is made; decoding goes on meanwhile.
+            yield self._worker.encode_range(item.index, item.paths, batches, skip_bad=self._options.skip_bad).result()
+
+    def _decoded(self, work: Iterable[RangeWork]) -> Iterator[tuple[RangeWork, DecodedBatch]]:
+        ahead: deque[tuple[RangeWork, Future[DecodedBatch]]] = deque()
+        for item in work:
+            for arguments in self._options.batches(item):
+                ahead.append((item, self._decoders.submit(decode_batch, *arguments)))
+                if len(ahead) > self._num_decoders:
+                    of, future = ahead.popleft()
+                    yield of, future.result()
+        for of, future in ahead:
+            yield of, future.result()

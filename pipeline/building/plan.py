@@ -1,0 +1,220 @@
+"""What a build is asked and what it will do: names resolved, missing ranges found, nothing loaded or written."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ...cache_specs.errors import UsageError, nearest
+from ...cache_specs.fingerprint import transform_fingerprint
+from ...cache_specs.group import group_attributes
+from ...cache_specs.layout import CROP, DEFAULT_SHARD_SAMPLES, VIEWS, CacheLayout
+from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
+from ...cache_specs.storage import location
+from ...cache_specs.tables import ResolvedModel, resolve_autoencoder, resolve_encoder
+from ..images.manifest import Manifest
+from ..store.store import CacheStore
+from .encode import ModelRequest
+
+DEFAULT_RESOLUTION = 256
+DEFAULT_AUTOENCODER = "sd-vae-ft-mse"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What `repa-cache build` is asked. None leaves a choice to the cache on disk, or to the default for a new one."""
+
+    manifest: Manifest
+    cache: str | Path  # a folder, or a URL of an object store
+    encoders: tuple[str, ...]
+    autoencoder: str | None = None
+    resolution: int | None = None
+    flip: bool | None = None
+    shard_samples: int | None = None
+    dtype: str = "float16"
+    precision: str = "fp32"
+    compressor: str = "none"
+    weights: Mapping[str, Path] = field(default_factory=dict)
+    random_weights: bool = False
+    batch_size: int = 32
+    device: str | None = None
+    threads: int | None = None
+    workers: int | None = None
+    address: str | None = None
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size {self.batch_size}: expected at least 1")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads {self.threads}: expected at least 1")
+        if self.workers is not None and self.workers < 0:
+            raise UsageError(f"--workers {self.workers}: expected 0 (this process) or more")
+        if self.resolution is not None and self.resolution < 8:
+            raise UsageError(f"--resolution {self.resolution}: expected at least 8 pixels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildPlan:
+    """What a build would do: `missing` ranges by component path, of `layout.num_ranges`."""
+
+    layout: CacheLayout
+    requests: tuple[ModelRequest, ...]
+    missing: Mapping[str, list[int]]
+    exists: bool
+
+    def work(self) -> dict[int, tuple[str, ...]]:
+        """Return, for each range with something missing, the component paths it is missing in."""
+        by_range: dict[int, list[str]] = {}
+        for path, ranges in self.missing.items():
+            for index in ranges:
+                by_range.setdefault(index, []).append(path)
+        return {index: tuple(by_range[index]) for index in sorted(by_range)}
+
+
+def plan_build(options: BuildOptions) -> BuildPlan:
+    """Resolve every name and find what is missing, without loading a model or writing a byte."""
+    attributes = group_attributes(location(options.cache))
+    found = None if attributes is None else CacheLayout.from_attributes(attributes, str(options.cache))
+    layout = resolve_layout(
+        options.manifest,
+        found,
+        resolution=options.resolution,
+        shard_samples=options.shard_samples,
+        flip=options.flip,
+    )
+    _check_imported(options, layout)
+    requests = tuple(_requests(options, layout))
+    missing = missing_ranges(CacheStore(options.cache, layout), requests)
+    return BuildPlan(layout=layout, requests=requests, missing=missing, exists=found is not None)
+
+
+def missing_ranges(store: CacheStore, requests: Sequence[ModelRequest]) -> dict[str, list[int]]:
+    """Return, for each component asked for, the sample ranges that are not on disk, by component path."""
+    missing: dict[str, list[int]] = {}
+    for request in requests:
+        path = request.component("").path
+        on_disk = store.component(path)
+        missing[path] = list(range(store.layout.num_ranges)) if on_disk is None else store.missing_ranges(on_disk)
+    return missing
+
+
+def resolve_layout(
+    manifest: Manifest,
+    found: CacheLayout | None,
+    *,
+    resolution: int | None,
+    shard_samples: int | None,
+    flip: bool | None,
+) -> CacheLayout:
+    """Return the layout of the cache of `manifest`: what is asked, else as `found` on disk, else the default."""
+
+    def choose(asked: int | None, on_disk: int | None, default: int) -> int:
+        return asked if asked is not None else on_disk if on_disk is not None else default
+
+    resolution = choose(resolution, found.resolution if found else None, DEFAULT_RESOLUTION)
+    shard_samples = choose(shard_samples, found.shard_samples if found else None, DEFAULT_SHARD_SAMPLES)
+    flip = flip if flip is not None else found is not None and len(found.views) > 1
+    views = VIEWS if flip else VIEWS[:1]
+    fingerprint = manifest.fingerprint
+    return CacheLayout(
+        num_samples=len(manifest),
+        resolution=resolution,
+        views=views,
+        class_names=manifest.class_names,
+        shard_samples=shard_samples,
+        manifest_fingerprint=fingerprint,
+        dataset_fingerprint=transform_fingerprint(
+            fingerprint, resolution=resolution, crop=CROP, views=views, class_names=manifest.class_names
+        ),
+    )
+
+
+def _check_imported(options: BuildOptions, layout: CacheLayout) -> None:
+    """Raise `UsageError` where latents were imported that no build can finish, replace or go with."""
+    store = CacheStore(options.cache, layout)
+    for component in _latents(options, layout):
+        if component.imported is None:
+            continue
+        where = f"{options.cache}: {component.path} was imported"
+        if not store.is_complete(component.path) or store.missing_ranges(component):
+            raise UsageError(f"{where} and is not whole; finish it with {component.build_command(str(options.cache))}")
+        if not component.imported["images"]:
+            raise UsageError(f"{where} without images, so nothing can be added to it; train from it with --recipe sit")
+        if options.autoencoder in (component.name, component.spec["entry"]):
+            keep = f"leave out --autoencoder {options.autoencoder} to keep it"
+            raise UsageError(f"{where}; {keep}, or name another --cache")
+
+
+def _requests(options: BuildOptions, layout: CacheLayout) -> Iterator[ModelRequest]:
+    resolved: list[tuple[str, str, ResolvedModel]] = []
+
+    def resolve(resolver: Callable[..., ResolvedModel], name: str) -> ResolvedModel:
+        return resolver(name, resolution=layout.resolution, random_weights=options.random_weights)
+
+    autoencoder = options.autoencoder
+    begun: list[ComponentSpec] = []
+    if autoencoder is None:
+        begun = _latents(options, layout)
+        autoencoder = "none" if begun else DEFAULT_AUTOENCODER
+    if autoencoder != "none":
+        resolved.append((LATENTS, "float16", resolve(resolve_autoencoder, autoencoder)))
+    resolved += [(FEATURES, options.dtype, resolve(resolve_encoder, request)) for request in options.encoders]
+    if not resolved and not begun:
+        raise UsageError("nothing to build: name at least one --encoder or an --autoencoder")
+    entries = {model.entry.name for _, _, model in resolved} | {component.spec["entry"] for component in begun}
+    for name in options.weights:
+        if name not in entries:
+            raise UsageError(f"--weights {name}=...: {name} is not asked for; {nearest(name, entries)}")
+    yield from filter(None, (_as_begun(component, options, layout) for component in begun))
+    seen = set()
+    for kind, dtype, model in resolved:
+        if (kind, model.name) in seen:
+            continue
+        seen.add((kind, model.name))
+        yield ModelRequest(
+            kind=kind,
+            name=model.name,
+            spec=model.spec,
+            dtype=dtype,
+            precision=options.precision,
+            compressor=options.compressor,
+            weights_file=None if model.spec["random_weights"] else options.weights.get(model.entry.name),
+        )
+
+
+def _latents(options: BuildOptions, layout: CacheLayout) -> list[ComponentSpec]:
+    store = CacheStore(options.cache, layout)
+    found = [store.component(path) for path in store.components() if path.startswith(LATENTS)]
+    return [component for component in found if component is not None]
+
+
+def _as_begun(component: ComponentSpec, options: BuildOptions, layout: CacheLayout) -> ModelRequest | None:
+    """Return the request that finishes latents as they were begun, None where they are whole."""
+    store = CacheStore(options.cache, layout)
+    if store.is_complete(component.path) and not store.missing_ranges(component):
+        return None
+    random_weights = component.spec["random_weights"]
+    entry = component.spec["entry"]
+    return ModelRequest(
+        kind=LATENTS,
+        name=component.name,
+        spec=resolve_autoencoder(entry, resolution=layout.resolution, random_weights=random_weights).spec,
+        dtype=component.dtype,
+        precision=component.precision,
+        compressor=component.compressor,
+        weights_file=None if random_weights else options.weights.get(entry),
+    )
+
+
+def describe(component: ComponentSpec, layout: CacheLayout) -> list[tuple[str, str, int]]:
+    """Return a line an array, `(name, dtype and shape, bytes)`, uncompressed and without checksums."""
+    return [
+        (
+            array.name,
+            f"{array.dtype} {list(array.shape)}",
+            int(np.prod(array.shape, dtype=np.int64)) * np.dtype(array.dtype).itemsize,
+        )
+        for array in component.arrays(layout)
+    ]

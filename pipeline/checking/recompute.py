@@ -1,0 +1,169 @@
+"""Do the images still give what is stored? A few samples are encoded again and compared, every view of them.
+
+Checksums find damaged bytes; this finds a changed image, other weights, another preprocessing. Both sides are
+normalised by the stored statistics of their image before the cosine: one outlier channel would make all tokens alike.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...cache_specs.errors import CacheError, UsageError
+from ...cache_specs.layout import layer_array
+from ...cache_specs.schema import FEATURES, ComponentSpec, stored_layers
+from ..building.encode import ModelRequest, load_model
+from ..images.decode import decode_batch
+from ..images.manifest import ImageSource
+from ..store.store import CacheStore
+
+BATCH = 8
+SEED = 0  # the same samples each time
+MIN_COSINE = 0.99  # of a sample's mean: float16, int8, bf16 and other devices stay above, another picture far below
+MIN_SPREAD = 1e-3  # channels whose std is below this share of their mean drown in float16 rounding
+
+
+@dataclass(kw_only=True)
+class Agreement:
+    """How far one component's stored values are from the images': cosines over tokens, `problems` a line a sample.
+
+    Latents count as h * w tokens of M channels. Tokens without any spread (a blank picture) are left out. `left_out`
+    is why nothing of the component could be encoded again.
+    """
+
+    path: str
+    left_out: str | None = None
+    num_samples: int = 0
+    cosines: list[np.ndarray] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(np.concatenate(self.cosines))) if self.cosines else float("nan")
+
+    @property
+    def min(self) -> float:
+        return float(np.min(np.concatenate(self.cosines))) if self.cosines else float("nan")
+
+
+def recompute(
+    cache: str | Path, source: ImageSource, *, num: int, weights: Mapping[str, Path], device: str = "cpu"
+) -> list[Agreement]:
+    """Encode `num` samples of every finished component again and compare; say which had to be left out.
+
+    `weights` gives local files by the table's name, as at the build. Raises `UsageError` where weights cannot be had
+    or are not those that the component was built with, `CacheError` where nothing can be compared.
+    """
+    if num < 1:
+        raise UsageError(f"--recompute {num}: expected 1 or more samples")
+    store = CacheStore.open(cache)
+    found = [store.component(path) for path in store.components() if store.is_complete(path)]
+    components = [component for component in found if component is not None]
+    if components and all(component.imported for component in components):
+        raise UsageError(
+            f"--recompute: {cache} holds imported latents alone, of weights that are not known; nothing can be encoded "
+            "again and compared. verify without --recompute checks every stored byte"
+        )
+    if not components:
+        raise CacheError(f"{cache}: no component is complete, so there is nothing to recompute")
+    size = store.layout.num_samples
+    valid = np.logical_and.reduce([store.read(f"{c.path}/valid", 0, size) for c in components])
+    rows = np.flatnonzero(valid)
+    if not len(rows):
+        raise CacheError(f"{cache}: no sample is valid in every component")
+    rows = np.sort(np.random.default_rng(SEED).choice(rows, min(num, len(rows)), replace=False))
+    return [
+        # Whose weights made imported latents is not known, so that a difference would say nothing.
+        Agreement(path=component.path, left_out="imported, of weights that are not known")
+        if component.imported
+        else _recompute_component(store, component, source, rows, weights, device)
+        for component in components
+    ]
+
+
+def _recompute_component(
+    store: CacheStore,
+    component: ComponentSpec,
+    source: ImageSource,
+    rows: np.ndarray,
+    weights: Mapping[str, Path],
+    device: str,
+) -> Agreement:
+    entry = component.spec["entry"]
+    request = ModelRequest(
+        kind=component.kind,
+        name=component.name,
+        spec=component.spec,
+        dtype=component.dtype,
+        precision=component.precision,
+        compressor=component.compressor,
+        weights_file=weights.get(entry),
+    )
+    encode, digest = load_model(request, device)
+    if digest != component.weights:
+        raise UsageError(
+            f"the weights of {entry} ({digest}) are not those that {component.path} was built with "
+            f"({component.weights}); give the same file with --weights {entry}=FILE"
+        )
+    agreement = Agreement(path=component.path)
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        ids = [str(store.read("sample_id", row, row + 1)[0]) for row in part.tolist()]
+        known = np.array([store.read(f"{component.path}/source_bytes", row, row + 1)[0] for row in part.tolist()])
+        batch = decode_batch(source, ids, store.layout.resolution, known)
+        images = torch.tensor(batch.images).permute(0, 3, 1, 2)
+        views = [images, images.flip(-1)][: store.layout.num_views]
+        fresh = [{name: values.cpu().numpy() for name, values in encode(view).items()} for view in views]
+        for i, row in enumerate(part.tolist()):
+            where = f"{component.path}: sample {row} ({ids[i]})"
+            if i in batch.bad:
+                agreement.problems.append(f"{where}: {batch.bad[i]}")
+                continue
+            stored = _stored_sample(store, component, row)
+            for view, arrays in enumerate(fresh):
+                cosine = _cosines(
+                    component, {k: v[view] for k, v in stored.items()}, {k: v[i] for k, v in arrays.items()}
+                )
+                agreement.cosines.append(cosine)
+                if len(cosine) and cosine.mean() < MIN_COSINE:
+                    agreement.problems.append(
+                        f"{where}, view {store.layout.views[view]}: the image's values have cosine {cosine.mean():.3f} "
+                        f"with those stored (expected {MIN_COSINE} or more); the file was changed, or what encodes it"
+                    )
+            agreement.num_samples += 1
+    return agreement
+
+
+def _stored_sample(store: CacheStore, component: ComponentSpec, row: int) -> dict[str, np.ndarray]:
+    names = [array.name for array in component.arrays(store.layout) if len(array.shape) > 1]
+    return {name: store.read(f"{component.path}/{name}", row, row + 1)[0] for name in names}
+
+
+def _cosines(component: ComponentSpec, stored: Mapping[str, np.ndarray], fresh: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the cosine of each token of one view, of every layer, normalised by the stored statistics."""
+    layers: Sequence[int | None] = stored_layers(component.spec) if component.kind == FEATURES else (None,)
+    cosines = []
+    for layer in layers:
+        (old, mean, std), (new, _, _) = (_tokens(component, arrays, layer) for arrays in (stored, fresh))
+        varies = std > MIN_SPREAD * np.abs(mean)
+        a, b = ((tokens[:, varies] - mean[varies]) / std[varies] for tokens in (old, new))
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        cosines.append((a * b).sum(axis=1)[norms > 0] / norms[norms > 0])
+    return np.concatenate(cosines)
+
+
+def _tokens(
+    component: ComponentSpec, arrays: Mapping[str, np.ndarray], layer: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return tokens [T, E] and their channels' mean and std [E], float64, of one view as it is stored."""
+    if component.kind != FEATURES:
+        tokens = arrays["moments"].reshape(len(arrays["moments"]), -1).T.astype(np.float64)
+        return tokens, tokens.mean(axis=0), tokens.std(axis=0)
+    tokens, mean, std = (
+        arrays[layer_array(name, layer)].astype(np.float64) for name in ("patch_tokens", "channel_mean", "channel_std")
+    )
+    if component.dtype == "int8":
+        tokens = tokens * arrays[layer_array("token_scale", layer)].astype(np.float64)[:, None] * std + mean
+    return tokens, mean, std

@@ -1,0 +1,45 @@
+"""How fast a model encodes on this device: a short measurement with random weights, which take as long as any."""
+
+import os
+import time
+
+import torch
+
+from ...cache_specs.tables import ResolvedModel
+from ..building.encode import ModelRequest, load_model
+
+PROBE_SECONDS = 2.0
+MEMORY_SHARE = 0.4  # of what is free: activations need room beside the weights
+
+
+def fits_memory(params_m: float, device: str) -> bool:
+    """Return whether float32 weights of `params_m` million parameters leave room on the device, and here to make it."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device != "cpu":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    return params_m * 4e6 <= MEMORY_SHARE * free
+
+
+def measure(kind: str, model: ResolvedModel, *, resolution: int, batch_size: int, precision: str, device: str) -> float:
+    """Return images/s of a model's forward with random weights: a warm-up, then batches for about two seconds."""
+    request = ModelRequest(
+        kind=kind,
+        name=model.name,
+        spec={**model.spec, "random_weights": True},
+        dtype="float16",
+        precision=precision,
+        compressor="none",
+    )
+    encode, _ = load_model(request, device)
+    shape = (batch_size, 3, resolution, resolution)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def finished() -> float:
+        next(iter(encode(images).values())).cpu()  # on a GPU, waits for what was asked of it
+        return time.perf_counter()
+
+    started = finished()
+    num = 0
+    while (now := finished()) - started < PROBE_SECONDS:
+        num += batch_size
+    return (num + batch_size) / (now - started)

@@ -1,0 +1,207 @@
+"""Can this cache be trusted? Every file that must be there is, every checksum holds, every value is finite.
+
+A flipped byte anywhere, in data or index, is found and named by sample; the files to delete, and the command that then
+makes them anew, are said at the end.
+"""
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...cache_specs.errors import CacheError
+from ...cache_specs.fingerprint import digest, manifest_fingerprint, transform_fingerprint
+from ...cache_specs.group import METADATA, group_attributes
+from ...cache_specs.layout import METADATA_CHUNK, ArrayLayout
+from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
+from ...cache_specs.storage import Location
+from ..store.metadata import DIGEST, component_files, root_files
+from ..store.shards import iter_chunks
+from ..store.statistics import component_statistics
+from ..store.store import CacheStore
+
+
+@dataclass(kw_only=True)
+class VerifyReport:
+    """What was looked at and what is wrong: one line a problem, and the files to delete, which a build makes anew."""
+
+    num_shards: int = 0
+    num_bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+    damaged_files: dict[Location, None] = field(default_factory=dict)  # a set in the order in which they were found
+
+    def add(self, problem: str, file: Location) -> None:
+        """Note a problem of one file."""
+        self.problems.append(problem)
+        if file not in self.damaged_files and file.exists():
+            self.damaged_files[file] = None
+
+
+def verify(path: str | Path | Location, *, on_progress: Callable[[int, int], None]) -> VerifyReport:
+    """Check a whole cache; `on_progress(shards done, shards)` is called as it goes.
+
+    Memory is one inner chunk a CPU core. Raises `CacheError` only where there is no cache to look at.
+    """
+    store = CacheStore.open(path)
+    report = VerifyReport()
+    _check_attributes(report, store.path)
+    _check_files(report, store.path, root_files(store.layout))
+    sample_ids = _check_samples(report, store)
+    components = list(_readable_components(report, store))
+    arrays = [(component, layout) for component in components for layout in component.arrays(store.layout)]
+    num_shards = len(arrays) * store.layout.num_ranges
+    for num_bytes, file, problems in _shard_checks(store, sample_ids, arrays):
+        report.num_shards += 1
+        report.num_bytes += num_bytes
+        for problem in problems:
+            report.add(problem, file)
+        on_progress(report.num_shards, num_shards)
+    if not report.problems:
+        for component in components:
+            report.problems += _check_statistics(store, component)
+    return report
+
+
+def _check_attributes(report: VerifyReport, group: Location) -> None:
+    attributes = group_attributes(group) or {}
+    expected = attributes.pop(DIGEST, None)
+    if digest(attributes) != expected:
+        file = group / METADATA
+        report.add(f"{file}: the attributes do not match their digest; the file was changed or is damaged", file)
+
+
+def _check_files(report: VerifyReport, folder: Location, expected: Mapping[str, bytes]) -> None:
+    """Compare metadata files with what they must hold; the folder's own attributes have a digest instead."""
+    for name, text in expected.items():
+        file, wanted = folder / name, json.loads(text)
+        try:
+            found = json.loads(file.read() or b"")
+        except (CacheError, ValueError) as error:
+            report.add(f"{file}: cannot be read ({error})", file)
+            continue
+        if name == METADATA and isinstance(found, dict):
+            wanted["attributes"] = found.get("attributes")
+        if found != wanted:
+            report.add(f"{file}: not the metadata of this array or group; the file was changed or is damaged", file)
+
+
+def _check_samples(report: VerifyReport, store: CacheStore) -> list[str] | None:
+    """Check ids and labels; return the ids, None where some cannot be read."""
+    layout = store.layout
+    columns: dict[str, list[Any]] = {"sample_id": [], "label": []}
+    for name, values in columns.items():
+        for chunk, start in enumerate(range(0, layout.num_samples, METADATA_CHUNK)):
+            file = store.path / name / "c" / str(chunk)
+            stop = min(start + METADATA_CHUNK, layout.num_samples)
+            try:
+                if not file.exists():
+                    raise CacheError(f"{file}: {name} of samples {start} to {stop - 1} is missing")
+                values += store.read(name, start, stop).tolist()
+            except CacheError as error:
+                report.add(str(error), file)
+    if any(len(values) < layout.num_samples for values in columns.values()):
+        return None
+    ids, labels = columns.values()
+    manifest = manifest_fingerprint(ids, labels)
+    dataset = transform_fingerprint(
+        manifest, resolution=layout.resolution, crop=layout.crop, views=layout.views, class_names=layout.class_names
+    )
+    if (manifest, dataset) != (layout.manifest_fingerprint, layout.dataset_fingerprint):
+        report.problems.append(f"{store.path}: sample_id and label do not match the cache's fingerprint")
+    return ids
+
+
+def _readable_components(report: VerifyReport, store: CacheStore) -> Iterator[ComponentSpec]:
+    """Yield the components whose metadata can be read, with what is wrong in it noted."""
+    for name in [f"{kind}/{name}" for kind in (LATENTS, FEATURES) for name in sorted((store.path / kind).names())]:
+        if METADATA in name:  # the kind's own, checked with the root's
+            continue
+        group = store.path / name
+        file = group / METADATA
+        try:
+            component = store.component(name)
+            if component is None:
+                report.add(f"{file}: missing; run the build of {group.name} again", file)
+                continue
+            _check_attributes(report, group)
+            expected = component_files(component, store.layout)
+        except CacheError as error:
+            report.add(str(error), file)
+            continue
+        _check_files(report, group, expected)
+        if (group_attributes(group) or {}).get("fingerprint") != component.fingerprint(store.layout):
+            report.add(f"{file}: the fingerprint does not match the spec beside it", file)
+        if not store.is_complete(name):
+            report.problems.append(f"{group}: not complete; run the build again to finish it")
+        yield component
+
+
+def _shard_checks(
+    store: CacheStore, sample_ids: list[str] | None, arrays: list[tuple[ComponentSpec, ArrayLayout]]
+) -> Iterator[tuple[int, Location, list[str]]]:
+    """Yield what `_check_shard` returns for every shard of `arrays`, in order, checked on every CPU core."""
+    cores = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(max_workers=cores) as threads:
+        ahead: deque[Future[tuple[int, Location, list[str]]]] = deque()
+        for component, layout in arrays:
+            for index in range(store.layout.num_ranges):
+                ahead.append(threads.submit(_check_shard, store, sample_ids, component, layout, index))
+                if len(ahead) == 2 * cores:  # not all at once: a large cache has a million shards
+                    yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _check_shard(
+    store: CacheStore, sample_ids: list[str] | None, component: ComponentSpec, layout: ArrayLayout, index: int
+) -> tuple[int, Location, list[str]]:
+    file = store.path / component.path / layout.name / layout.shard_file(index)
+    start, stop = store.layout.sample_range(index)
+    where = f"{component.path}/{layout.name}"
+    num_bytes = file.size()
+    if num_bytes is None:
+        return 0, file, [f"{where}: samples {start} to {stop - 1}: {file.name} is missing"]
+
+    def name(chunk: int) -> str:
+        if len(layout.inner) == 1:
+            return f"{where}: samples {start} to {stop - 1}"
+        sample, view = divmod(chunk, store.layout.num_views)
+        row = start + sample
+        known = "" if sample_ids is None else f" ({sample_ids[row]})"
+        return f"{where}: sample {row}{known}, view {store.layout.views[view]}"
+
+    rows = layout.num_chunks(stop - start)
+    problems = []
+    try:
+        for chunk, found in iter_chunks(file, layout, component.compressor, num_chunks=rows):
+            if isinstance(found, str):
+                problems.append(f"{name(chunk)}: {found}")
+            elif chunk < rows and not all_finite(found):
+                problems.append(f"{name(chunk)}: values are not finite")
+    except CacheError as error:
+        return 0, file, [*problems, f"{where}: samples {start} to {stop - 1}: {error}"]
+    return num_bytes, file, problems
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Return whether no value of the contiguous array `values` is NaN or infinite; integers always are finite."""
+    if values.dtype == np.float16:
+        # numpy has no float16 arithmetic: looking at the exponent, all ones where not finite, is several times faster.
+        exponent = np.uint16(0x7C00)
+        return bool((values.view(np.uint16) & exponent).max() != exponent)
+    return values.dtype.kind != "f" or bool(np.isfinite(values).all())
+
+
+def _check_statistics(store: CacheStore, component: ComponentSpec) -> Iterator[str]:
+    attributes = group_attributes(store.path / component.path) or {}
+    for key, value in component_statistics(store, component).items():
+        # Another machine's numpy may add in another order; nothing that is damaged is this close.
+        if not np.allclose(attributes.get(key, math.nan), value, rtol=1e-9, atol=1e-12):
+            yield f"{store.path / component.path}: {key} is {attributes.get(key)}, the data give {value}"

@@ -1,0 +1,1 @@
+"""The command line `repa-cache`, one file a group of commands."""

@@ -1,0 +1,91 @@
+"""repa-cache estimate: bytes, hours and speedup of a cache before it is built."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from ...cache_specs.errors import UsageError
+from ...cache_specs.schema import FEATURES, LATENTS, PRECISIONS
+
+if TYPE_CHECKING:
+    from ...cache_specs.tables import ResolvedModel
+
+
+@click.command()
+@click.option("--encoder", "encoders", multiple=True, metavar="NAME", help="Encoder, repeatable: dinov2, hog:grid=8.")
+@click.option("--images", "num_images", type=int, required=True, help="Images of the data set: 1281167 for ImageNet.")
+@click.option("--autoencoder", default="sd-vae-ft-mse", show_default=True, metavar="NAME", help="Or none.")
+@click.option("--resolution", type=int, default=256, show_default=True, help="Side of the centre crop in pixels.")
+@click.option("--flip", is_flag=True, help="With the horizontal mirror as a second view.")
+@click.option("--model", metavar="NAME", help="SiT to train, for the speedup: SiT-B/2.")
+@click.option("--budget", metavar="SIZE", help="Say what fits: 500GB, 1.5TB.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Images a forward pass of the probe.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the probe.")
+@click.option("--device", metavar="DEVICE", help="cpu or cuda. [default: cuda where there is one]")
+@click.option("--probe/--no-probe", default=True, help="Measure each model for about two seconds, or leave hours out.")
+def estimate(
+    encoders: tuple[str, ...],
+    num_images: int,
+    autoencoder: str,
+    resolution: int,
+    flip: bool,
+    model: str | None,
+    budget: str | None,
+    batch_size: int,
+    precision: str,
+    device: str | None,
+    probe: bool,
+) -> None:
+    """Say what a cache would cost: bytes by dtype, encoder-hours here, the speedup of training from it.
+
+    \b
+    repa-cache estimate --encoder dinov2 --encoder clip --images 1281167 --model SiT-B/2 --budget 500GB
+
+    Speedup counts multiply-accumulates, at equal efficiency of the hardware: 3 SiT forwards a step, with the frozen
+    models or without.
+    """
+    from ...cache_specs.sizes import parse_bytes
+    from ...cache_specs.tables import resolve_autoencoder, resolve_encoder
+    from ..checking.estimate import budget_lines, cost_lines, model_costs, planned_layout, sit_gmac, speedup_line
+
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: expected at least 1")
+    limit = None if budget is None else parse_bytes(budget, where="--budget")
+    layout = planned_layout(num_images=num_images, resolution=resolution, flip=flip)
+    models = [(FEATURES, resolve_encoder(name, resolution=resolution)) for name in dict.fromkeys(encoders)]
+    latent_size = resolution // 8  # of the SD VAE, where no autoencoder says otherwise
+    if autoencoder != "none":
+        latents = resolve_autoencoder(autoencoder, resolution=resolution)
+        latent_size = latents.spec["latent_size"][0]
+        models.insert(0, (LATENTS, latents))
+    if not models:
+        raise UsageError("nothing to estimate: name at least one --encoder or an --autoencoder")
+    sit = None if model is None else sit_gmac(model, latent_size=latent_size)
+    rates = _measure(models, resolution, batch_size, precision, device) if probe else {}
+    costs = model_costs(models, layout, rates)
+    for line in cost_lines(costs, layout):
+        click.echo(line)
+    if model is not None and sit is not None:
+        click.echo(speedup_line(model, sit, costs))
+    if limit is not None:
+        for line in budget_lines(limit, costs):
+            click.echo(line)
+
+
+def _measure(
+    models: "list[tuple[str, ResolvedModel]]", resolution: int, batch_size: int, precision: str, device: str | None
+) -> dict[str, float]:
+    """Return images/s by name of the models that fit this device's memory."""
+    import torch
+
+    from ..checking.throughput import fits_memory, measure
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"resolution": resolution, "batch_size": batch_size, "precision": precision, "device": device}
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    click.echo(f"forwards measured on {device}{threads}, {precision}, batches of {batch_size}, one device")
+    return {
+        model.name: measure(kind, model, **options)  # type: ignore[arg-type]  # mixed values of keywords
+        for kind, model in models
+        if fits_memory(model.entry.params_m, device)
+    }

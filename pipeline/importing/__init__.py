@@ -1,0 +1,1 @@
+"""`repa-cache import`: latents that others have computed, read as they lie and written as a component."""

@@ -1,0 +1,1 @@
+"""The frozen networks: encoders and autoencoders by loader, their weights, and what a picture is to each."""

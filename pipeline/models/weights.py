@@ -1,0 +1,88 @@
+"""Whose weights these are: a digest of what was loaded, and one clear line where nothing can be loaded."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...cache_specs.errors import UsageError
+from ...cache_specs.fingerprint import weights_digest
+
+NO_WEIGHTS = "none"
+RANDOM_SEED = 0  # random weights are the same on every worker, and say what they are in the group's name
+
+
+def digest_of(model: torch.nn.Module) -> str:
+    """Return `sha256:<digest>` over the model's state dict: the same from the hub, a .pth or a .safetensors."""
+    return "sha256:" + weights_digest(_tensors(model.state_dict()))
+
+
+def _tensors(state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        data = tensor.reshape(-1).view(torch.uint8).numpy()
+        yield name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data.data
+
+
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keep the hub client's retries and deprecations from the screen: what failed is said in our one line."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning)
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def check_weights_file(name: str, file: Path) -> None:
+    """Raise `UsageError` for a --weights file that is not there or whose ending says nothing."""
+    if not file.exists():
+        raise UsageError(f"--weights {name}={file}: no such file")
+    if file.is_file() and file.suffix not in (".safetensors", ".pth", ".pt", ".bin", ".tar"):
+        raise UsageError(f"--weights {name}={file}: expected .safetensors, .pth, .pt, .bin or .pth.tar")
+
+
+def read_state_dict(file: Path) -> dict[str, Any]:
+    """Return what a .safetensors or a .pth holds, on the CPU; a .pth is unpickled as weights only, never as code."""
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"a {type(loaded).__name__}, expected tensors by name")
+    return dict(loaded)
+
+
+def hub_file(place: str) -> Path:
+    """Fetch `hf.co/OWNER/REPOSITORY/FILE` by the hub's own client and return where it lies."""
+    from huggingface_hub import hf_hub_download
+
+    owner, repository, file = place.removeprefix("hf.co/").split("/", 2)
+    return Path(hf_hub_download(f"{owner}/{repository}", file))
+
+
+def no_weights_error(name: str, model: str, error: Exception) -> UsageError:
+    """Return the line for weights that could not be downloaded, with both ways out."""
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UsageError(
+        f"{name}: the pretrained weights of {model} could not be had from the hub "
+        f"({type(error).__name__}: {reason[:200]}). "
+        f"Give a local file with --weights {name}=FILE.safetensors (or .pth), or take --random-weights for a dry run "
+        "of the pipeline; such a component is named so"
+    )
+
+
+def wrong_weights_error(name: str, file: Path, error: Exception) -> UsageError:
+    """Return the line for a weights file that does not fit the model, naming the first differences."""
+    text = " ".join(str(error).split())
+    return UsageError(f"--weights {name}={file}: does not fit {name}: {text[:400]}")

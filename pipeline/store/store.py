@@ -1,0 +1,226 @@
+"""The cache as a build sees it: create it, add a component, commit a range, finish.
+
+What is there is the only record (DESIGN: no journal). A range of a component is done when every array has its shard,
+`valid` last. A shard comes in by a rename on disk, by a put in an object store: a kill at any moment leaves either the
+old file or the new one.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from ...cache_specs.errors import CacheError, JobError, UsageError
+from ...cache_specs.group import METADATA, component_names, group_attributes
+from ...cache_specs.layout import COMPLETE, PARTIAL_FOLDER, CacheLayout
+from ...cache_specs.locks import locked
+from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
+from ...cache_specs.storage import LocalPath, Location, location
+from ..images.manifest import Manifest
+from .metadata import component_files, root_files
+
+# What zarr raises on damaged metadata or chunks, as seen by flipping bits: it has no class of its own for them.
+ZARR_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError)
+
+
+class CacheStore:
+    """One cache, in a folder or below a URL, open for building or checking."""
+
+    def __init__(self, path: str | Path | Location, layout: CacheLayout) -> None:
+        self.path = location(path)
+        self.layout = layout
+
+    # Creation and opening
+
+    @classmethod
+    def open(cls, path: str | Path | Location) -> "CacheStore":
+        """Open an existing cache; raise `CacheError` where there is none."""
+        attributes = group_attributes(location(path))
+        if attributes is None:
+            raise CacheError(f"{path}: no cache here; make one with repa-cache build --cache {path} --data FOLDER")
+        return cls(path, CacheLayout.from_attributes(attributes, str(path)))
+
+    @classmethod
+    def create_or_open(cls, path: str | Path | Location, layout: CacheLayout, manifest: Manifest) -> "CacheStore":
+        """Create the cache of `manifest`, or open the one that is there if it holds exactly that data.
+
+        Metadata that was deleted from it is written again. Raises `CacheError` naming the first field in which the
+        cache on disk differs, and `UsageError` for a folder that holds something else.
+        """
+        store = cls(path, layout)
+        with store.lock("cache", wait=True):
+            attributes = group_attributes(store.path)
+            if attributes is None:
+                foreign = _foreign_entries(store.path)
+                if foreign:
+                    raise UsageError(
+                        f"--cache {path}: the folder holds other things ({foreign[0]}) and no cache; name a new one"
+                    )
+            else:
+                _check_same_cache(store.path, CacheLayout.from_attributes(attributes, str(path)), layout)
+            rows = {"sample_id": manifest.sample_ids, "label": manifest.labels}
+            store._write_missing(store.path, root_files(layout, rows))
+            return store
+
+    def _write_missing(self, folder: Location, files: Mapping[str, bytes]) -> None:
+        """Write, in their order, those files that are not there."""
+        for name, data in files.items():
+            if (folder / name).size() is None:
+                (folder / name).write(data)
+
+    # Components
+
+    def component(self, path: str) -> ComponentSpec | None:
+        """Return the spec on disk of the component at `path` (`features/hog`), or None."""
+        attributes = group_attributes(self.path / path)
+        return None if attributes is None else ComponentSpec.from_attributes(attributes, str(self.path / path))
+
+    def components(self) -> list[str]:
+        """Return the paths of all components, latents first, by name."""
+        return [f"{kind}/{name}" for kind in (LATENTS, FEATURES) for name in component_names(self.path, kind)]
+
+    def create_component(self, spec: ComponentSpec) -> None:
+        """Add the empty component, or check that the one on disk is the same; raise `CacheError` naming the field.
+
+        Metadata that was deleted from it is written again. Shards without the component's own record are kept where
+        `valid` says that they are this component's, and removed where not: they would pass as its own.
+        """
+        files = component_files(spec, self.layout)
+        found = self.component(spec.path)
+        if found is not None:
+            difference = found.difference(spec)
+            if difference:
+                raise CacheError(
+                    f"{self.path}: {spec.path} on disk differs from what is asked: {difference}; "
+                    "build it in another cache, or ask for what is there"
+                )
+            if found.fingerprint(self.layout) != (group_attributes(self.path / spec.path) or {}).get("fingerprint"):
+                raise CacheError(
+                    f"{self.path}: {spec.path}: the fingerprint does not match its spec; run repa-cache verify"
+                )
+        elif not self._owns_shards(self.path / spec.path, files):
+            (self.path / spec.path).delete_tree()
+        self._write_missing(self.path / spec.path, files)
+
+    def _owns_shards(self, folder: Location, files: Mapping[str, bytes]) -> bool:
+        name = f"valid/{METADATA}"  # its fingerprint, and its codecs: a compressor is no part of that
+        try:
+            return bool(json.loads((folder / name).read() or b"") == json.loads(files[name]))
+        except (CacheError, ValueError):
+            return False
+
+    def reopen_component(self, spec: ComponentSpec) -> None:
+        """Take back `complete` and its results from a component that has lost a range: both will be made anew."""
+        if self.is_complete(spec.path) and self.missing_ranges(spec):
+            (self.path / spec.path / METADATA).write(component_files(spec, self.layout)[METADATA])
+
+    def complete_component(self, spec: ComponentSpec, results: Mapping[str, Any]) -> None:
+        """Write `results` and, last, `complete` into the component's attributes, at once."""
+        files = component_files(spec, self.layout, {**results, COMPLETE: True})
+        (self.path / spec.path / METADATA).write(files[METADATA])
+
+    def take_back(self, spec: ComponentSpec, ranges: Iterable[int]) -> None:
+        """Make `ranges` missing again, by the shards of `valid` that record them as done."""
+        layout = spec.arrays(self.layout)[-1]
+        for index in ranges:
+            (self.path / spec.path / layout.name / layout.shard_file(index)).delete()
+
+    def is_complete(self, path: str) -> bool:
+        return bool((group_attributes(self.path / path) or {}).get(COMPLETE))
+
+    def missing_ranges(self, spec: ComponentSpec) -> list[int]:
+        """Return the sample ranges of which some array has no shard."""
+        done = set(range(self.layout.num_ranges))
+        for layout in spec.arrays(self.layout):
+            names = (self.path / spec.path / layout.name).names()
+            done = {k for k in done if layout.shard_file(k) in names}
+        return [k for k in range(self.layout.num_ranges) if k not in done]
+
+    def read(self, array: str, start: int, stop: int) -> np.ndarray:
+        """Return rows of `array` (`features/hog/valid`) through zarr, every checksum checked."""
+        stored = self.path / array
+        try:
+            with stored.reading():
+                return np.asarray(zarr.open_array(stored.zarr_store(), mode="r")[start:stop])
+        except ZARR_ERRORS as error:
+            raise CacheError(f"{self.path / array}: samples {start} to {stop - 1} cannot be read ({error})") from error
+
+    # Partial files and locks
+
+    @property
+    def partial(self) -> Path:
+        """The folder on this machine for half-written shards and locks."""
+        return self.path.scratch()
+
+    def partial_folder(self, spec_path: str) -> Path:
+        """Return where half-written shards of a component lie."""
+        return self.partial / spec_path.replace("/", ".")
+
+    @contextlib.contextmanager
+    def lock(self, name: str, *, wait: bool = False) -> Iterator[None]:
+        """Hold the lock of a component (or of the cache's creation) and clear what a killed build left half-written.
+
+        flock: the lock dies with the process. Raises `JobError` where another process holds it and `wait` is false.
+        """
+        file = self.partial / (name.replace("/", ".") + ".lock")
+        option = "--cache" if isinstance(self.path, LocalPath) else "TMPDIR"
+        with locked(file, wait=wait, option=option) as held:
+            if not held:
+                alone = "; encoders alone are built beside it with --autoencoder none"
+                without = alone if name.startswith(LATENTS) else ""
+                raise JobError(
+                    f"{self.path}: another build of {name} is running; wait for it, then run this again if needed"
+                    f"{without}"
+                )
+            try:
+                _remove_partials(self.partial_folder(name))
+                yield
+            finally:
+                _remove_partials(self.partial_folder(name))
+
+    def commit_range(self, spec: ComponentSpec, index: int, partials: Mapping[str, Path]) -> None:
+        """Bring finished partial files of one range into place, `valid` last, each folder made durable first."""
+        *values, valid = spec.arrays(self.layout)
+        group = self.path / spec.path
+        for layout in values:
+            (group / layout.name / layout.shard_file(index)).take(partials[layout.name])
+        for layout in values:
+            (group / layout.name).sync()
+        (group / valid.name / valid.shard_file(index)).take(partials[valid.name])
+        (group / valid.name).sync()
+
+
+def _remove_partials(folder: Path) -> None:
+    # A worker of a killed build may write on for a moment; what it adds now is cleared when this build ends.
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_same_cache(path: Location, found: CacheLayout, asked: CacheLayout) -> None:
+    hints = {
+        "manifest_fingerprint": " (other file names or labels)",
+        "views": " (--flip)",
+        "num_samples": " (images were added or removed)",
+    }
+    fields = ("num_samples", "manifest_fingerprint", "resolution", "crop", "views", "class_names", "shard_samples")
+    for field in fields:
+        old, new = getattr(found, field), getattr(asked, field)
+        if old != new:
+            raise CacheError(
+                f"{path}: the cache on disk differs from what is asked: {field}{hints.get(field, '')}: "
+                f"found {_brief(old)}, asked {_brief(new)}; use another --cache, or the options it was made with"
+            )
+
+
+def _foreign_entries(path: Location) -> list[str]:
+    own = {PARTIAL_FOLDER, LATENTS, FEATURES, "sample_id", "label", METADATA + ".partial"}
+    return sorted(path.names() - own)
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,121 @@
+"""One worker: the device goes on while rows are written and ranges committed, and never further than one sub-batch."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from repa.cache_specs.errors import CacheError
+from repa.pipeline.building.encode import Worker
+from repa.pipeline.building.plan import BuildOptions, plan_build
+from repa.pipeline.images.decode import DecodedBatch, decode_batch
+from repa.pipeline.images.manifest import Manifest, scan_folder
+from repa.pipeline.store.component_writer import ComponentWriter
+from repa.pipeline.store.store import CacheStore
+
+PATH = "features/hog-grid4"
+
+
+class SmallRanges:
+    """Two ranges of 8 samples, four sub-batches each; `did` names what was done, in its order."""
+
+    def __init__(self, manifest: Manifest, cache: Path) -> None:
+        options = BuildOptions(
+            manifest=manifest,
+            cache=cache,
+            encoders=("hog:grid=4",),
+            autoencoder="none",
+            resolution=16,
+            shard_samples=8,
+        )
+        plan = plan_build(options)
+        self.store = CacheStore.create_or_open(cache, plan.layout, manifest)
+        self.worker = Worker(self.store.path, plan.layout, plan.requests, device="cpu", threads=1)
+        for component in self.worker.components:
+            self.store.create_component(component)
+        self.did: list[str] = []
+        self.encoding = threading.Condition()
+        self._manifest = manifest
+        self._encode = self.worker._encoders[PATH]
+        self.worker._encoders[PATH] = self._noted
+
+    def _noted(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        arrays = self._encode(images)
+        with self.encoding:
+            self.did.append("encode")
+            self.encoding.notify_all()
+        return arrays
+
+    def batches(self, index: int) -> Iterator[DecodedBatch]:
+        for start in range(8 * index, 8 * index + 8, 2):
+            ids = self._manifest.sample_ids[start : start + 2].tolist()
+            yield decode_batch(self._manifest.source, ids, 16, np.zeros(2, dtype=np.int64))
+
+    def encode(self, index: int) -> Any:
+        return self.worker.encode_range(index, [PATH], self.batches(index), skip_bad=False)
+
+    def hold(self, monkeypatch: pytest.MonkeyPatch, method: str, until: int) -> None:
+        """Make the first call of a writer's method wait until `until` sub-batches are encoded."""
+        plain, calls = getattr(ComponentWriter, method), []
+
+        def held(*arguments: Any, **named: Any) -> Any:
+            with self.encoding:
+                if not calls:
+                    assert self.encoding.wait_for(lambda: self.did.count("encode") >= until, timeout=60)
+                calls.append(method)
+                self.did.append(method)
+            return plain(*arguments, **named)
+
+        monkeypatch.setattr(ComponentWriter, method, held)
+
+
+@pytest.fixture
+def ranges(make_images: Callable[..., list[Path]], tmp_path: Path) -> Iterator[SmallRanges]:
+    make_images(tmp_path / "images", num=16)
+    small = SmallRanges(scan_folder(tmp_path / "images"), tmp_path / "cache")
+    yield small
+    small.worker.close()
+
+
+def test_the_next_sub_batch_is_encoded_while_one_is_written_and_no_further_one(
+    ranges: SmallRanges, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges.hold(monkeypatch, "append", until=2)
+    assert ranges.encode(0).result().written == [PATH]
+    assert ranges.did[:3] == ["encode", "encode", "append"]
+    ahead = np.cumsum([{"encode": 1, "append": -1}[name] for name in ranges.did])
+    assert (ahead.max(), ahead[-1]) == (2, 0)
+
+
+def test_the_next_range_is_encoded_while_one_is_committed(ranges: SmallRanges, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges.hold(monkeypatch, "commit", until=5)
+    first, second = ranges.encode(0), ranges.encode(1)
+    assert [future.result().written for future in (first, second)] == [[PATH], [PATH]]
+    (component,) = ranges.worker.components
+    assert ranges.store.missing_ranges(component) == []
+
+
+@pytest.mark.parametrize("call", [1, 4])
+def test_what_the_disk_refuses_ends_the_range_and_leaves_nothing_behind(
+    ranges: SmallRanges, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    plain, calls = ComponentWriter.append, []
+
+    def refused(*arguments: Any, **named: Any) -> Any:
+        calls.append(call)
+        if len(calls) == call:
+            raise CacheError("the disk is full")
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(ComponentWriter, "append", refused)
+    with pytest.raises(CacheError, match="the disk is full"):
+        ranges.encode(0).result()
+    (component,) = ranges.worker.components
+    assert ranges.store.missing_ranges(component) == [0, 1]
+    assert list(ranges.store.partial_folder(PATH).iterdir()) == []
+    # The worker goes on: the next range is another matter.
+    assert ranges.encode(1).result().written == [PATH]

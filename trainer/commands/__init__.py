@@ -1,0 +1,1 @@
+"""The command lines `repa-train`, `repa-sample`, `repa-cknna`, and the one door to `repa.pipeline`."""

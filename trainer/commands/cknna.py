@@ -1,0 +1,62 @@
+"""`repa-cknna`: how far the layers of a trained SiT agree with an encoder's vectors."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...cache_specs.errors import one_line_errors
+from .train import CONTEXT
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("checkpoint", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
+@click.option("--cache", metavar="DIR|URL", required=True, help="Its latents and its encoder's tokens.")
+@click.option("--encoder", metavar="NAME", help="[default: the only one in the cache]")
+@click.option("--depth", "depths", type=int, multiple=True, help="Block, from 1; repeatable. [default: all]")
+@click.option("--t", "times", type=float, multiple=True, default=[0.5], show_default=True, help="Time; repeatable.")
+@click.option("--num", type=int, default=10_000, show_default=True, help="Images.")
+@click.option("--k", type=int, default=10, show_default=True, help="Neighbours.")
+@click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+def cknna_command(checkpoint: Path, **options: Any) -> None:
+    """Measure whether SiT's layers and an encoder agree on who is near whom (CKNNA, mean-pooled tokens).
+
+    \b
+    repa-cknna runs/irepa --cache caches/in1k --encoder dinov2-vit-b --depth 4 --depth 8 --t 0.5
+    """
+    with one_line_errors("repa-cknna"):
+        _cknna(checkpoint, **options)
+
+
+def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any) -> None:
+    import torch
+
+    from ..distributed import default_device
+    from ..evaluating.reference import Reference
+    from ..models.layers import pooled_layers
+    from ..models.pretrained import open_model
+    from ..reading.reader import CacheReader
+    from .borrowed import cknna
+
+    trained = open_model(checkpoint, weights=options["weights"])
+    latents = trained.latents(None)
+    model = trained.model.to(options["device"] or default_device())
+    reader = CacheReader(cache, autoencoder=latents.name, encoder=())
+    reference = Reference(cache, autoencoder=latents.name, encoder=encoder, pooling="mean")
+    rows = reference.some_rows(options["num"], seed=0)
+    vectors = torch.from_numpy(reference.vectors(rows))
+    depths = options["depths"] or tuple(range(1, model.config.depth + 1))
+    untrained = "  UNTRAINED ENCODER: no result" if reference.component.spec["random_weights"] else ""
+    click.echo(f"{trained.path}: CKNNA with {reference.name}, k = {options['k']}, {len(rows)} images{untrained}")
+    for t in options["times"]:
+        layers = pooled_layers(
+            model, reader, rows, t=t, depths=depths, norm=latents.norm, interpolant=trained.interpolant
+        )
+        for depth, tokens in layers.items():
+            click.echo(f"  t {t:g}  after block {depth:>2}  {cknna(tokens, vectors, options['k']):.4f}")
+
+
+def cknna() -> None:
+    """Entry point of repa-cknna."""
+    cknna_command(prog_name="repa-cknna")

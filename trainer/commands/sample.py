@@ -1,0 +1,115 @@
+"""`repa-sample`: parse, load a model and its decoder, draw. torch is imported when it runs, not for its help."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ...cache_specs.errors import one_line_errors
+from .train import CONTEXT
+
+if TYPE_CHECKING:
+    from ..distributed import World
+    from ..models.pretrained import TrainedModel
+    from ..sampling.sample import SampleRequest
+
+MOST_LABEL_CHARACTERS = 60  # in a file's name, of which file systems take 255 bytes
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("checkpoint", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
+@click.option("--num", type=int, default=64, show_default=True, help="Images to draw.")
+@click.option("--steps", type=int, default=50, show_default=True, help="Steps of the sampler.")
+@click.option("--sampler", default="euler", show_default=True, metavar="euler|heun|sde")
+@click.option("--cfg-scale", type=float, default=1.0, show_default=True, help="Classifier-free guidance; 1 is none.")
+@click.option("--guidance-low", type=float, default=0.0, show_default=True, help="Guide where t is at least this.")
+@click.option("--guidance-high", type=float, default=1.0, show_default=True, help="Guide where t is at most this.")
+@click.option("--labels", default="random", show_default=True, metavar="random|balanced|0,3,7")
+@click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="The .npz. [default: RUN/samples, named by the request]")
+@click.option("--batch-size", type=int, default=64, show_default=True, help="Images at a time, on each rank.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@click.option("--autoencoder", metavar="NAME", help="Of a published checkpoint, which does not say: sd-vae-ft-mse.")
+@click.option("--autoencoder-weights", type=click.Path(path_type=Path), help="Local weights of the decoder.")
+def sample_command(checkpoint: Path, **options: Any) -> None:
+    """Draw samples from a run or a checkpoint: an .npz for FID tools (arr_0, uint8 NHWC) and a grid PNG.
+
+    \b
+    repa-sample runs/irepa --num 64 --labels balanced
+    repa-sample runs/irepa --num 50000 --sampler sde --steps 250 --cfg-scale 1.8 --guidance-high 0.7
+    torchrun --nproc-per-node 8 --no-python repa-sample runs/irepa --num 50000
+
+    Image i depends on the seed and i only. Interrupted, the same command goes on where it was.
+    """
+    with one_line_errors("repa-sample"):
+        from ..distributed import default_device, join
+
+        with join(options.pop("device") or default_device()) as world:
+            _sample(checkpoint, world, **options)
+
+
+def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
+    import torch
+
+    from ..evaluating.grids import sheet_of_file
+    from ..models.pretrained import open_model
+    from ..runs.metrics import Progress
+    from ..sampling.sample import SampleRequest, parse_labels
+    from ..sampling.sample_file import sample_to_npz
+    from ..sampling.samplers import SamplerConfig
+    from .borrowed import load_decoder
+
+    names = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high")
+    request = SampleRequest(
+        num=options["num"],
+        seed=options["seed"],
+        labels=parse_labels(options["labels"]),
+        sampler=SamplerConfig(**{name: options[name] for name in names}),
+    )
+    trained = open_model(checkpoint, weights=options["weights"])
+    model = trained.model.to(world.device)
+    latents = trained.latents(options["autoencoder"])
+    decode, decoder = load_decoder(latents, weights=options["autoencoder_weights"], device=str(world.device))
+    precision = options["precision"]
+    with (
+        torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"),
+        Progress(done=0, total=request.num, unit="image", shown=world.is_main) as progress,
+    ):
+        npz = sample_to_npz(
+            model,
+            request,
+            options["out"] or samples_file(trained, request, options["weights"], precision),
+            interpolant=trained.interpolant,
+            norm=latents.norm,
+            decode=decode,
+            decoder=decoder,
+            batch_size=options["batch_size"],
+            world=world,
+            about={"precision": precision},
+            progress=progress.advance,
+        )
+    if world.is_main:
+        click.echo(f"{request.num} samples: {npz}")
+        click.echo(f"grid: {sheet_of_file(npz, request=request, num_classes=model.config.num_classes)}")
+
+
+def samples_file(trained: "TrainedModel", request: "SampleRequest", weights: str, precision: str) -> Path:
+    """Return where samples go by default: RUN/samples, or beside a lone checkpoint, named by what was asked."""
+    sampler = request.sampler
+    labels = request.labels if isinstance(request.labels, str) else "-".join(map(str, request.labels))
+    if len(labels) > MOST_LABEL_CHARACTERS:
+        labels = f"{len(request.labels)}labels{hashlib.sha256(labels.encode()).hexdigest()[:12]}"
+    name = f"{trained.path.stem}-{weights}-{precision}-{sampler.sampler}{sampler.steps}-cfg{sampler.cfg_scale:g}"
+    if sampler.cfg_scale > 1:
+        name += f"-t{sampler.guidance_low:g}to{sampler.guidance_high:g}"
+    folder = trained.path.parent
+    run = folder.parent if folder.name == "checkpoints" else folder
+    return run / "samples" / f"{name}-{labels}-seed{request.seed}-{request.num}.npz"
+
+
+def sample() -> None:
+    """Entry point of repa-sample."""
+    sample_command(prog_name="repa-sample")

@@ -1,0 +1,146 @@
+"""`repa-train`: parse, resolve the settings, call one function. torch is imported when it runs, not for its help."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ...cache_specs.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from ..distributed import World
+    from ..runs.config import RunConfig
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.command(context_settings=CONTEXT)
+@click.option("--cache", metavar="DIR|URL", help="Cache made by repa-cache build: a folder, s3://bucket/prefix.")
+@click.option("--stage", metavar="DIR", help="Copy what is read to a local disk first; all runs share the copy.")
+@click.option("--encoder", "encoders", multiple=True, metavar="NAME", help="Encoder to align with, repeatable.")
+@click.option("--autoencoder", metavar="NAME", help="Latents to train on. [default: the only ones in the cache]")
+@click.option("--model", metavar="SiT-B/2", help="SiT-{Ti,S,B,L,XL}/patch.")
+@click.option("--recipe", metavar="NAME", help="sit, repa, irepa or irepa-release (trainer/runs/recipes.yaml).")
+@click.option("--steps", type=int, help="Optimizer steps in all. [default: 400000]")
+@click.option("--batch-size", type=int, help="Samples a step, over all ranks. [default: 256]")
+@click.option("--out", metavar="RUN", help="Folder of the run: config, metrics, checkpoints, grids.")
+@click.option("--config", "files", multiple=True, type=click.Path(path_type=Path), help="YAML file of settings.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting; wins over --config.")
+@click.option("--shuffle", metavar="global|blocks", help="Blocks: by shards, for slow disks and object stores.")
+@click.option("--prefetch-bytes", metavar="SIZE", help="Bound of what is read ahead. [default: 512MB]")
+@click.option("--check-reads", is_flag=True, default=None, help="Verify the checksum of every row that is read.")
+@click.option("--compile", is_flag=True, default=None, help="Compile the model (torch.compile).")
+@click.option(
+    "--resume", type=click.Choice(["auto"]), help="Continue the run in --out, or start it where there is none."
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
+@click.option("--dry-run", is_flag=True, help="Check settings, cache and --out; say what would run; write nothing.")
+def train_command(
+    files: tuple[Path, ...],
+    assignments: tuple[str, ...],
+    resume: str | None,
+    device: str | None,
+    dry_run: bool,
+    **flags: Any,
+) -> None:
+    """Train SiT from a cache, aligned with the encoders whose tokens it holds.
+
+    \b
+    repa-train --cache caches/in1k --model SiT-B/2 --recipe irepa --out runs/irepa
+    repa-train --cache caches/in1k --model SiT-B/2 --recipe irepa --out runs/irepa --resume auto
+    torchrun --nproc-per-node 8 --no-python repa-train --cache caches/in1k --model SiT-XL/2 ...
+
+    Settings: defaults < recipe < --config < --set < the flags above. The resolved ones are printed and stored as
+    config.json; SIGTERM saves at the next step.
+    """
+    with one_line_errors("repa-train"):
+        from ..distributed import default_device, join
+
+        config = resolve_flags(files, assignments, flags)
+        with join(device or default_device()) as world:
+            if dry_run:
+                _explain(config, world, resume=resume == "auto")
+            else:
+                _train(config, world, resume=resume == "auto")
+
+
+def resolve_flags(files: tuple[Path, ...], assignments: tuple[str, ...], flags: dict[str, Any]) -> "RunConfig":
+    """Return the settings of a command line; the recipe and the model may stand in any of its sources."""
+    from ..runs.settings import Layer, file_layer, recipe_layer, required, resolve, set_layer
+
+    given = {key: value for key, value in flags.items() if value not in (None, ())}
+    sources = [*map(file_layer, files), set_layer(assignments), Layer(source="flags", values=given)]
+    recipe = recipe_layer(required("recipe", sources), required("model", sources))
+    return resolve([recipe, *sources])
+
+
+def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
+    from ..evaluating.grids import draw_training_grid
+    from ..rows.open_files import raise_limit
+    from ..runs.resume import enter_folder
+    from ..runs.run import describe, latent_source, prepare
+    from ..training.loop import train
+    from .borrowed import load_decoder, load_evaluation
+
+    raise_limit()  # a global shuffle comes by every shard: thousands of files
+    copy = None
+    if config.stage is not None:
+        _checked(config, world, resume=resume)  # what would be refused is so before hours of copying
+        config, copy = _staged(config, world)
+    run = prepare(config, world, copy=copy)
+    decode = None
+    if config.grid.every and world.is_main:
+        weights = None if config.grid.autoencoder_weights is None else Path(config.grid.autoencoder_weights)
+        decode, _ = load_decoder(latent_source(run.reader, run.norm), weights=weights, device=str(world.device))
+    evaluation = load_evaluation(run) if config.evaluation.every else None
+    with enter_folder(run, resume=resume):
+        if world.is_main:
+            click.echo(describe(run.config, run.reader, run.norm, world))
+        train(run, draw_grid=lambda run: draw_training_grid(run, decode), evaluation=evaluation)
+    if world.is_main:
+        click.echo(f"{run.folder}: {run.step} of {run.config.steps} steps done")
+
+
+def _staged(config: "RunConfig", world: "World") -> tuple["RunConfig", Path]:
+    """Copy what the run reads, a line a tenth: whichever rank copies, all others of its machine wait."""
+    from ...cache_specs.sizes import human_bytes
+    from ..runs.run import stage
+
+    tenths = {0}  # told already, of one component
+
+    def tell(done: int, total: int) -> None:
+        if done == 0:
+            tenths.intersection_update({0})
+        elif (tenth := 10 * done // total) not in tenths:
+            tenths.add(tenth)
+            click.echo(f"staged {human_bytes(done)} of {human_bytes(total)}")
+
+    return stage(config, on_progress=tell, on_message=lambda line: click.echo(line) if world.is_main else None)
+
+
+def _explain(config: "RunConfig", world: "World", *, resume: bool) -> None:
+    described, step = _checked(config, world, resume=resume)
+    if world.is_main:
+        click.echo(described)
+        click.echo(f"start: step {step}")
+        click.echo("dry run: nothing was trained or written")
+
+
+def _checked(config: "RunConfig", world: "World", *, resume: bool) -> tuple[str, int]:
+    """Check settings, cache and folder, writing nothing; return what would run, and from which step on."""
+    from ..runs.resume import check_folder
+    from ..runs.run import describe, latent_norm, open_cache, record
+
+    config, reader = open_cache(config, world)
+    norm = latent_norm(config, reader)
+    stored = check_folder(Path(config.out), record(config, reader, norm), reader, resume=resume)
+    return describe(config, reader, norm, world), stored["steps"] if stored else 0
+
+
+def train() -> None:
+    """Entry point of repa-train."""
+    train_command(prog_name="repa-train")
+
+
+if __name__ == "__main__":
+    train()

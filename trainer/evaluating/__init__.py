@@ -1,0 +1,1 @@
+"""How good samples are while training: Frechet distances, reference statistics, grids."""

@@ -1,0 +1,173 @@
+"""Evaluation while a run trains: samples of the EMA with fixed noise, and how far they are from the data.
+
+In: a run and two plain callables, to decode latents and to encode pictures as the cache's vectors were made. Out: a
+line an evaluated step in RUN/evaluation.jsonl, and the samples as an .npz for the field's own tools. Nothing in the run
+changes: noise and labels have streams of their own, and the EMA is only read.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...cache_specs.errors import JobError, UsageError
+from ..distributed import Stopped
+from ..runs.config import RunConfig
+from ..runs.run import Run
+from ..sampling.sample import Decoder, SampleRequest
+from ..sampling.sample_file import sample_to_npz
+from ..sampling.samplers import SamplerConfig
+from .frechet import check_number, frechet_distance, precision_recall
+from .reference import Reference
+
+FILE = "evaluation.jsonl"
+FOLDER = "evaluation"
+
+Encoder = Callable[[np.ndarray], np.ndarray]  # pictures [B,H,W,3] uint8 -> vectors [B,E] float32, as in the cache
+Scorer = Callable[[Path], dict[str, float]]  # the .npz of samples -> figures of the field's own tools, by name
+
+
+def open_reference(config: RunConfig) -> Reference:
+    """Return the vectors of real images that `config.evaluation` compares with.
+
+    The encoder is the named one, the run's own where it has one, or the only one in the cache. Raises UsageError where
+    there are no more samples, real or generated, than the encoder is wide.
+    """
+    settings = config.evaluation
+    encoder = settings.encoder or (config.encoders[0] if len(config.encoders) == 1 else None)
+    reference = Reference(config.cache, autoencoder=config.autoencoder, encoder=encoder, pooling=settings.pooling)
+    check_number(settings.num, reference.width, f"evaluation.num in the space of {reference.name}")
+    check_number(min(settings.num_real, len(reference.valid_rows)), reference.width, f"real images in {config.cache}")
+    return reference
+
+
+class Evaluation:
+    """Compares a run's samples with the data, in one encoder's space; the real vectors are read once.
+
+    Every rank calls `at`; all of them draw samples, rank 0 encodes them and writes.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        reference: Reference,
+        *,
+        decode: Decoder,
+        decoder: str,
+        encode: Encoder,
+        score: Scorer | None = None,
+        tell: Callable[[str], object] = print,
+    ) -> None:
+        self._score = score
+        self._tell = tell
+        self._reference = reference
+        self._decode = decode
+        self._decoder = decoder
+        self._encode = encode
+        settings = run.config.evaluation
+        self._real = reference.vectors(reference.some_rows(settings.num_real, run.config.seed))
+        self._request = SampleRequest(
+            num=settings.num,
+            seed=run.config.seed,
+            sampler=SamplerConfig(sampler=settings.sampler, steps=settings.steps, cfg_scale=settings.cfg_scale),
+        )
+
+    def missing(self, run: Run) -> bool:
+        """Say, on all ranks alike, whether this step is to be evaluated and has no record: a run ended over it."""
+        if run.step == 0 or run.step % run.config.evaluation.every:
+            return False
+        steps = [record["step"] for record in read_records(run.folder / FILE)] if run.world.is_main else [run.step]
+        return run.world.most([float(run.step not in steps)]) != [0.0]
+
+    def at(self, run: Run, stop: Callable[[], bool]) -> None:
+        """Evaluate the EMA at this step, write the record and tell it in a line.
+
+        `stop` is asked often; where it says so, the step stays without its record, and what was drawn is kept.
+        """
+        try:
+            npz = self._draw(run, stop)
+            if run.world.is_main:
+                record = self._record(run, npz, stop)
+                write_record(run.folder / FILE, record)
+                figures = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
+                self._tell(f"evaluation at step {run.step}  {figures}")
+        except Stopped:
+            if run.world.is_main:
+                self._tell(f"evaluation at step {run.step} stopped; --resume auto goes on with it")
+
+    def _record(self, run: Run, npz: Path, stop: Callable[[], bool]) -> dict[str, float]:
+        """Return the figures of the samples in `npz`; raise Stopped where `stop` says so."""
+        settings, vectors = run.config.evaluation, []
+        for pictures in pictures_of(npz, settings.batch_size):
+            if stop():
+                raise Stopped
+            vectors.append(self._encode(pictures))
+        generated = np.concatenate(vectors)
+        record = {"step": run.step, "num": len(generated)} | self.compare(generated, neighbours=settings.neighbours)
+        return record | ({} if self._score is None else self._score(npz))
+
+    def compare(self, generated: np.ndarray, *, neighbours: int) -> dict[str, float]:
+        """Return the figures of `generated` [N, E], each named by the space that it was taken in."""
+        space = self._reference.space
+        precision, recall = precision_recall(self._real[: len(generated)], generated, neighbours)
+        return {
+            f"frechet_{space}": frechet_distance(self._real, generated),
+            f"precision_{space}": precision,
+            f"recall_{space}": recall,
+        }
+
+    def _draw(self, run: Run, stop: Callable[[], bool]) -> Path:
+        sampler = self._request.sampler
+        name = f"{run.step:07d}-{sampler.sampler}{sampler.steps}-cfg{sampler.cfg_scale:g}-{self._request.num}.npz"
+        with torch.autocast(run.world.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"):
+            return sample_to_npz(
+                run.ema.model,
+                self._request,
+                run.folder / FOLDER / name,
+                interpolant=run.config.interpolant,
+                norm=run.norm,
+                decode=self._decode,
+                decoder=self._decoder,
+                batch_size=run.config.evaluation.batch_size,
+                world=run.world,
+                about={"precision": run.config.precision},
+                stop=stop,
+            )
+
+
+def pictures_of(npz: Path, batch_size: int) -> Iterator[np.ndarray]:
+    """Yield the rows of `arr_0` in batches, in order; np.load would hold all of them."""
+    with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+        for start in range(0, shape[0], batch_size):
+            num = min(batch_size, shape[0] - start)
+            yield np.frombuffer(file.read(num * row_bytes), dtype=dtype).reshape(num, *shape[1:])
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """Return the records of `file`, none where there is no such file. Raises UsageError where it is damaged."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return [record for line in lines if (record := json.loads(line))["step"] >= 0]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is damaged ({error!r}); move it away, then continue with --resume auto") from error
+
+
+def write_record(file: Path, record: dict[str, Any]) -> None:
+    """Put `record` after the lines of earlier steps: a step that is run again after a resume is not there twice."""
+    kept = [earlier for earlier in read_records(file) if earlier["step"] < record["step"]]
+    try:
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text("".join(f"{json.dumps(line)}\n" for line in [*kept, record]), encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        raise JobError(
+            f"{file} cannot be written ({error.strerror}); make room, then continue with --resume auto"
+        ) from error

@@ -1,0 +1,90 @@
+"""Sheets of samples: those that a run draws while it trains, and the first ones of a file of samples.
+
+In: a run or an .npz, and a decoder. Out: a PNG; without a decoder the latents, as .npy. A run's grids always show the
+same images, the same noise and labels from the EMA in eval mode, and draw from no generator that training uses.
+"""
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...cache_specs.errors import writing
+from ..runs.metrics import RESUME
+from ..runs.run import Run
+from ..sampling.sample import Decoder, SampleRequest, draw_samples, labels_of, save_grid
+from ..sampling.samplers import SamplerConfig
+
+FOLDER = "samples"
+GRID_IMAGES = 64
+MOST_CLASS_ROWS = 16  # up to here a sheet has one row a class
+
+
+def draw_training_grid(run: Run, decode: Decoder | None) -> Path:
+    """Draw `grid.num` samples of the EMA at this step into RUN/samples; return the file.
+
+    Raises JobError where the disk refuses it.
+    """
+    settings = run.config.grid
+    request = SampleRequest(
+        num=settings.num,
+        seed=run.config.seed,
+        labels="balanced",
+        sampler=SamplerConfig(sampler=settings.sampler, steps=settings.steps, cfg_scale=settings.cfg_scale),
+    )
+    with run.autocast():
+        images = draw_samples(
+            run.ema.model,
+            range(settings.num),
+            request,
+            interpolant=run.config.interpolant,
+            norm=run.norm,
+            decode=decode,
+        )
+    path = run.folder / FOLDER / f"{run.step:07d}.png"
+    with writing(path, then=RESUME):
+        return write_sheet(images, path, request=request, num_classes=run.model.config.num_classes)
+
+
+def sheet_of_file(npz: Path, *, request: SampleRequest, num_classes: int) -> Path:
+    """Write the first images of a finished file of samples beside it, as one sheet; return its path.
+
+    Raises JobError where the disk refuses it.
+    """
+    images, path = first_rows(npz, min(GRID_IMAGES, request.num)), npz.with_suffix(".png")
+    with writing(path, then="give the same command again"):
+        return write_sheet(images, path, request=request, num_classes=num_classes)
+
+
+def first_rows(npz: Path, num: int) -> np.ndarray:
+    """Return rows 0 .. num - 1 of `arr_0`, reading no more than them (np.load would read all)."""
+    with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        num_bytes = num * int(np.prod(shape[1:])) * dtype.itemsize
+        return np.frombuffer(file.read(num_bytes), dtype=dtype).reshape(num, *shape[1:])
+
+
+def write_sheet(images: np.ndarray, path: Path, *, request: SampleRequest, num_classes: int) -> Path:
+    """Write pictures [n,H,W,3] uint8 as a PNG, one row a class where that fits; latents as .npy. Return the path."""
+    if images.dtype != np.uint8:
+        path = path.with_suffix(".npy")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, images)
+        return path
+    labels = labels_of(range(len(images)), request, num_classes).tolist()
+    order, columns = arrange(labels)
+    save_grid(images[order], path, columns=columns)
+    return path
+
+
+def arrange(labels: Sequence[int]) -> tuple[list[int], int]:
+    """Return the order of images with these labels on a sheet, and its columns.
+
+    Where each class has as many images as the others, and there are not too many, a class is a row.
+    """
+    counts = np.unique(labels, return_counts=True)[1]
+    if len(set(counts.tolist())) == 1 and 1 < len(counts) <= MOST_CLASS_ROWS and counts[0] > 1:
+        return np.argsort(labels, kind="stable").tolist(), int(counts[0])
+    return list(range(len(labels))), max(1, round(len(labels) ** 0.5))

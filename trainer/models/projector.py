@@ -1,0 +1,114 @@
+"""The trainable map from SiT's hidden states [B,T,D] to an encoder's feature space [B,T,E].
+
+mlp is REPA's (arXiv 2410.06940, section 3.2), conv is iREPA's (arXiv 2512.10794, section 4), linear is the least one
+could do. Parameter names are the published ones: `{0,2,4}.*` for the MLP, as REPA's generation script loads it
+strictly, and `projection_layer.*` for the other two, as in iREPA's checkpoints.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ...cache_specs.errors import UsageError, nearest
+
+ProjectorKind = Literal["mlp", "conv", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """One projector: its kind, E = `out_dim`, and what only its kind reads."""
+
+    kind: ProjectorKind
+    out_dim: int
+    hidden_dim: int = 2048  # mlp
+    kernel_size: int = 3  # conv
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ProjectorKind):
+            raise UsageError(f"projector kind is {self.kind!r}; {nearest(str(self.kind), get_args(ProjectorKind))}")
+        if min(self.out_dim, self.hidden_dim) < 1:
+            raise UsageError(f"projector out_dim {self.out_dim}, hidden_dim {self.hidden_dim}; expected 1 or more")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise UsageError(f"projector kernel_size is {self.kernel_size}; expected an odd number, to keep the grid")
+
+
+class MLPProjector(nn.Sequential):
+    """Linear, SiLU, Linear, SiLU, Linear; xavier-uniform weights and zero biases, as SiT initialises its layers."""
+
+    def __init__(self, hidden_size: int, config: ProjectorConfig) -> None:
+        super().__init__(
+            nn.Linear(hidden_size, config.hidden_dim),
+            nn.SiLU(),
+            nn.Linear(config.hidden_dim, config.hidden_dim),
+            nn.SiLU(),
+            nn.Linear(config.hidden_dim, config.out_dim),
+        )
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Set every parameter from `generator`."""
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight, generator=generator)
+                nn.init.zeros_(layer.bias)
+
+
+class LinearProjector(nn.Module):
+    """One Linear; xavier-uniform weights and zero bias, as iREPA's code initialises it."""
+
+    def __init__(self, hidden_size: int, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.projection_layer = nn.Linear(hidden_size, config.out_dim)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Set every parameter from `generator`."""
+        nn.init.xavier_uniform_(self.projection_layer.weight, generator=generator)
+        nn.init.zeros_(self.projection_layer.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return [B,T,E] of tokens [B,T,D]."""
+        return self.projection_layer(tokens)
+
+
+class ConvProjector(nn.Module):
+    """One convolution over the token grid, zero-padded, no activation; PyTorch's own initialisation, as iREPA's.
+
+    A [B,T,D] tensor is a channels-last image as it lies in memory, so both changes of layout are views: the weight is
+    kept channels-last, and the output comes back as [B,T,E] without a copy (measured on the CPU; on a device whose
+    convolution answers in another layout, `reshape` would copy and change nothing else).
+    """
+
+    def __init__(self, hidden_size: int, config: ProjectorConfig, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        k = config.kernel_size
+        self.projection_layer = nn.Conv2d(hidden_size, config.out_dim, k, padding=k // 2)
+        self.projection_layer.to(memory_format=torch.channels_last)
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Set every parameter from `generator`."""
+        weight, bias = self.projection_layer.weight, self.projection_layer.bias
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+        if bias is not None:
+            bound = 1 / math.sqrt(weight[0].numel())
+            nn.init.uniform_(bias, -bound, bound, generator=generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return [B,T,E] of tokens [B,T,D], T row-major over the grid."""
+        num, num_tokens, _ = tokens.shape
+        image = tokens.unflatten(1, self.grid).permute(0, 3, 1, 2)  # [B,D,h,w], strides channels-last
+        return self.projection_layer(image).permute(0, 2, 3, 1).reshape(num, num_tokens, -1)
+
+
+Projector = MLPProjector | LinearProjector | ConvProjector
+
+
+def make_projector(hidden_size: int, config: ProjectorConfig, grid: tuple[int, int]) -> Projector:
+    """Return the projector that `config` describes, for SiT of width `hidden_size` and a token grid (h, w)."""
+    if config.kind == "mlp":
+        return MLPProjector(hidden_size, config)
+    if config.kind == "linear":
+        return LinearProjector(hidden_size, config)
+    return ConvProjector(hidden_size, config, grid)

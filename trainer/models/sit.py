@@ -1,0 +1,220 @@
+"""SiT, the diffusion transformer that is trained: noisy latents, times and labels in, velocity out.
+
+Scalable Interpolant Transformers (arXiv 2401.08740) on DiT's adaLN-Zero blocks (arXiv 2212.09748), with REPA's
+projectors tapping the tokens after block `encoder_depth`. Parameter names and shapes are those of the published
+checkpoints (trainer/models/checkpoint.py). Nothing here is random after construction: labels come already dropped.
+
+Shapes: B batch, C channels, T = (input_size / patch_size)^2 tokens in row-major order, D width, E encoder width.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...cache_specs.errors import UsageError, nearest
+from .blocks import FinalLayer, LabelEmbedder, Modulation, PatchEmbed, SiTBlock, TimestepEmbedder
+from .projector import Projector, ProjectorConfig, make_projector
+
+# depth, width, heads. SiT publishes S to XL; Ti is ours, for machines without a GPU: at 64 tokens a step of 32 samples
+# is about 15 GFLOP.
+SIZES = {
+    "Ti": (6, 128, 2),
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiTConfig:
+    """The shape of a SiT. `input_size` is the latent's side; `num_classes` does not count the null class."""
+
+    name: str
+    input_size: int
+    patch_size: int
+    in_channels: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    num_classes: int
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        for field in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            if getattr(self, field) < 1:
+                raise UsageError(f"{self.name}: {field} is {getattr(self, field)}; expected 1 or more")
+        if self.input_size % self.patch_size:
+            raise UsageError(
+                f"{self.name}: patches of {self.patch_size} do not divide latents of {self.input_size}x"
+                f"{self.input_size}. Choose a model whose patch does, such as {self.name.split('/')[0]}/1"
+            )
+        if self.hidden_size % (4 * self.num_heads):
+            raise UsageError(
+                f"{self.name}: hidden_size is {self.hidden_size}; expected a multiple of 4 x {self.num_heads} heads"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.input_size // self.patch_size, self.input_size // self.patch_size
+
+
+def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int) -> SiTConfig:
+    """Return the configuration of a model by name, "SiT-{Ti,S,B,L,XL}/patch" with any patch.
+
+    Raises UsageError for an unknown name, with the nearest known one, or a patch that does not divide `input_size`.
+    """
+    size, slash, patch = name.removeprefix("SiT-").partition("/")
+    known = [f"SiT-{size}/{patch if patch.isdecimal() else 2}" for size in SIZES]
+    if not (name.startswith("SiT-") and size in SIZES and slash and patch.isdecimal() and int(patch) > 0):
+        raise UsageError(f"unknown model {name!r}; {nearest(name, known)} (any patch size)")
+    depth, hidden_size, num_heads = SIZES[size]
+    return SiTConfig(
+        name=name,
+        input_size=input_size,
+        patch_size=int(patch),
+        in_channels=in_channels,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=num_heads,
+        num_classes=num_classes,
+    )
+
+
+class SiT(nn.Module):
+    """SiT with any number of projectors, which share one forward pass.
+
+    Weights are drawn on the CPU from generators of their own, SiT's from (seed, 0), projector k's from (seed, k + 1),
+    so that adding projectors changes no weight of SiT and the global generator is untouched. Under
+    `torch.device("meta")` only shapes are made.
+
+    Raises UsageError where projectors are asked for without an `encoder_depth` from 1 to the model's depth.
+    """
+
+    def __init__(
+        self,
+        config: SiTConfig,
+        projectors: Sequence[ProjectorConfig] = (),
+        *,
+        encoder_depth: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if projectors and not (encoder_depth is not None and 1 <= encoder_depth <= config.depth):
+            raise UsageError(
+                f"{config.name} has {config.depth} blocks; encoder_depth is {encoder_depth}. "
+                f"Choose the block after which the projectors read, from 1 to {config.depth}"
+            )
+        self.config = config
+        self.projector_configs = tuple(projectors)
+        self.encoder_depth = encoder_depth
+
+        shapes_only = torch.get_default_device().type == "meta"
+        with torch.device("meta"):  # PyTorch's own initialisation would draw from the global generator
+            self.x_embedder = PatchEmbed(config.in_channels, config.hidden_size, config.patch_size)
+            self.t_embedder = TimestepEmbedder(config.hidden_size)
+            self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+            # A parameter, though never trained: so it is in the published checkpoints and in the EMA.
+            self.pos_embed = nn.Parameter(
+                torch.empty(1, math.prod(config.grid), config.hidden_size), requires_grad=False
+            )
+            self.blocks = nn.ModuleList(
+                SiTBlock(config.hidden_size, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
+            )
+            self.projectors = nn.ModuleList(
+                make_projector(config.hidden_size, projector, config.grid) for projector in projectors
+            )
+            self.final_layer = FinalLayer(config.hidden_size, config.patch_size**2 * config.in_channels)
+        if not shapes_only:
+            self._allocate()
+            self._initialize(seed)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens, h and w; T = h * w."""
+        return self.config.grid
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for no class."""
+        return self.config.num_classes
+
+    def _allocate(self) -> None:
+        """Give every parameter memory on the CPU: `to_empty` without its import of sympy, half a second."""
+        for module in self.modules():
+            for name, shape in list(module.named_parameters(recurse=False)):
+                memory = torch.empty(shape.shape, dtype=shape.dtype)
+                module.register_parameter(name, nn.Parameter(memory, requires_grad=shape.requires_grad))
+
+    @torch.no_grad()
+    def _initialize(self, seed: int) -> None:
+        """Set every parameter: xavier-uniform Linear layers, normal(0.02) embeddings, zero gates and output."""
+        generator = torch.Generator().manual_seed(_derived_seed(seed, 0))
+        trunk = (module for name, module in self.named_modules() if not name.startswith("projectors"))
+        for module in trunk:
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        proj = self.x_embedder.proj
+        nn.init.xavier_uniform_(proj.weight.view(proj.out_channels, -1), generator=generator)  # as a Linear's
+        if proj.bias is not None:
+            nn.init.zeros_(proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=generator)
+        for layer in self.t_embedder.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02, generator=generator)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                for parameter in module.parameters():
+                    nn.init.zeros_(parameter)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        self.pos_embed.copy_(torch.from_numpy(sincos_pos_embed(self.config.hidden_size, self.grid)))
+        for index, projector in enumerate(cast(Iterable[Projector], self.projectors)):
+            projector.initialize(torch.Generator().manual_seed(_derived_seed(seed, index + 1)))
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor, return_projections: bool = False
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the velocity at x_t, and on request each projector's tokens, all from one call (one module for DDP).
+
+        x is [B,C,H,W]; t [B] in [0, 1]; y [B] int64 in [0, num_classes], labels already dropped. The velocity is
+        [B,C,H,W] and the projections are a tuple of [B,T,E], in the dtype that autocast gives them.
+        """
+        x = self.x_embedder(x) + self.pos_embed
+        conditioning = self.t_embedder(t) + self.y_embedder(y)
+        projections: tuple[Tensor, ...] = ()
+        for depth, block in enumerate(self.blocks, start=1):
+            x = block(x, conditioning)
+            if return_projections and depth == self.encoder_depth:
+                projections = tuple(projector(x) for projector in self.projectors)
+        velocity = self._unpatchify(self.final_layer(x, conditioning))
+        return (velocity, projections) if return_projections else velocity
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        """Put patches [B,T, patch * patch * C], rows, columns, then channels, together to [B,C,H,W]."""
+        patch = self.config.patch_size
+        images = patches.unflatten(1, self.grid).unflatten(-1, (patch, patch, -1))  # [B,h,w,p,p,C]
+        return images.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def sincos_pos_embed(hidden_size: int, grid: tuple[int, int]) -> np.ndarray:
+    """Return MAE's fixed 2-D embedding (arXiv 2111.06377) as [T, hidden_size] float64, T row-major over the grid.
+
+    The first half of the channels encodes the column, the second the row; in each, sines come before cosines.
+    """
+    num_frequencies = hidden_size // 4
+    frequencies = 10_000.0 ** -(np.arange(num_frequencies) / num_frequencies)
+    rows, columns = np.divmod(np.arange(math.prod(grid)), grid[1])
+    angles = [np.outer(position, frequencies) for position in (columns, rows)]
+    return np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
+
+
+def _derived_seed(seed: int, stream: int) -> int:
+    """Return a generator's seed: streams of one seed, and the same stream of neighbouring seeds, are unrelated."""
+    return int(np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1)[0])

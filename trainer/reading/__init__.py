@@ -1,0 +1,1 @@
+"""Which rows a step sees, read ahead of it: components, reader, order, batches, prefetch, staging."""

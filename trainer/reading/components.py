@@ -1,0 +1,88 @@
+"""Which components of a cache a run uses: names as the command line gives them, resolved to finished groups."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...cache_specs.errors import CacheError, UsageError, nearest
+from ...cache_specs.group import METADATA, component_names, group_attributes
+from ...cache_specs.layout import COMPLETE, ArrayLayout, CacheLayout
+from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
+from ...cache_specs.storage import Location
+from ...cache_specs.tables import stored_encoder
+
+
+def read_layout(cache: Location) -> CacheLayout:
+    """Return which samples a cache holds and how they are cut; raise CacheError where there is no cache."""
+    attributes = group_attributes(cache)
+    if attributes is None:
+        raise CacheError(
+            f"{cache}: no cache here. Make one with "
+            f"repa-cache build --cache {cache} --data PATH --encoder NAME --autoencoder NAME"
+        )
+    return CacheLayout.from_attributes(attributes, str(cache))
+
+
+def choose_component(
+    cache: Location, kind: str, name: str | None, *, without_images: bool = False
+) -> tuple[str, int | None]:
+    """Return the name of the group to use in latents/ or features/, and the layer where one was asked for.
+
+    None is the only one. `without_images` says that the cache was imported without them, so that nothing can be added.
+    """
+    option, what = ("--autoencoder", "autoencoder") if kind == LATENTS else ("--encoder", "encoder")
+    present = component_names(cache, kind)
+    if not present:
+        if kind == FEATURES and without_images:
+            raise CacheError(
+                f"{cache} was imported without images, so no {what} can be added to it; train without "
+                "alignment (--recipe sit)"
+            )
+        raise CacheError(
+            f"{cache} holds no {what}. Add one with repa-cache build --cache {cache} --data PATH "
+            f"{option} NAME" + ("" if kind == LATENTS else ", or train without alignment (--recipe sit)")
+        )
+    if name is None:
+        if len(present) > 1:
+            raise UsageError(f"{cache} holds several: {', '.join(present)}. Choose with {option}")
+        return present[0], None
+    found = stored_encoder(name, present) if kind == FEATURES else None
+    if found is not None or name in present:
+        return (name, None) if found is None else found
+    raise UsageError(
+        f"{cache} holds no {what} {name!r}; {nearest(name, present)}. Add it with repa-cache build "
+        f"--cache {cache} --data PATH {option} {name}"
+    )
+
+
+def finished_component(
+    cache: Location, layout: CacheLayout, kind: str, name: str
+) -> tuple[ComponentSpec, Mapping[str, Any]]:
+    """Return the spec and the attributes of a group; raise CacheError where it is not finished, or of other data."""
+    group = cache / kind / name
+    attributes = group_attributes(group) or {}
+    component = ComponentSpec.from_attributes(attributes, str(group))
+    if attributes.get(COMPLETE) is not True:
+        raise CacheError(
+            f"{group} is not complete: its build has not finished. Finish it with {component.build_command(cache)}"
+        )
+    if attributes.get("dataset_fingerprint") != layout.dataset_fingerprint:
+        raise CacheError(f"{group} was made from other data than {cache} says; build it again")
+    return component, attributes
+
+
+def check_ranges(valid: Location, layout: ArrayLayout) -> None:
+    """Raise CacheError where a finished component lacks a range: a copy was interrupted, or a file deleted.
+
+    One listing, of the folder of `valid`: its shard is a range's last file, for the build and for who copies in order
+    of names. Does nothing where it is stored under other names than ours.
+    """
+    names = valid.names() - {METADATA}
+    missing = [index for index in range(layout.num_shards) if layout.shard_file(index) not in names]
+    if missing and (not names or any(name.startswith("c.") for name in names)):
+        first = missing[0] * layout.shard[0]
+        last = min(first + layout.shard[0], layout.shape[0]) - 1
+        raise CacheError(
+            f"{valid / layout.shard_file(missing[0])} (samples {first} to {last}) is missing, and with it "
+            f"{len(missing)} of {layout.num_shards} ranges of a component that says it is complete. Copy it again from "
+            f"where it came from, or delete {valid.parent} and build it again"
+        )

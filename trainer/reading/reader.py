@@ -1,0 +1,291 @@
+"""The cache as training sees it: any rows, by global index, as one batch of torch tensors.
+
+In: a cache's folder or URL and the components to use. Out: `rows(indices, views)` -> `Batch`. Nothing a sample is held
+in Python objects; labels and the valid rows are two integer arrays. From a local cache bytes go from the file into the
+batch's tensors with no copy between (shards.py).
+"""
+
+import hashlib
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...cache_specs.errors import CacheError, UsageError
+from ...cache_specs.layout import BAD_FILES, ArrayLayout, layer_array
+from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec, stored_layers
+from ...cache_specs.storage import Location, location
+from ...cache_specs.tables import pick_layer
+from ..rows.direct_array import DirectArray
+from ..rows.row_batch import Batch, FeatureBatch
+from ..rows.row_reads import NUM_THREADS, Buffers, NDArray, RowArray, RowReads
+from ..rows.shards import open_array
+from .components import check_ranges, choose_component, finished_component, read_layout
+from .specs import FeatureSpec, LatentSpec
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """A batch's memory as it is filled; holds its tensors, not the batch."""
+
+    rows: NDArray
+    labels: NDArray
+    buffers: Buffers
+
+
+# Names in a component's group and in a FeatureBatch
+_FEATURE_FIELDS = {
+    "patch_tokens": "tokens",
+    "token_scale": "token_scale",
+    "channel_mean": "channel_mean",
+    "channel_std": "channel_std",
+    "cls_token": "cls_token",
+}
+
+
+class CacheReader:
+    """Reads the finished components of a cache.
+
+    autoencoder  name of a group in latents/; None where there is only one
+    encoder      names of groups in features/, or one; None for the only one. () reads no tokens. A name may end in
+                 :layer=9, which picks one layer of a group that holds several: its arrays then stand for the group's
+    cls_token    read it too, where the encoder has one
+    check_reads  also verify each row's crc32c, as ours all carry one; `repa-cache verify` otherwise does
+    num_threads  that read a batch, the caller's among them
+
+    Raises CacheError for what is missing, incomplete, damaged or of another format, and UsageError for a name that
+    the cache does not hold. Any threads may call `rows`; one call runs at a time. A forked child may go on with it,
+    unless a call was under way.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        autoencoder: str | None = None,
+        encoder: str | Sequence[str] | None = None,
+        cls_token: bool = True,
+        check_reads: bool = False,
+        num_threads: int = NUM_THREADS,
+    ) -> None:
+        if num_threads < 1:
+            raise UsageError(f"num_threads is {num_threads}; expected 1 or more, the caller's thread among them")
+        self.path = location(path)
+        self.layout = read_layout(self.path)
+        self._reads = RowReads(num_threads)
+        self._fields = {k: v for k, v in _FEATURE_FIELDS.items() if cls_token or k != "cls_token"}
+        self._check_reads = check_reads
+        self._lock = threading.Lock()
+        self._memory: weakref.WeakKeyDictionary[Batch, _Memory] = weakref.WeakKeyDictionary()
+
+        self.fingerprints: dict[str, str] = {"dataset": self.layout.dataset_fingerprint}
+        self._valid = np.ones(self.num_samples, dtype=bool)
+        self.latents, self._moments = self._open_latents(choose_component(self.path, LATENTS, autoencoder)[0])
+        names = [encoder] if encoder is None or isinstance(encoder, str) else list(encoder)
+        if len(set(names)) != len(names):
+            raise UsageError(f"--encoder names one encoder twice: {', '.join(map(str, names))}")
+        imported = self.latents.without_images
+        groups = [choose_component(self.path, FEATURES, name, without_images=imported) for name in names]
+        opened = [self._open_features(*group) for group in groups]
+        self.features = tuple(spec for spec, _ in opened)
+        self._feature_arrays = [arrays for _, arrays in opened]
+
+        self.valid_rows: NDArray = np.flatnonzero(self._valid)
+        if len(self.valid_rows) == 0:
+            raise CacheError(f"{self.path}: no sample is valid in every component that was asked for")
+        # The order of the data is a permutation of these rows: another image that failed to decode is other data.
+        self.fingerprints["valid_rows"] = f"sha256:{hashlib.sha256(np.packbits(self._valid).tobytes()).hexdigest()}"
+        self.labels = self._read_labels()
+
+    @property
+    def num_samples(self) -> int:
+        """N, the rows of the cache, the invalid ones included."""
+        return self.layout.num_samples
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.layout.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.layout.class_names
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """identity, or identity and flip; the second argument of `rows` chooses among them."""
+        return self.layout.views
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side of the images behind the cache."""
+        return self.layout.resolution
+
+    def rows(self, indices: Any, views: Any = None, *, out: Batch | None = None) -> Batch:
+        """Read samples `indices` (any integers in [0, N), any order, repeats allowed) in views [B] (default: 0).
+
+        Returns CPU tensors; with `out`, an earlier batch of this reader's and of the same size, its tensors are filled
+        and returned. After an error they hold nothing that may be used. Raises UsageError for an index or view that the
+        cache does not have and for another `out`, CacheError for rows that cannot be read.
+        """
+        rows = self._within(_integers(indices, "indices"), self.num_samples, "index")
+        if views is None:
+            chosen = np.zeros(len(rows), dtype=np.int64)
+        else:
+            chosen = self._within(_integers(views, "views"), len(self.views), "view")
+            if chosen.shape != rows.shape:
+                raise UsageError(f"views is {list(chosen.shape)}, indices {list(rows.shape)}; expected one view a row")
+        batch = self.empty_batch(len(rows)) if out is None else out
+        with self._lock:
+            memory = self._memory.get(batch) or self._memory_of(batch)
+            if len(memory.rows) != len(rows):
+                raise UsageError(f"out is a batch of {len(memory.rows)}, and {len(rows)} rows are to be read into it")
+
+            def fill_rest() -> None:
+                memory.rows[:] = rows
+                np.take(self.labels, rows, out=memory.labels, mode="clip")
+
+            self._reads.read(memory.buffers, rows, chosen, meanwhile=fill_rest)
+        return batch
+
+    def empty_batch(self, num: int, *, pin_memory: bool = False) -> Batch:
+        """Return a batch of `num` rows whose tensors are allocated and not filled."""
+
+        def allocate(layout: ArrayLayout) -> torch.Tensor:
+            dtype = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}[layout.dtype]
+            return torch.empty((num, *layout.shape[2:]), dtype=dtype, pin_memory=pin_memory)
+
+        return Batch(
+            rows=torch.empty(num, dtype=torch.int64, pin_memory=pin_memory),
+            labels=torch.empty(num, dtype=torch.int64, pin_memory=pin_memory),
+            moments=allocate(self._moments.layout),
+            features=[
+                FeatureBatch(**{_FEATURE_FIELDS[name]: allocate(array.layout) for name, array in arrays.items()})
+                for arrays in self._feature_arrays
+            ],
+        )
+
+    def close(self) -> None:
+        """Close the open shard files; a later `rows` opens them again."""
+        with self._lock:
+            self._reads.files.close()
+
+    def _within(self, values: NDArray, limit: int, name: str) -> NDArray:
+        """Return `values` int64; raise UsageError unless they are in [0, limit)."""
+        # One look: as unsigned numbers, negative ones are beyond any limit.
+        if len(values) and np.maximum.reduce(values.view(np.uint64)) >= limit:
+            value = values[(values < 0) | (values >= limit)][0]
+            raise UsageError(f"{self.path}: {name} {value}; the cache has 0 to {limit - 1}")
+        return values
+
+    def _memory_of(self, batch: Batch) -> _Memory:
+        """Make out once what a batch is read into: in a ring it is read into again and again.
+
+        Raises UsageError where it is not as `empty_batch` makes them: its tensors would take a row for another.
+        """
+        found = {name: _description(tensor, len(tensor)) for name, tensor in batch.tensors().items()}
+        ours = {name: _description(tensor, len(batch.rows)) for name, tensor in self.empty_batch(0).tensors().items()}
+        for name in ours | found:
+            if found.get(name) != ours.get(name):
+                raise UsageError(
+                    f"out: {name} is {found.get(name, 'missing')}; the reader of {self.path} fills "
+                    f"{ours.get(name, 'none')}. Give it a batch that it has made: empty_batch, or an earlier result"
+                )
+        reads = [(self._moments, batch.moments)]
+        for arrays, features in zip(self._feature_arrays, batch.features, strict=True):
+            reads += [(array, getattr(features, _FEATURE_FIELDS[name])) for name, array in arrays.items()]
+        buffers = self._reads.prepare([(array, tensor.numpy()) for array, tensor in reads])
+        memory = self._memory[batch] = _Memory(batch.rows.numpy(), batch.labels.numpy(), buffers)
+        return memory
+
+    def _open(self, kind: str, name: str) -> tuple[ComponentSpec, Mapping[str, Any], dict[str, RowArray]]:
+        """Open a finished component, AND its `valid` into ours and note its fingerprint."""
+        component, attributes = finished_component(self.path, self.layout, kind, name)
+        group = self.path / kind / name
+        arrays = {
+            layout.name: open_array(group, layout, reads=self._reads, check_reads=self._check_reads)
+            for layout in component.arrays(self.layout)
+            if layout.name != "source_bytes"
+        }
+        valid = arrays.pop("valid")
+        check_ranges(group / "valid", valid.layout)
+        if attributes.get(BAD_FILES):  # else every row is valid, and thousands of small files need not be opened
+            self._valid &= self._read_valid(group / "valid", valid)
+        self.fingerprints[f"{kind}/{name}"] = str(attributes["fingerprint"])
+        return component, attributes, arrays
+
+    def _open_latents(self, name: str) -> tuple[LatentSpec, RowArray]:
+        component, attributes, arrays = self._open(LATENTS, name)
+        mean, std = attributes.get("latent_mean"), attributes.get("latent_std")
+        spec = LatentSpec(
+            name=name,
+            spec=component.spec,
+            weights=component.weights,
+            kind=component.spec["kind"],
+            channels=component.spec["latent_channels"],
+            size=tuple(component.spec["latent_size"]),
+            mean=None if mean is None else tuple(mean),
+            std=None if std is None else tuple(std),
+        )
+        return spec, arrays["moments"]
+
+    def _open_features(self, group: str, asked: int | None) -> tuple[FeatureSpec, dict[str, RowArray]]:
+        component, _, arrays = self._open(FEATURES, group)
+        stored = stored_layers(component.spec)
+        layer = pick_layer(f"{self.path}/{FEATURES}/{group}", stored, asked)
+        spec = FeatureSpec(
+            name=group if len(stored) == 1 else f"{group}:layer={layer}",
+            grid=tuple(component.spec["grid"]),
+            width=component.spec["width"],
+            dtype=component.dtype,
+            group=group,
+            layer=layer,
+        )
+        picked = {name: arrays.get(layer_array(name, layer)) for name in self._fields}
+        return spec, {name: array for name, array in picked.items() if array is not None}
+
+    def _read_valid(self, stored: Location, array: RowArray) -> NDArray:
+        """Return whether each sample is valid [N] bool."""
+        if not isinstance(array, DirectArray):
+            return self._read_whole(stored).astype(bool)
+        (num,), (shard,) = array.layout.shape, array.layout.shard  # a shard is one inner chunk
+        starts = np.arange(0, num, shard)
+        out = np.zeros((len(starts), shard), dtype=bool)
+        self._reads.read(self._reads.prepare([(array, out)]), starts, np.zeros_like(starts))
+        return out.reshape(-1)[:num]
+
+    def _read_whole(self, stored: Location) -> NDArray:
+        """Return all of a small array, wherever and however it is stored."""
+        import zarr
+
+        try:
+            with stored.reading():
+                return np.asarray(zarr.open_array(stored.zarr_store(), mode="r")[:])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CacheError(f"{stored} cannot be read ({error}); the cache is damaged") from error
+
+    def _read_labels(self) -> NDArray:
+        stored = self.path / "label"
+        labels = self._read_whole(stored).astype(np.int64)
+        if labels.shape != (self.num_samples,) or labels.min() < 0 or labels.max() >= self.num_classes:
+            raise CacheError(
+                f"{stored} is {list(labels.shape)} with labels up to {labels.max()}; expected "
+                f"[{self.num_samples}] below {self.num_classes}: the cache is damaged"
+            )
+        return labels
+
+
+def _description(tensor: torch.Tensor, num: int) -> str:
+    """Return dtype and shape of a tensor, had it `num` rows."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {[num, *tensor.shape[1:]]}"
+
+
+def _integers(values: Any, name: str) -> NDArray:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise UsageError(f"{name} is {array.dtype} {list(array.shape)}; expected integers [B]")
+    return array.astype(np.int64)

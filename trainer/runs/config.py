@@ -1,0 +1,165 @@
+"""What a run is: one frozen dataclass of settings, checked where they are made.
+
+settings.py resolves it from its sources. It is printed, stored as JSON in the run folder and in every checkpoint, and
+compared at a resume.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, NewType
+
+from ...cache_specs.errors import UsageError, nearest
+from ..diffusion.interpolant import Interpolant
+from ..reading.order import DEFAULT_WINDOW, Shuffle
+from ..sampling.samplers import SamplerConfig, SamplerName
+from .optimizer import OptimizerConfig
+
+Bytes = NewType("Bytes", int)  # may be written as 512MB or 2GiB
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """How block `encoder_depth` of SiT is held to the encoders' tokens (REPA, arXiv 2410.06940; iREPA, 2512.10794)."""
+
+    projector: Literal["none", "mlp", "conv", "linear"] = "mlp"  # none: no alignment, no encoder is read
+    hidden_dim: int = 2048  # mlp
+    kernel_size: int = 3  # conv
+    encoder_depth: int = 8
+    gamma: float | None = None  # strength of the spatial normalisation of the target; null for none
+    proj_coeff: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dim", "kernel_size", "encoder_depth"):
+            _at_least(f"alignment.{name}", getattr(self, name), 1)
+        if self.kernel_size % 2 == 0:
+            raise UsageError(f"alignment.kernel_size is {self.kernel_size}; expected an odd number")
+        if self.gamma is not None and not 0 <= self.gamma <= 1:
+            raise UsageError(f"alignment.gamma is {self.gamma}; expected 0 to 1, or null for no normalisation")
+        if not 0 < self.proj_coeff < float("inf"):
+            raise UsageError(
+                f"alignment.proj_coeff is {self.proj_coeff}; expected a number above 0 (no alignment is "
+                f"alignment.projector=none, the recipe sit)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridConfig:
+    """Sample grids drawn from the EMA while training; `every` 0 draws none."""
+
+    every: int = 0
+    num: int = 16
+    sampler: SamplerName = "euler"
+    steps: int = 50
+    cfg_scale: float = 1.0
+    autoencoder_weights: str | None = None  # local weights of the decoder; null: the hub's
+
+    def __post_init__(self) -> None:
+        _at_least("grid.every", self.every, 0)
+        _at_least("grid.num", self.num, 1)
+        SamplerConfig(sampler=self.sampler, steps=self.steps, cfg_scale=self.cfg_scale)  # checks them
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Comparisons of the EMA's samples with the data while training; `every` 0 makes none."""
+
+    every: int = 0
+    num: int = 5000  # samples, more than the encoder is wide
+    num_real: int = 50_000  # images of the cache, or all of them where there are fewer
+    encoder: str | None = None  # null: the run's own, or the only one in the cache
+    pooling: Literal["mean", "cls"] = "mean"  # of patch tokens, or the class token
+    neighbours: int = 3  # of precision and recall
+    sampler: SamplerName = "euler"
+    steps: int = 50
+    cfg_scale: float = 1.0
+    batch_size: int = 64
+    encoder_weights: str | None = None  # local weights; null: the hub's
+    autoencoder_weights: str | None = None
+    inception_weights: str | None = None  # for FID and Inception score by torch-fidelity; null: neither
+    inception_data: str | None = None  # the images of FID, as in repa-cache build --data; null: Inception score only
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation.every", self.every, 0)
+        for name in ("num", "num_real", "neighbours", "batch_size"):
+            _at_least(f"evaluation.{name}", getattr(self, name), 1)
+        SamplerConfig(sampler=self.sampler, steps=self.steps, cfg_scale=self.cfg_scale)  # checks them
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run. Defaults are SiT's and REPA's published ones."""
+
+    recipe: str
+    cache: str
+    out: str
+    model: str  # SiT-{Ti,S,B,L,XL}/patch
+    autoencoder: str | None = None  # null: the only one in the cache
+    encoders: tuple[str, ...] = ()  # empty: the only one in the cache, or none with alignment.projector=none
+    steps: int = 400_000
+    batch_size: int = 256  # samples an optimizer step, over all ranks and micro-batches
+    accumulation: int = 1  # micro-batches an optimizer step
+    seed: int = 0
+    shuffle: Shuffle = "global"  # or blocks: shards in random order, shuffled within a window of shuffle_window
+    shuffle_window: int = DEFAULT_WINDOW
+    precision: str = "auto"  # fp32 | bf16 of the passes; parameters and EMA stay float32. auto: bf16 on CUDA only
+    compile: bool = False
+    latent_norm: Literal["fixed", "channel"] = "fixed"
+    label_dropout: float = 0.1
+    ema_decay: float = 0.9999
+    interpolant: Interpolant = field(default_factory=Interpolant)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log_every: int = 50
+    save_every: int = 10_000
+    keep_last: int = 2
+    stage: str | None = None  # folder of a local copy of what the run reads, made before the first step
+    check_reads: bool = False  # verify the crc32c of every row that is read
+    prefetch_bytes: Bytes = Bytes(512_000_000)  # of micro-batches read ahead, a rank; at least one is
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "accumulation", "shuffle_window", "log_every", "save_every", "keep_last")
+        for name in (*counts, "prefetch_bytes"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("seed", self.seed, 0)
+        if self.precision == "fp16":
+            raise UsageError(
+                "precision is fp16: under the published loss most of the alignment's gradient underflows to zero there "
+                "(86 % at weight 1/65536), and no loss scale reaches into the fused op. Train with bf16 or fp32"
+            )
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision is {self.precision!r}; {nearest(self.precision, PRECISIONS)}")
+        if self.alignment.projector == "none" and self.encoders:
+            raise UsageError(
+                f"recipe {self.recipe} aligns with no encoder (alignment.projector=none), but --encoder names "
+                f"{', '.join(self.encoders)}. Leave it out, or choose a recipe such as irepa"
+            )
+        if self.batch_size % self.accumulation:
+            raise UsageError(
+                f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}; "
+                f"change one of them"
+            )
+        if self.stage == "":  # as of a variable that is not set
+            raise UsageError("stage is empty; name a local folder for the copy, or leave it out")
+        if not 0 <= self.label_dropout <= 1:
+            raise UsageError(f"label_dropout is {self.label_dropout}; expected 0 to 1")
+        if not 0 <= self.ema_decay < 1:
+            raise UsageError(f"ema_decay is {self.ema_decay}; expected 0 <= ema_decay < 1")
+
+    def plain(self) -> dict[str, Any]:
+        """Return the configuration as nested dicts of JSON values."""
+        return asdict(self) | {"encoders": list(self.encoders)}
+
+
+# A resume may differ in these. `cache` is where the data lies; what it holds is compared by fingerprint.
+MAY_CHANGE = frozenset(
+    {"steps", "log_every", "save_every", "keep_last", "stage", "check_reads", "prefetch_bytes", "cache", "out"}
+    | {f"grid.{item.name}" for item in fields(GridConfig)}
+    | {f"evaluation.{item.name}" for item in fields(EvaluationConfig)}
+)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"{name} is {value}; expected {least} or more")

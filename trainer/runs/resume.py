@@ -1,0 +1,117 @@
+"""Starting in an empty run folder, continuing in one's own, and refusing everything else.
+
+A resume is exact: parameters, EMA and optimizer come from the newest checkpoint, every other number of the run is a
+function of the step. So settings and data must be those of the checkpoint (config.MAY_CHANGE names what may differ).
+
+On the CPU that holds to the bit, for the same hardware, versions, threads and number of ranks. On CUDA the state, the
+samples and the noise are as exact, but not every gradient: the backward passes of flash and memory-efficient attention
+add in the order in which blocks finish, so that two equal steps differ by a rounding, resumed or not. Convolutions are
+deterministic (run.settle_convolutions), the alignment loss and its gradient too; with PyTorch's math attention a test
+asks a GPU for equal bits.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...cache_specs.errors import JobError, UsageError
+from ...cache_specs.locks import locked
+from ..models.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from ..reading.reader import CacheReader
+from .metrics import METRICS_FILE
+from .run import Run
+from .settings import differences
+
+CONFIG_FILE = "config.json"
+LOCK_FOLDER = ".training"  # there while a process trains
+
+
+@contextlib.contextmanager
+def enter_folder(run: Run, *, resume: bool) -> Iterator[None]:
+    """Hold the run's folder: restore its newest checkpoint if `resume`, then write config.json.
+
+    Raises as `check_folder`, and JobError where another process trains there: a job that was queued again while the
+    first has not ended yet. Both would write one metrics file.
+    """
+    lock = run.folder / LOCK_FOLDER / "lock"
+    with locked(lock, wait=False, option="--out") if run.world.is_main else contextlib.nullcontext(True) as alone:
+        (taken,) = run.world.most([0.0 if alone else 1.0])
+        if taken:
+            raise JobError(f"{run.folder}: another process trains there. Wait for its end, or choose another --out")
+        stored = check_folder(run.folder, run.record(), run.reader, resume=resume)
+        if stored is not None:
+            restore(run, stored)
+        run.world.wait()  # every rank has looked before rank 0 writes
+        if run.world.is_main:
+            write_config(run.folder, run.record())
+        yield
+
+
+def check_folder(
+    folder: Path, record: Mapping[str, Any], reader: CacheReader, *, resume: bool
+) -> dict[str, Any] | None:
+    """Return the newest checkpoint of a run, its tensors still on disk, or None where the run would begin.
+
+    Raises UsageError where the folder holds a run and `resume` is false, or the checkpoint is of another run or past
+    the steps asked for; CheckpointError where it is damaged (an older one is never taken silently).
+    """
+    path = latest_checkpoint(folder)
+    if not resume and (path is not None or (folder / METRICS_FILE).exists()):
+        raise UsageError(
+            f"{folder} already holds a run{f' at {path.name}' if path else ''}. Continue it with --resume auto, or "
+            f"choose another --out"
+        )
+    if path is None:
+        return None
+    # Mapped, not loaded: eight ranks of a machine would each hold all of it, 11 GB for SiT-XL, beside what they copy.
+    stored = load_checkpoint(path, mmap=True)
+    if "config" not in stored:
+        raise CheckpointError(f"{path} is not a checkpoint of repa-train; it cannot be resumed, only sampled from")
+    check_same(stored["config"], record, where=str(path))
+    check_same_data(stored["fingerprints"], reader.fingerprints, where=str(path), cache=str(reader.path))
+    if stored["steps"] > record["steps"]:
+        raise UsageError(f"{path} has done {stored['steps']} steps, and --steps asks for {record['steps']} in all")
+    return stored
+
+
+def restore(run: Run, stored: Mapping[str, Any]) -> None:
+    """Take model, EMA, optimizer and step from a checkpoint of this very run."""
+    run.model.load_state_dict(stored["model"])
+    run.ema.model.load_state_dict(stored["ema"])
+    run.optimizer.load_state_dict(stored["opt"])
+    run.step = stored["steps"]
+
+
+def check_same(stored: Mapping[str, Any], asked: Mapping[str, Any], *, where: str) -> None:
+    """Raise UsageError, naming every field, where a resume asks for other settings than the stored ones."""
+    changed = differences(stored, asked)
+    if changed:
+        raise UsageError(
+            f"{where} was made with other settings: {'; '.join(changed)}. Repeat the run's own settings "
+            f"(config.json in its folder has them), or start another run with another --out"
+        )
+
+
+def check_same_data(stored: Mapping[str, str], found: Mapping[str, str], *, where: str, cache: str) -> None:
+    """Raise UsageError, naming every component, where the cache is not the one that the checkpoint was trained on."""
+    other = sorted(name for name in stored.keys() | found.keys() if stored.get(name) != found.get(name))
+    if other:
+        raise UsageError(
+            f"{where} was trained on other data: {', '.join(other)} in {cache} has another fingerprint. Continue with "
+            f"the cache that it was trained from, or start another run with another --out"
+        )
+
+
+def write_config(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write config.json whole: a temporary name, then a rename."""
+    path = folder / CONFIG_FILE
+    temporary = path.with_name(f".{CONFIG_FILE}.partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise JobError(f"{path} cannot be written ({error.strerror}); make room, or choose another --out") from error

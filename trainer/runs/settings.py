@@ -1,0 +1,179 @@
+"""Where a run's settings come from, and how they become one `RunConfig`: defaults < recipe < --config < --set < flags.
+
+A key is the dotted path of a field (`optimizer.learning_rate`); a YAML file may nest the sections or write the dotted
+keys. Unknown keys are errors that show the nearest known one.
+"""
+
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ...cache_specs.errors import UsageError, nearest
+from ...cache_specs.sizes import parse_bytes
+from .config import MAY_CHANGE, Bytes, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One source of settings: where it comes from, in words for errors, and its values by dotted key."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
+def resolve(layers: Sequence[Layer]) -> RunConfig:
+    """Merge layers, later ones win, into a checked `RunConfig`.
+
+    Raises UsageError for an unknown key (with the nearest known one), a value of the wrong type, or a missing key.
+    """
+    known = _field_types(RunConfig)
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.values.items():
+            if key not in known:
+                raise UsageError(f"{layer.source}: unknown key {key!r}; {nearest(key, known)}")
+            merged[key] = _coerce(value, known[key], f"{layer.source}: {key}")
+    return _build(RunConfig, merged)
+
+
+def required(key: str, layers: Sequence[Layer]) -> str:
+    """Return the text that the last layer to have `key` gives it; raise UsageError where none has it."""
+    for layer in reversed(layers):
+        if key in layer.values:
+            return _coerce(layer.values[key], str, f"{layer.source}: {key}")
+    raise UsageError(f"not set: {key}. Give it as a flag, in --config or with --set")
+
+
+def recipe_layer(name: str, model: str) -> Layer:
+    """Return the settings of recipe `name` for a model such as "SiT-B/2"."""
+    recipes = known_recipes()
+    if name not in recipes:
+        raise UsageError(f"unknown recipe {name!r}; {nearest(name, recipes)}")
+    size = model.removeprefix("SiT-").split("/")[0]
+    values: dict[str, Any] = {"recipe": name}
+    for key, value in recipes[name].items():
+        if isinstance(value, dict):
+            if size not in value:
+                continue  # no such size: the model's name is refused where the model is made, with the nearest one
+            value = value[size]
+        values[key] = value
+    return Layer(source=f"recipe {name}", values=values)
+
+
+def known_recipes() -> dict[str, dict[str, Any]]:
+    """Return recipes.yaml: dotted keys by recipe name."""
+    return yaml.safe_load((files(__package__) / "recipes.yaml").read_text(encoding="utf-8"))
+
+
+def file_layer(path: Path) -> Layer:
+    """Return the settings of a YAML file, sections nested or dotted."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(loaded or {}, dict):
+        raise UsageError(f"--config {path} holds a {type(loaded).__name__}; expected keys and values")
+    return Layer(source=f"--config {path}", values=flatten(loaded or {}))
+
+
+def set_layer(assignments: Sequence[str]) -> Layer:
+    """Return the settings of `--set key=value` options; values are read as YAML."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"--set {assignment}: expected key=value")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {assignment}: the value is not YAML") from error
+    return Layer(source="--set", values=values)
+
+
+def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Say, field by field, where a resume asks for another run than the stored one: `key: stored 1, asked 2`."""
+    before, now = flatten(stored), flatten(asked)
+    return [
+        f"{key}: stored {before.get(key)!r}, asked {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if key not in MAY_CHANGE and before.get(key) != now.get(key)
+    ]
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one mapping by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _field_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every leaf field by dotted key."""
+    hints = typing.get_type_hints(cls)
+    known: dict[str, Any] = {}
+    for item in fields(cls):
+        hint = hints[item.name]
+        if is_dataclass(hint):
+            known |= _field_types(typing.cast(type, hint), f"{prefix}{item.name}.")
+        else:
+            known[f"{prefix}{item.name}"] = hint
+    return known
+
+
+def _build(cls: type, merged: Mapping[str, Any], prefix: str = "") -> Any:
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    missing = []
+    for item in fields(cls):
+        key = f"{prefix}{item.name}"
+        if is_dataclass(hints[item.name]):
+            values[item.name] = _build(typing.cast(type, hints[item.name]), merged, f"{key}.")
+        elif key in merged:
+            values[item.name] = merged[key]
+        elif item.default is MISSING and item.default_factory is MISSING:
+            missing.append(key)
+    if missing:
+        raise UsageError(f"not set: {', '.join(missing)}. Give it as a flag, in --config or with --set")
+    return cls(**values)
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Return `value` as the field's type, refusing what would change its meaning."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        (hint,) = (argument for argument in arguments if argument is not types.NoneType)
+        return _coerce(value, hint, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise UsageError(f"{where} is {value!r}; {nearest(str(value), map(str, arguments))}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_coerce(item, arguments[0], where) for item in items)
+    if hint is Bytes:
+        if isinstance(value, str):
+            return parse_bytes(value, where=where)
+        hint = int
+    if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-4, without a dot, as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is not hint:
+        raise UsageError(f"{where} is {value!r}; expected {hint.__name__}")
+    return value

@@ -1,0 +1,1 @@
+"""Noise to pictures: samplers, single batches, files of samples."""

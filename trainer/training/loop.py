@@ -1,0 +1,158 @@
+"""The training step, top to bottom, and the loop around it.
+
+State is (model, EMA, optimizer, step). A step's losses stay on the device; the host asks for them at a log, and only
+there: it then writes every step since the last one to metrics.jsonl, and finds out whether all of them were finite.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...cache_specs.errors import JobError
+from ..diffusion.latents import draw_latents, to_model_input
+from ..diffusion.losses import alignment_loss, denoising_loss
+from ..distributed import StopRequest, averaging, settle_buckets
+from ..models.checkpoint import save_checkpoint
+from ..reading.prefetch import ReadAhead, batches_ahead
+from ..runs.run import Run, dummy_inputs
+from .reporter import Reporter
+
+if TYPE_CHECKING:
+    from ..evaluating.evaluation import Evaluation
+
+
+def train_step(run: Run, ahead: ReadAhead, norm: tuple[Tensor, Tensor]) -> Tensor:
+    """Run one optimizer step; return its losses and gradient norm, [3] float32 on the device.
+
+    [denoising, alignment, gradient norm before clipping]: losses are means over the rank's micro-batches, the
+    alignment is 0 without encoders. `norm` is `LatentNorm.tensors`.
+    """
+    config, accumulation = run.config, run.config.accumulation
+    coefficient = config.alignment.proj_coeff
+    autocast = run.autocast()
+    losses = torch.zeros(2, device=run.world.device)
+
+    for micro in range(accumulation):
+        # Batch
+        batch = ahead.next()
+        data, draws = batch.data, batch.draws
+        labels = torch.where(draws.dropped, run.model.null_label, data.labels)
+
+        # Noise, x_t and velocity
+        x = to_model_input(draw_latents(data.moments, draws.posterior_noise, run.reader.latents.kind), *norm)
+        x_t, velocity = config.interpolant.x_t_and_velocity(x, draws.noise, draws.t)
+
+        with averaging(run.wrapped, last=micro == accumulation - 1):
+            # Forward
+            with autocast:
+                prediction, projections = run.wrapped(x_t, draws.t, labels, return_projections=True)
+
+            # Denoising loss, alignment loss (its coefficient folded in)
+            denoising = denoising_loss(prediction, velocity) / accumulation
+            if projections:
+                weight = coefficient / accumulation
+                alignment = alignment_loss(projections, data.features, gamma=config.alignment.gamma, weight=weight)
+            else:
+                alignment = torch.zeros_like(denoising)
+
+            # Backward; the gate judges the gradient, which ranks share: a loss that is not finite must show in it.
+            # (As a factor: given to `backward` as its gradient, it has torch import sympy, half a second of a start.)
+            loss = denoising + alignment
+            (loss * torch.where(torch.isfinite(loss), 1.0, torch.nan)).backward()
+        losses += torch.stack([denoising.detach(), alignment.detach() / coefficient])
+
+    # Clip and finiteness, optimizer, EMA, step count
+    grad_norm = run.optimizer.step()
+    run.ema.update(run.model, gate=1 - run.optimizer.halted)
+    run.step += 1
+    return torch.cat([losses, grad_norm.view(1)])
+
+
+def train(
+    run: Run, *, draw_grid: Callable[[Run], object] | None = None, evaluation: "Evaluation | None" = None
+) -> None:
+    """Train from `run.step` to `config.steps`, or to the step after a SIGTERM; save, and leave metrics behind.
+
+    `draw_grid` is called on rank 0 every `grid.every` steps, `evaluation` on every rank every `evaluation.every` steps,
+    once they are saved: it may take so long that it is killed, or stopped, and a resume then begins with it. Both must
+    change nothing in the run. Raises JobError naming the first step that was not finite, once the state
+    before it is saved.
+    """
+    config, world = run.config, run.world
+    if world.size > 1:
+        settle_buckets(run.wrapped, dummy_inputs(run), autocast=run.autocast())
+    norm = run.norm.tensors(world.device)
+    saved = run.step
+    depth = batches_ahead(config.prefetch_bytes, run.batches.num_bytes)
+    with (
+        ReadAhead(run.batches, first=run.step, last=config.steps, depth=depth, device=world.device) as ahead,
+        Reporter(run, ahead) as reporter,
+        StopRequest(world) as stop,
+    ):
+        stopped = False
+        if evaluation is not None and evaluation.missing(run):
+            evaluation.at(run, stop.asked)
+            stopped = stop.agreed()
+            reporter.resume_clock()
+        while run.step < config.steps and not stopped:
+            reporter.add(train_step(run, ahead, norm))
+
+            last = stop.due() or run.step == config.steps
+            evaluate = evaluation is not None and run.step % config.evaluation.every == 0
+            save = last or evaluate or run.step % config.save_every == 0
+            grid = config.grid.every > 0 and run.step % config.grid.every == 0
+            if save or grid or run.step % config.log_every == 0:
+                bad = reporter.log()
+                if bad is not None:
+                    run.step = bad[0] - 1  # the state that the gate has kept
+                    if run.step > saved:
+                        save_state(run)
+                    world.wait()  # where one rank ends with an error, torchrun kills those that still save
+                    raise JobError(not_finite(run, *bad))
+            if save:
+                save_state(run)
+                saved = run.step
+            try:
+                if grid and draw_grid is not None and world.is_main:
+                    draw_grid(run)
+            except Exception:
+                if run.step > saved:
+                    save_state(run)  # the pictures failed, not the training
+                raise
+            if evaluation is not None and evaluate:
+                evaluation.at(run, stop.asked)
+                last = last or stop.agreed()
+            if last:
+                break
+            if save or grid:
+                world.wait()  # for what rank 0 did alone
+                reporter.resume_clock()
+
+
+def not_finite(run: Run, step: int, numbers: dict[str, float]) -> str:
+    """Return the one line for a run that stopped being finite at `step`."""
+    values = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    kept = f", and the state of step {step - 1} is saved" if step > 1 else ""
+    precision = ", or with --set precision=fp32" if run.config.precision == "bf16" else ""
+    return (
+        f"{run.folder}: step {step} is not finite ({values}); nothing was updated by it or after it{kept}. Start a "
+        f"run with a smaller optimizer.learning_rate or optimizer.clip{precision}"
+    )
+
+
+def save_state(run: Run) -> None:
+    """Save a checkpoint of the run's state, on rank 0; the metrics of its steps are on disk by then."""
+    if run.world.is_main:
+        save_checkpoint(
+            run.folder,
+            steps=run.step,
+            model=run.model,
+            ema=run.ema.model,
+            opt=run.optimizer.state_dict(),
+            args=run.config.plain(),
+            config=run.record(),
+            fingerprints=run.reader.fingerprints,
+            keep_last=run.config.keep_last,
+        )

@@ -1,0 +1,108 @@
+"""The one place where the host asks the device how training goes.
+
+In: each step's losses, as they lie on the device. Out, at a log: one record a step for metrics.jsonl, TensorBoard and
+the screen, and the first step that was not finite; and once the line that says what bounds the run.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..reading.prefetch import MOST_AHEAD, ReadAhead
+from ..reading.speed import Interval, Speed
+from ..runs.metrics import MetricsFile, Progress, TensorBoard
+from ..runs.run import Run
+
+
+class Reporter:
+    """Collects the steps since the last log; every rank has one, rank 0's writes. `clock` gives seconds."""
+
+    def __init__(self, run: Run, ahead: ReadAhead, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._run = run
+        self._ahead = ahead
+        self._clock = clock
+        batches = run.batches
+        step_bytes = run.config.batch_size * batches.row_bytes
+        self._speed = Speed(
+            batch_size=run.config.batch_size,
+            step_bytes=step_bytes,
+            staged=run.config.stage is not None,
+            deepest=ahead.depth == MOST_AHEAD,
+        )
+        self._steps: list[Tensor] = []
+        self._names = ["denoising_loss", "alignment_loss", "grad_norm"]
+        self._last_log = (0.0, 0.0, 0.0)
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        run = self._run
+        if run.world.is_main:
+            with contextlib.ExitStack() as opened:
+                self._file = opened.enter_context(MetricsFile(run.folder, done=run.step))
+                self._board = opened.enter_context(TensorBoard(run.folder, done=run.step))
+                self._progress = opened.enter_context(Progress(done=run.step, total=run.config.steps))
+                self._open = opened.pop_all()
+        self._last_log = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def add(self, losses: Tensor) -> None:
+        """Take the result of `train_step` for the step just done."""
+        self._steps.append(losses)
+        if self._run.world.is_main:
+            self._progress.advance(1)
+
+    def log(self) -> tuple[int, dict[str, float]] | None:
+        """Write every step since the last log; return the first that was not finite, with its numbers.
+
+        The steps before that one are written, it and what follows are not: the state has not moved since.
+        """
+        world, num = self._run.world, len(self._steps)
+        if num == 0:
+            return None
+        values = world.mean(torch.stack(self._steps)).cpu()  # the host waits for the device here, and nowhere else
+        interval = self._interval(num)
+        self._steps.clear()
+        first = self._run.step - num + 1
+        records: list[dict[str, float | int]] = []
+        bad = None
+        for step, numbers in enumerate(values.tolist(), start=first):
+            named = dict(zip(self._names, numbers, strict=True))
+            if not self._run.reader.features:
+                del named["alignment_loss"]
+            if not all(math.isfinite(number) for number in named.values()):
+                bad = (step, named)
+                break
+            records.append({"step": step, **named})
+        if world.is_main and records:
+            records[-1] |= self._speed.record(interval)
+            self._file.write(records)
+            self._board.write(records)
+            self._progress.log(records[-1])
+            verdict = self._speed.bound(interval, last=self._run.step == self._run.config.steps)
+            if verdict is not None:
+                self._progress.say(verdict)
+        return bad
+
+    def resume_clock(self) -> None:
+        """Count time from now on: what was done since the last log is no part of the speed of steps."""
+        assert not self._steps
+        self._last_log = self._now()
+
+    def _now(self) -> tuple[float, float, float]:
+        return self._clock(), self._ahead.waited_s, self._ahead.reading_s
+
+    def _interval(self, num: int) -> Interval:
+        """Return the `num` steps since the last log: one rank that waits for its data makes all wait for it."""
+        now = self._now()
+        passed = [end - start for end, start in zip(now, self._last_log, strict=True)]
+        self._last_log = now
+        seconds, waited, reading = self._run.world.most(passed)
+        return Interval(steps=num, seconds=seconds, waited_s=waited, reading_s=reading)
