@@ -29,7 +29,7 @@ lint: setup
 # On the machine with the GPU, with whatever torch it has: nothing is installed, the checkout is found by its name.
 gpu-check:
 	@mkdir -p .typing && ln -sfn .. .typing/repa
-	PYTHONPATH=$(CURDIR)/.typing $(PYTHON) benchmarks/gpu_check.py
+	PYTHONPATH=$(CURDIR)/.typing$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_check.py
 
 clean:
 	rm -rf $(VENV) .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache demo

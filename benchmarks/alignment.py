@@ -108,7 +108,7 @@ def closed_form(path: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Ten
     return op
 
 
-def seconds(run: Callable[[], None], device: str, repeats: int) -> float:
+def seconds(run: Callable[[], object], device: str, repeats: int) -> float:
     """Return the mean time of one call, over `repeats` in a row; on a GPU the device's time, not the host's."""
     if device == "cpu":
         start = time.perf_counter()
@@ -160,7 +160,7 @@ def copy_bandwidth(device: str, rounds: int) -> float:
     """Return bytes a second read plus written by a device-to-device copy of 1 GiB, the median of rounds."""
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    taken = [seconds(lambda: target.copy_(source) and None, device, 5) for _ in range(rounds)]
+    taken = [seconds(lambda: target.copy_(source), device, 5) for _ in range(rounds)]
     return 2 * source.nbytes / statistics.median(taken)
 
 

@@ -66,7 +66,10 @@ def default_device() -> str:
 
 @contextlib.contextmanager
 def join(device: str) -> Iterator[World]:
-    """Enter the run's process group, if torchrun made one, and leave it at the end.
+    """Enter the run's process group, if torchrun made one, and leave it at the end of what succeeds.
+
+    What fails leaves it standing: to leave NCCL's group, every rank must come, and the others are waiting in a
+    reduction for this one. The process then says why and ends, by which torchrun knows to end the others.
 
     `device` is "cuda" or "cpu"; ranks on CUDA take the device of their local rank. Raises UsageError for a CUDA
     device that is not there, JobError on the ranks that are left when another one dies or hangs for TIMEOUT.
@@ -100,7 +103,7 @@ def join(device: str) -> Iterator[World]:
                 f"last saved"
             ) from error
         raise
-    finally:
+    else:
         dist.destroy_process_group()
 
 

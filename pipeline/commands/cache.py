@@ -54,7 +54,7 @@ def cli() -> None:
 @click.option("--shard-samples", type=int, help="Samples a shard, fixed at creation. [default: 256]")
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Images a forward pass.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the forward.")
-@click.option("--device", metavar="DEVICE", help="cpu or cuda. [default: cuda where there is one]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--workers", type=int, help="Ray workers; 0 encodes in this process. [default: one a GPU, else 1]")
 @click.option("--threads", type=int, help="CPU threads a worker. [default: this machine's cores / workers]")
 @click.option("--address", metavar="ADDR", help="Ray cluster to join: auto, or host:port.")
@@ -205,7 +205,9 @@ def info(cache: str) -> None:
 @click.option("--recompute", "num", type=int, metavar="K", help="Also encode K samples again from their images.")
 @click.option("--data", metavar="PATH|demo", help="The images of --recompute.")
 @click.option("--weights", multiple=True, metavar="NAME=FILE", help="Local weights for --recompute, as at the build.")
-@click.option("--device", metavar="DEVICE", help="cpu or cuda, for --recompute. [default: cuda where there is one]")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="For --recompute. [default: cuda where there is one]"
+)
 def verify(cache: str, num: int | None, data: str | None, weights: tuple[str, ...], device: str | None) -> None:
     """Check every shard, chunk, checksum and value of a cache.
 

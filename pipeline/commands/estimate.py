@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--budget", metavar="SIZE", help="Say what fits: 500GB, 1.5TB.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Images a forward pass of the probe.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the probe.")
-@click.option("--device", metavar="DEVICE", help="cpu or cuda. [default: cuda where there is one]")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--probe/--no-probe", default=True, help="Measure each model for about two seconds, or leave hours out.")
 def estimate(
     encoders: tuple[str, ...],

@@ -5,7 +5,8 @@ or after the final norm, is in the spec. The libraries' models are made and read
 transformers_models.py.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,9 +82,20 @@ class Encoder:
         return tokens.float().contiguous(), cls_token
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context in which a model of this precision runs, whatever autocast the caller is under."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Let a model run in this precision, whatever autocast and TF32 the caller is under.
+
+    PyTorch's default for convolutions on CUDA is TF32, 10 bits of a float32's 23, in which an fp32 component would
+    differ from the same one of a CPU, under one fingerprint.
+    """
+    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
+    cudnn.allow_tf32 = precision != "fp32"
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 _LOADERS: dict[str, Callable[[Mapping[str, Any], Path | None], Features]] = {

@@ -1,5 +1,6 @@
 """Two gloo ranks: the same equations, an exact resume, and no rank that waits for ever for a dead one."""
 
+import contextlib
 import json
 import os
 import socket
@@ -119,6 +120,19 @@ def test_nccl_is_told_its_device_and_how_long_to_wait(monkeypatch):
     with join("cuda") as world:
         assert told["timeout"] == TIMEOUT
         assert told["device_id"] == world.device == torch.device("cuda", 2)
+
+
+@pytest.mark.parametrize("failure", [JobError("no room"), KeyError("a bug"), KeyboardInterrupt(), None])
+def test_only_what_succeeds_leaves_the_group(monkeypatch, failure):
+    """Leaving NCCL's waits for all ranks, which wait in a reduction for the one that has failed: it would hang mute."""
+    left = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with contextlib.suppress(JobError, KeyError, KeyboardInterrupt), join("cpu"):
+        if failure is not None:
+            raise failure
+    assert left == ([True] if failure is None else [])
 
 
 def test_an_error_of_ours_is_not_taken_for_a_lost_rank(monkeypatch):

@@ -37,11 +37,15 @@ def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any)
     from ..models.layers import pooled_layers
     from ..models.pretrained import open_model
     from ..reading.reader import CacheReader
+    from ..runs.run import settle_convolutions
     from .borrowed import cknna
 
+    device = options["device"] or default_device()
+    if device == "cuda":
+        settle_convolutions("fp32")
     trained = open_model(checkpoint, weights=options["weights"])
     latents = trained.latents(None)
-    model = trained.model.to(options["device"] or default_device())
+    model = trained.model.to(device)
     reader = CacheReader(cache, autoencoder=latents.name, encoder=())
     reference = Reference(cache, autoencoder=latents.name, encoder=encoder, pooling="mean")
     rows = reference.some_rows(options["num"], seed=0)

@@ -57,6 +57,7 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
     from ..evaluating.grids import sheet_of_file
     from ..models.pretrained import open_model
     from ..runs.metrics import Progress
+    from ..runs.run import settle_convolutions
     from ..sampling.sample import SampleRequest, parse_labels
     from ..sampling.sample_file import sample_to_npz
     from ..sampling.samplers import SamplerConfig
@@ -74,6 +75,8 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
     latents = trained.latents(options["autoencoder"])
     decode, decoder = load_decoder(latents, weights=options["autoencoder_weights"], device=str(world.device))
     precision = options["precision"]
+    if world.device.type == "cuda":
+        settle_convolutions(precision)
     with (
         torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16"),
         Progress(done=0, total=request.num, unit="image", shown=world.is_main) as progress,

@@ -141,8 +141,10 @@ class CopyStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream = torch.cuda.Stream(device)
+        # A thread is set to a device by its number, which "cuda" alone does not name.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device(device.type, index)
+        self._stream = torch.cuda.Stream(self.device)
         self._begun: collections.deque[torch.cuda.Event] = collections.deque()
 
     def begin(self, batch: MicroBatch) -> tuple[MicroBatch, torch.cuda.Event]:

@@ -161,3 +161,12 @@ def test_a_models_precision_is_its_own_under_a_callers_autocast(outer):
             assert linear(x).dtype == torch.float32
         with autocast(torch.device("cpu"), "bf16"):
             assert linear(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_model_in_fp32_convolves_without_tf32(monkeypatch, before):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+    for precision in ("fp32", "bf16"):
+        with autocast(torch.device("cpu"), precision):
+            assert torch.backends.cudnn.allow_tf32 == (precision == "bf16")
+        assert torch.backends.cudnn.allow_tf32 == before

@@ -135,18 +135,20 @@ class FakeCuda:
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "stream", stream)
         patch.setattr(torch.cuda, "current_stream", lambda _device: Stream(name="compute"))
+        patch.setattr(torch.cuda, "current_device", lambda: 3)
         patch.setattr(torch.cuda, "set_device", lambda device: self.log.append(("device", str(device))))
         patch.setattr(torch.Tensor, "to", to)
         patch.setattr(torch.Tensor, "record_stream", lambda _, stream: self.log.append(("keep", stream.name)))
 
 
-def test_copies_run_beside_the_steps(batches, monkeypatch):
+@pytest.mark.parametrize("device", ["cuda:3", "cuda"])
+def test_copies_run_beside_the_steps(batches, monkeypatch, device):
     """On a device: copies on their own stream, each waited for before use; buffers come back by the copy's event."""
     expected = [batches.read(step, micro) for step in range(6) for micro in range(2)]
     empty, pinned = batches.empty, []
     monkeypatch.setattr(batches, "empty", lambda pin_memory: pinned.append(pin_memory) or empty())
     cuda = FakeCuda(monkeypatch)
-    with ReadAhead(batches, first=0, last=6, depth=2, device=torch.device("cuda", 3)) as ahead:
+    with ReadAhead(batches, first=0, last=6, depth=2, device=torch.device(device)) as ahead:
         for batch in expected:
             got = ahead.next()
             assert torch.equal(got.data.features[0].tokens, batch.data.features[0].tokens)
