@@ -1,8 +1,11 @@
-"""Compile the kernels for GPUs that need not be there and print what each takes, one JSON line a kernel.
+"""Compile the kernels for GPUs that need not be there and count what each takes: registers, spills, 128-bit accesses.
 
-    python tests/kernels/resources.py
+    python benchmarks/kernel_resources.py              # appends one line to results/kernel_resources.jsonl
+    python benchmarks/kernel_resources.py --out counted.jsonl
 
-It runs in a process of its own because Triton compiles nothing once it has been imported as an interpreter.
+Registers depend on the compiler's version, so they are figures, with that version beside them; what every version must
+give, tests/kernels/test_compile.py asks of this same count. It needs a process of its own because Triton compiles
+nothing once it has been imported as an interpreter.
 """
 
 import argparse
@@ -11,8 +14,10 @@ import io
 import json
 import os
 import re
-import sys
+import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -20,6 +25,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"  # registers and spills of the very code that Triton would launch
 
 import triton
+from conditions import append_line, conditions
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -32,7 +38,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "i8": 1}
-# width, z, tokens, gamma given, row weights, row index, the type of gamma and weight: torch.compile may say fp64
+SETTINGS = ("width", "z", "tokens", "gamma", "row_weight", "row_index", "numbers")
+# The last is the type of the numbers gamma and weight: torch.compile may say fp64.
 ALIGNMENT = [
     (384, "bf16", "fp16", True, False, False, "fp32"),
     (768, "bf16", "fp16", True, False, False, "fp32"),
@@ -42,6 +49,7 @@ ALIGNMENT = [
     (1152, "bf16", "fp16", True, True, True, "fp32"),
     (1280, "bf16", "bf16", True, False, False, "fp32"),
     (1536, "fp32", "fp32", False, False, False, "fp32"),
+    (4096, "bf16", "fp16", True, False, False, "fp32"),
     (4096, "bf16", "i8", True, True, True, "fp32"),
     (4096, "fp32", "fp32", True, True, True, "fp32"),
 ]
@@ -86,10 +94,10 @@ def resources(compiled: Any, arch: str, log: str) -> dict[str, int]:
     }
 
 
-def alignment_line(
-    width: int, z: str, tokens: str, normalised: bool, weighted: bool, indexed: bool, numbers: str, arch: str
-) -> dict[str, Any]:
-    """Compile the alignment kernel and say what it takes and what it must at least have."""
+def alignment(
+    arch: str, width: int, z: str, tokens: str, normalised: bool, weighted: bool, indexed: bool, numbers: str
+) -> dict[str, int]:
+    """Compile the alignment kernel and return its resources."""
     types = {
         "z_ptr": f"*{z}", "tokens_ptr": f"*{tokens}", "token_scale_ptr": "*fp16", "channel_mean_ptr": "*fp32",
         "channel_std_ptr": "*fp32", "row_weight_ptr": "*fp32", "row_index_ptr": "*i64", "total_ptr": "*fp32",
@@ -100,24 +108,22 @@ def alignment_line(
         "NORMALISED": normalised, "WEIGHTED": weighted, "INDEXED": indexed, "NEEDS_DZ": True,
         "STD_EPS": alignment_triton.STD_EPS, "NORM_EPS": alignment_triton.NORM_EPS,
     }  # fmt: skip
-    warp_size = TARGETS[arch].warp_size
-    warps = alignment_triton.num_warps(width, warp_size)
-    found = compile_kernel(alignment_triton.alignment_kernel, types, constants, {"K", "T"}, arch, warps)
-    per_thread = constants["BLOCK_E"] // (warps * warp_size)
-    return {
-        "kernel": "alignment", "arch": arch, "width": width, "z": z, "tokens": tokens, "gamma": normalised,
-        "row_weight": weighted, "row_index": indexed, "numbers": numbers, "warps": warps,
-        # z is loaded at two places, before the loop and ahead of each row, and dz stored at one.
-        "z_loads_expected": 2 * per_thread * BYTES[z] // 16,
-        "token_loads_expected": 2 * (per_thread * BYTES[tokens] // 16),  # int8: 8 bytes a thread, 64-bit loads
-        "statistics_loads_expected": 2 * per_thread * 4 // 16 if normalised or tokens == "i8" else 0,
-        "dz_stores_expected": per_thread * BYTES[z] // 16,
-        **found,
-    }  # fmt: skip
+    warps = alignment_triton.num_warps(width, TARGETS[arch].warp_size)
+    return compile_kernel(alignment_triton.alignment_kernel, types, constants, {"K", "T"}, arch, warps)
 
 
-def statistics_line(arch: str) -> dict[str, Any]:
-    found = compile_kernel(
+def wide_accesses(z: str, tokens: str, normalised: bool) -> dict[str, int]:
+    """Return the 128-bit loads and stores in the alignment kernel's code where rows move 128 bits at a time."""
+    elements = alignment_triton.ELEMENTS_PER_THREAD
+    row = elements * BYTES[z] // 16 + elements * BYTES[tokens] // 16  # int8: 8 bytes a thread, a 64-bit load
+    statistics = 2 * elements * 4 // 16 if normalised or tokens == "i8" else 0
+    # A row is loaded at two places, before the loop and ahead of each row, and dz is stored at one.
+    return {"wide_loads": 2 * row + statistics, "wide_stores": elements * BYTES[z] // 16}
+
+
+def statistics(arch: str) -> dict[str, int]:
+    """Compile the kernel of channel statistics and return its resources."""
+    return compile_kernel(
         statistics_triton.statistics_kernel,
         {"tokens_ptr": "*fp16", "mean_ptr": "*fp32", "std_ptr": "*fp32", "T": "i32"},
         {"E": 768, "BLOCK_T": statistics_triton.BLOCK_T, "BLOCK_E": statistics_triton.BLOCK_E},
@@ -125,11 +131,11 @@ def statistics_line(arch: str) -> dict[str, Any]:
         arch,
         4,
     )
-    return {"kernel": "statistics", "arch": arch, "width": 768, **found}
 
 
-def scale_line(arch: str) -> dict[str, Any]:
-    found = compile_kernel(
+def scale_unless_one(arch: str) -> dict[str, int]:
+    """Compile the kernel that scales dz and return its resources."""
+    return compile_kernel(
         alignment_triton.scale_unless_one_kernel,
         {"dz_ptr": "*bf16", "grad_ptr": "*fp32", "n": "i32"},
         {"BLOCK": alignment_triton.SCALE_BLOCK},
@@ -137,19 +143,46 @@ def scale_line(arch: str) -> dict[str, Any]:
         arch,
         8,
     )
-    return {"kernel": "scale_unless_one", "arch": arch, **found}
+
+
+def count() -> list[dict[str, Any]]:
+    """Compile every kernel for every target; return a row a kernel: what it is, then its resources by target."""
+    kernels: list[tuple[dict[str, Any], Callable[..., dict[str, int]], tuple[Any, ...]]] = [
+        ({**dict(zip(SETTINGS, given, strict=True)), "expected": wide_accesses(*given[1:4])}, alignment, given)
+        for given in ALIGNMENT
+    ]
+    kernels += [({"width": 768, "tokens": "fp16"}, statistics, ()), ({"z": "bf16"}, scale_unless_one, ())]
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        counted = [{arch: pool.submit(of, arch, *given) for arch in TARGETS} for _, of, given in kernels]
+        return [
+            {"kernel": of.__name__, **what, **{arch: future.result() for arch, future in futures.items()}}
+            for (what, of, _), futures in zip(kernels, counted, strict=True)
+        ]
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """Return registers by target, and bytes spilled where there are any, as a table."""
+    lines = [f"{'kernel':<16} {'E':>4}  {'z':<4}  {'tokens':<6}" + "".join(f"  {arch:>12}" for arch in TARGETS)]
+    for row in rows:
+        cells = [f"{row[a]['registers']}" + f" +{row[a]['spills']} B" * bool(row[a]["spills"]) for a in TARGETS]
+        names = f"{row['kernel']:<16} {row.get('width', ''):>4}  {row.get('z', ''):<4}  {row.get('tokens', ''):<6}"
+        lines.append(names + "".join(f"  {cell:>12}" for cell in cells))
+    return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", action="append", choices=list(TARGETS), help="default: all")
-    archs = parser.parse_args().arch or list(TARGETS)
-    with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        lines = [pool.submit(alignment_line, *config, arch) for arch in archs for config in ALIGNMENT]
-        lines += [pool.submit(line, arch) for arch in archs for line in (statistics_line, scale_line)]
-        for line in lines:
-            json.dump(line.result(), sys.stdout)
-            print(flush=True)
+    """Count, print the table and write the line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the line here, not to results/kernel_resources.jsonl")
+    out = parser.parse_args().out
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder  # a kernel from the user's cache would come without ptxas's log
+        line = conditions() | {"kernels": count()}
+    print(show(line["kernels"]))
+    if out:
+        out.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    else:
+        append_line("kernel_resources", line)
 
 
 if __name__ == "__main__":
