@@ -27,7 +27,7 @@ UNKNOWN: Final = "unknown"  # weights and precision of what was imported
 class ComponentSpec:
     """One component of a cache.
 
-    `spec` is the resolved table entry (`tables.EncoderEntry.resolve`, `tables.AutoencoderEntry.resolve`); `weights`
+    `spec` is the resolved table entry (`EncoderEntry.resolve`, `AutoencoderEntry.resolve`); `weights`
     is `sha256:<digest>` of the loaded weights, or `none` for a model without any. Of imported latents `weights` and
     `precision` are `unknown`.
     """

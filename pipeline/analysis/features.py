@@ -77,7 +77,7 @@ class Features:
             mean, std = self._read("channel_mean", part), self._read("channel_std", part)
             tokens = self._read("patch_tokens", part)
             if self.component.dtype == "int8":
-                # channel_std * s * q + channel_mean: the code lives in normalised space (quantize.py)
+                # channel_std * s * q + channel_mean: the code lives in normalised space (store/quantize.py)
                 scale = self._read("token_scale", part)
                 tokens = tokens * scale[..., None] * std[:, None] + mean[:, None]
             yield TokenBatch(rows=part, tokens=tokens, mean=mean, std=std)

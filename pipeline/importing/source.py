@@ -1,8 +1,8 @@
 """What an import reads from: somebody's latents in their own layout, as rows of one manifest.
 
-Each published layout is read by a module beside this one (import_edm2.py, which reads REPA's too,
-import_lightningdit.py, import_arrow.py) that lists samples, labels and ids, and reads one row as it lies there. What
-the numbers mean is checked and converted in one place for all of them, checks.py.
+Each published layout is read by a module beside this one (edm2.py, which reads REPA's too, lightningdit.py, arrow.py)
+that lists samples, labels and ids, and reads one row as it lies there. What the numbers mean is checked and converted
+in one place for all of them, checks.py.
 """
 
 from collections.abc import Sequence

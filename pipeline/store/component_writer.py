@@ -1,7 +1,8 @@
 """One range of one component becomes shards: rows are appended, the range is committed whole, or nothing of it is.
 
-Models (encode.py) and imports (import_latents.py) write through here, so that what is stored obeys one rule: rows that
-cannot be used are zeros with `valid` false, no stored value is NaN or infinite, and memory is one sub-batch.
+Models (building/encode.py) and imports (importing/latents.py) write through here, so that what is stored obeys one
+rule: rows that cannot be used are zeros with `valid` false, no stored value is NaN or infinite, and memory is one
+sub-batch.
 """
 
 import contextlib

@@ -19,7 +19,7 @@ from ..rows.shards import open_array
 
 Pooling = Literal["mean", "cls"]
 _ARRAYS: dict[str, str] = {"mean": "channel_mean", "cls": "cls_token"}
-_SUBSET = 5  # the word of this use among the streams of one seed; the others stand in batches.py and sample.py
+_SUBSET = 5  # the word of this use among the streams of one seed; the others: reading/batches.py, sampling/sample.py
 
 
 class Reference:

@@ -17,7 +17,7 @@ from ..diffusion.latents import LatentNorm, draw_latents, to_model_input
 from ..reading.reader import CacheReader
 from .sit import SiT
 
-_LAYER_NOISE = 6  # the word of this use among the streams of one seed; see sample.py and reference.py
+_LAYER_NOISE = 6  # the word of this use among the streams of one seed; see sampling/sample.py, evaluating/reference.py
 
 
 @torch.no_grad()

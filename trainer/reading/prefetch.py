@@ -1,7 +1,7 @@
 """Micro-batches read ahead of the step by one thread, into a ring of reused buffers.
 
 In: `Batches` and the steps to serve. Out: `next()`, a micro-batch on the training device. One batch is read at a time,
-by two threads (direct_reads.py): two at a time, a thread each, lose to that, as two batches do not fit in the
+by two threads (rows/direct_reads.py): two at a time, a thread each, lose to that, as two batches do not fit in the
 processor's cache where one does; worker processes, which copy every batch again, lose to both; fresh buffers cost page
 faults (measured for this project).
 

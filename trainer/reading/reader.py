@@ -2,7 +2,7 @@
 
 In: a cache's folder or URL and the components to use. Out: `rows(indices, views)` -> `Batch`. Nothing a sample is held
 in Python objects; labels and the valid rows are two integer arrays. From a local cache bytes go from the file into the
-batch's tensors with no copy between (shards.py).
+batch's tensors with no copy between (rows/shards.py).
 """
 
 import hashlib

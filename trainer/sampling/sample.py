@@ -21,7 +21,7 @@ from ..diffusion.latents import LatentNorm
 from ..models.sit import SiT
 from .samplers import SamplerConfig, sample_latents
 
-# Streams of random numbers of one seed, image by image; trainer/reading/batches.py has those that training draws from.
+# Streams of random numbers of one seed, image by image; reading/batches.py has those that training draws from.
 NOISE, LABEL = 3, 4
 
 Decoder = Callable[[Tensor], Tensor]  # latents [B,C,h,w] float32 -> pictures [B,H,W,3] uint8

@@ -1,4 +1,4 @@
-"""CacheReader against the arrays that zarr-python wrote. Damage: test_direct_array.py."""
+"""CacheReader against the arrays that zarr-python wrote. Damage: rows/test_direct_array.py."""
 
 import numpy as np
 import pytest

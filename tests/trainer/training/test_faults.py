@@ -1,6 +1,6 @@
 """What happens to a run from outside changes nothing in it: each equals, to the bit, the one that nobody disturbed.
 
-Ranks that die are in test_distributed.py.
+Ranks that die are in ../test_distributed.py.
 """
 
 import json
