@@ -34,16 +34,25 @@ class JobError(RepaError, RuntimeError):
 
 MAX_LISTED = 40  # known names in one line of an error: a run's settings, not every encoder
 
+MAX_REASON = 300  # characters of what a library says
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name was probably meant: `did you mean 'x'? Known: a, b, x`; of many, the nearest few."""
     names = sorted(known)
+    name = name[:100]  # what is likened to each costs the product of the lengths
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     if len(names) <= MAX_LISTED:
         return f"{hint}Known: {', '.join(names) if names else '(none)'}"
     shown = difflib.get_close_matches(name, names, n=6, cutoff=0) or names[:6]
     return f"{hint}Known: {', '.join(shown)}, ... ({len(names)} in all)"
+
+
+def reason(error: BaseException) -> str:
+    """Return what an exception says, on one line and not without end; its class where it says nothing."""
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(str(text).split())[:MAX_REASON] or type(error).__name__
 
 
 @contextlib.contextmanager

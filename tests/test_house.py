@@ -135,7 +135,7 @@ def test_folders_and_files_stay_small() -> None:
 def test_the_walk_sees_imports_of_every_kind() -> None:
     assert ("repa.cache_specs.errors", True) in imports(Path("pipeline/building/ray_pool.py"))
     assert ("ray", False) in imports(Path("pipeline/building/ray_pool.py"))
-    assert ("repa.pipeline.building.plan.BuildOptions", False) in imports(Path("pipeline/commands/cache.py"))
+    assert ("repa.pipeline.building.plan.BuildOptions", False) in imports(Path("pipeline/commands/build.py"))
 
 
 WITHOUT = """

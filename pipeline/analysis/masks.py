@@ -4,15 +4,18 @@ The mask of sample `cat/001.jpg` is `cat/001.png` below the folder: one channel,
 foreground where it is not zero. A grid cell is foreground if any of its pixels is (max-pooling, as iREPA does).
 """
 
+import io
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from ...cache_specs.errors import UsageError
+from ...cache_specs.errors import UsageError, reason
+from ...cache_specs.outside import read_file
+from ..images.formats import open_picture
+from ..images.manifest import MOST_IMAGE_BYTES
 
 # Images need so many tokens of either kind, the study's 64 of 256: below, SRSS is the noise of a few anchors.
 FEWEST_SHARE = 0.25
@@ -49,10 +52,10 @@ class MaskFolder:
             return None
         path = self._folder / name
         try:
-            with Image.open(path) as image:
+            with open_picture(io.BytesIO(read_file(path, most=MOST_IMAGE_BYTES))) as image:
                 pixels = np.asarray(image)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UsageError(f"--masks: {path} cannot be read ({error})") from error
+        except Exception as error:  # a damaged picture raises what it likes
+            raise UsageError(f"--masks: {path} cannot be read ({reason(error)})") from error
         side = self._resolution
         if pixels.shape != (side, side):
             raise UsageError(

@@ -63,7 +63,7 @@ def _from_files(store: CacheStore, features: Features, rows: np.ndarray, data: s
     from ..images.demo_data import demo_manifest
     from ..images.manifest import scan_folder
 
-    manifest = demo_manifest() if data == "demo" else scan_folder(Path(data))
+    manifest = demo_manifest() if data == "demo" else scan_folder(Path(data), allow_empty=True)
     ids = [sample_id(store, int(row)) for row in rows]
     way_out = "give the images that the cache was built from"
     strangers = sorted(set(ids) - set(manifest.sample_ids.tolist()))

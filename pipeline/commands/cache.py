@@ -1,4 +1,5 @@
-"""repa-cache: build, import, info, verify, encoders. Each command parses, calls one function, and reports.
+"""repa-cache: info, verify, encoders, and the other commands put together. Each parses, calls one function, and
+reports.
 
 Modules that load torch, timm or ray are imported inside the commands: `--help` answers at once.
 """
@@ -6,26 +7,24 @@ Modules that load torch, timm or ray are imported inside the commands: `--help` 
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ...cache_specs.errors import JobError, UsageError, one_line_errors
-from ...cache_specs.schema import COMPRESSORS, PRECISIONS, STORAGE_DTYPES
+from .build import build, manifest_of, weights_of
 from .estimate import estimate
 from .imports import import_command
 from .metrics import COMMANDS
 
 if TYPE_CHECKING:
-    from ..building.build import BuildReport
-    from ..building.plan import BuildOptions, BuildPlan
-    from ..images.manifest import ImageSource, Manifest
+    from ..images.manifest import ImageSource
 
 MAX_LISTED = 20  # damaged files in the line that removes them; verify has named them all above it
 
 
 @click.group(
-    commands=(*COMMANDS, estimate, import_command),
+    commands=(*COMMANDS, build, estimate, import_command),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="repa-cache")
@@ -33,157 +32,17 @@ def cli() -> None:
     """Precompute autoencoder latents and frozen-encoder tokens once; train from them many times."""
 
 
-@cli.command()
-@click.option("--data", required=True, metavar="PATH|demo", help="Folder of images, or the demo's photographs.")
-@click.option(
-    "--cache", required=True, metavar="DIR|URL", help="Where it is, or will be: a folder, s3://bucket/prefix."
-)
-@click.option("--encoder", "encoders", multiple=True, metavar="NAME", help="Encoder, repeatable: dinov2, hog:grid=8.")
-@click.option(
-    "--autoencoder", metavar="NAME", help="Autoencoder, or none. [default: sd-vae-ft-mse if it has no latents]"
-)
-@click.option("--resolution", type=int, help="Side of the centre crop in pixels. [default: 256]")
-@click.option("--flip/--no-flip", default=None, help="Store the horizontal mirror as a second view.")
-@click.option(
-    "--dtype", type=click.Choice(STORAGE_DTYPES), default="float16", show_default=True, help="Of patch tokens."
-)
-@click.option("--weights", multiple=True, metavar="NAME=FILE", help="Local weights (.safetensors, .pth) of a model.")
-@click.option("--random-weights", is_flag=True, help="Untrained models, named so: to try the pipeline, never results.")
-@click.option("--labels", metavar="FILE.csv", help="Lines of sample id,label; or 'folders' for five-digit classes.")
-@click.option("--compressor", type=click.Choice(COMPRESSORS), default="none", show_default=True)
-@click.option("--shard-samples", type=int, help="Samples a shard, fixed at creation. [default: 256]")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Images a forward pass.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the forward.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
-@click.option("--workers", type=int, help="Ray workers; 0 encodes in this process. [default: one a GPU, else 1]")
-@click.option("--threads", type=int, help="CPU threads a worker. [default: this machine's cores / workers]")
-@click.option("--address", metavar="ADDR", help="Ray cluster to join: auto, or host:port.")
-@click.option("--skip-bad", is_flag=True, help="Leave unreadable images out instead of stopping short of them.")
-@click.option("--dry-run", is_flag=True, help="Say what would be built; load and write nothing.")
-def build(data: str, weights: tuple[str, ...], labels: str | None, dry_run: bool, **asked: Any) -> None:
-    """Encode images into a cache, or add a component to one that is there.
-
-    \b
-    repa-cache build --data imagenet/train --cache caches/in1k --encoder dinov2 --flip
-    repa-cache build --data imagenet/train --cache caches/in1k --encoder clip      # adds one
-
-    Killed or stopped, the same command goes on where it was: finished ranges are kept.
-    """
-    from ..building.build import run_build
-    from ..building.plan import BuildOptions, plan_build
-
-    manifest = _manifest(data, labels)
-    if manifest.left_out:
-        click.echo(f"{manifest.where}: {manifest.left_out} files without an image ending are left out", err=True)
-    options = BuildOptions(manifest=manifest, weights=_weights(weights), **asked)
-    if dry_run:
-        _print_plan(options, plan_build(options))
-        return
-    from tqdm import tqdm
-
-    bar = tqdm(unit=" images", smoothing=0.1, disable=None)
-
-    def start(done: int, total: int) -> None:
-        bar.reset(total=total)
-        bar.n = bar.last_print_n = bar.initial = done  # what was there before has no part in the rate
-        bar.refresh()
-
-    def advance(samples: int) -> None:
-        bar.update(samples)
-
-    def say(line: str) -> None:
-        bar.write(line, file=sys.stderr)
-
-    try:
-        report = run_build(options, on_start=start, on_progress=advance, on_message=say)
-    finally:
-        bar.close()
-    _print_report(options, report)
-
-
-def _manifest(data: str, labels: str | None) -> "Manifest":
-    if data == "demo":
-        from ..images.demo_data import demo_manifest
-
-        if labels is not None:
-            raise UsageError("--data demo has its own labels; leave out --labels")
-        return demo_manifest()
-    from ..images.manifest import scan_folder
-
-    return scan_folder(Path(data), labels)
-
-
 def _source(data: str) -> "ImageSource":
     """Return where pictures are read from, without listing them."""
     from ..images.manifest import FolderSource
 
-    return _manifest(data, None).source if data == "demo" else FolderSource(Path(data).absolute())
-
-
-def _weights(pairs: tuple[str, ...]) -> dict[str, Path]:
-    from ...cache_specs.tables import encoder_name
-
-    files = {}
-    for pair in pairs:
-        name, separator, file = pair.partition("=")
-        if not separator or not file:
-            raise UsageError(f"--weights {pair}: expected NAME=FILE, as in --weights dinov2-vit-b=model.safetensors")
-        files[encoder_name(name)] = Path(file).absolute()
-    return files
+    return manifest_of(data, None).source if data == "demo" else FolderSource(Path(data).absolute())
 
 
 def _default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:
-    from ...cache_specs.sizes import human_bytes
-    from ..building.plan import describe
-
-    layout = plan.layout
-    click.echo(
-        f"{options.cache}: {'an existing' if plan.exists else 'a new'} cache of {layout.num_samples} samples, "
-        f"{len(layout.class_names)} classes, {layout.resolution} px, views {' + '.join(layout.views)}"
-    )
-    total = 0
-    for request in plan.requests:
-        component = request.component("")
-        missing = len(plan.missing[component.path])
-        click.echo(f"{component.path}: {missing} of {layout.num_ranges} ranges to encode")
-        for name, shape, size in describe(component, layout):
-            total += size
-            click.echo(f"  {name:<13} {shape:<32} {human_bytes(size)}")
-    click.echo(f"{human_bytes(total)} in all; nothing was written")
-
-
-def _print_report(options: "BuildOptions", report: "BuildReport") -> None:
-    if report.num_images:
-        rate = report.num_images / max(report.seconds, 1e-9)
-        click.echo(f"encoded {report.num_images} images in {report.seconds:.1f} s ({rate:.1f} images/s)")
-    for path in report.completed:
-        click.echo(f"{path}: complete")
-        error = report.statistics[path].get("float16_error")
-        if isinstance(error, float):
-            advice = "; --dtype int8 would be nearer" if error > 0.01 else ""
-            click.echo(f"  float16 moves a channel's mean by at most {error:.2g} of its std{advice}")
-    if not report.num_images and not report.completed:
-        click.echo(f"{options.cache}: everything asked for is there and complete")
-    bad, passing = len(report.unusable), len(report.passing)
-    if passing:
-        raise JobError(
-            f"{passing} images could not be read (listed above) for a reason of the disk, the network or the memory, "
-            "not of the file, so the ranges with them were not written; see to it and run the same command again"
-        )
-    if bad and not options.skip_bad:
-        raise JobError(
-            f"{bad} of {len(options.manifest)} images could not be used (listed above), so the ranges with them "
-            "were not written and the cache is incomplete; mend the files and run the same command again, "
-            "or add --skip-bad to leave them out"
-        )
-    if bad:
-        click.echo(f"{bad} bad images were left out (--skip-bad); training does not see them")
 
 
 @cli.command()
@@ -251,7 +110,7 @@ def _recompute(cache: str, num: int, data: str, weights: tuple[str, ...], device
     from ..checking.recompute import recompute
 
     problems = []
-    for agreement in recompute(cache, _source(data), num=num, weights=_weights(weights), device=device):
+    for agreement in recompute(cache, _source(data), num=num, weights=weights_of(weights), device=device):
         problems += agreement.problems
         if agreement.left_out:
             click.echo(f"{agreement.path}: not encoded again: {agreement.left_out}")

@@ -5,24 +5,22 @@ root, in bytewise order. Three layouts are read: one folder a class, a flat fold
 layout, where dataset.json gives the labels. Ids are held in one numpy string array, not in Python objects.
 """
 
-import csv
 import functools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
-from ...cache_specs.errors import UsageError, nearest
+from ...cache_specs.errors import UsageError
 from ...cache_specs.fingerprint import manifest_fingerprint
+from ...cache_specs.outside import GIB, read_file
+from .formats import IMAGE_SUFFIXES
+from .labels import labels_from_csv, labels_from_edm, labels_from_folders
 
-_Label = TypeVar("_Label", int, str)
-
-MAX_CLASSES = 1_000_000  # every class up to the largest label is named in the metadata: a stray number would fill it
-IMAGE_SUFFIXES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"])
+MOST_IMAGE_BYTES = GIB  # of one file: Pillow refuses more than 179 million pixels, of up to six bytes
 
 
 class ImageSource(Protocol):
@@ -40,7 +38,7 @@ class FolderSource:
     root: Path
 
     def read(self, sample_id: str) -> bytes:
-        return (self.root / sample_id).read_bytes()
+        return read_file(self.root / sample_id, most=MOST_IMAGE_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,7 @@ class Manifest:
     """N samples in row order.
 
     `sample_ids` [N] numpy strings; `labels` [N] int32 in [0, K); `class_names` K strings; `where` names the data in
-    messages; `left_out` counts files that are no images by their ending.
+    messages; `left_out` counts files that are no images by their ending, `further` images that are not in the cache.
     """
 
     where: str
@@ -57,6 +55,7 @@ class Manifest:
     class_names: tuple[str, ...]
     source: ImageSource
     left_out: int = 0
+    further: int = 0
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -67,20 +66,26 @@ class Manifest:
         return manifest_fingerprint(self.sample_ids.tolist(), self.labels.tolist())
 
 
-def scan_folder(root: Path, labels_file: str | None = None) -> Manifest:
+@dataclass(frozen=True, kw_only=True)
+class KnownSamples:
+    """The samples of a cache that is there: its ids [N], numpy strings in row order, and its class names."""
+
+    sample_ids: np.ndarray
+    class_names: tuple[str, ...]
+
+
+def scan_folder(
+    root: Path, labels_file: str | None = None, *, allow_empty: bool = False, known: KnownSamples | None = None
+) -> Manifest:
     """Read the manifest of an image folder.
 
     `labels_file` is a CSV of `sample id, label` (whole numbers, or class names in any text), or the word `folders`:
-    take five-digit folder names as classes. Raises `UsageError` for a folder that is missing, empty, unreadable,
-    ambiguous, or holds a name that is not UTF-8.
+    take five-digit folder names as classes. `allow_empty` gives a class to a folder without images, too. The images of
+    a cache that is there are those that it has, where the folder still holds them all: `known`. Raises `UsageError` for
+    a folder that is missing, empty, unreadable, ambiguous, or holds a name that is not UTF-8.
     """
     root = root.absolute()
-    try:
-        found = root.is_dir()
-    except OSError as error:  # a folder above it is closed to this user
-        raise UsageError(f"--data {root}: cannot be read ({error.strerror}); mend its permissions") from error
-    if not found:
-        raise UsageError(f"--data {root}: no such folder; give a folder of images, or the word demo")
+    _check_folder(root)
     images: list[str] = []
     left_out = 0
     edm_labels = root / "dataset.json"
@@ -94,13 +99,24 @@ def scan_folder(root: Path, labels_file: str | None = None) -> Manifest:
             f"--data {root}: no images below it ({left_out} files with other endings); "
             f"expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
+    further = 0
+    if known is not None and not (own := set(known.sample_ids.tolist())) - set(images):
+        further = len(images) - len(own)
+        images = list(own)
     images.sort(key=os.fsencode)
     if labels_file not in (None, "folders"):
-        labels, names = _labels_from_csv(images, Path(labels_file or ""))
+        labels, names = labels_from_csv(images, Path(labels_file or ""))
     elif edm_labels.exists():
-        labels, names = _labels_from_edm(images, edm_labels)
+        labels, names = labels_from_edm(images, edm_labels)
     else:
-        labels, names = _labels_from_folders(images, root, five_digits_are_classes=labels_file == "folders")
+        labels, names = labels_from_folders(
+            images,
+            root,
+            folders=_visible_folders(root),
+            five_digits_are_classes=labels_file == "folders",
+            allow_empty=allow_empty,
+            known=None if known is None else known.class_names,
+        )
     return Manifest(
         where=str(root),
         sample_ids=np.array(images, dtype=np.dtypes.StringDType()),
@@ -108,7 +124,28 @@ def scan_folder(root: Path, labels_file: str | None = None) -> Manifest:
         class_names=tuple(names),
         source=FolderSource(root),
         left_out=left_out,
+        further=further,
     )
+
+
+def _check_folder(root: Path) -> None:
+    try:
+        found = root.is_dir()
+        is_file = root.is_file()
+    except OSError as error:  # a folder above it is closed to this user
+        raise UsageError(f"--data {root}: cannot be read ({error.strerror}); mend its permissions") from error
+    if is_file:
+        raise UsageError(
+            f"--data {root}: a file, and images are read from a folder; unpack it, or import latents in it with "
+            "repa-cache import"
+        )
+    if not found:
+        raise UsageError(f"--data {root}: no such folder; give a folder of images, or the word demo")
+
+
+def _visible_folders(root: Path) -> list[str]:
+    with os.scandir(root) as entries:
+        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def walk_files(root: Path) -> Iterator[str]:
@@ -146,78 +183,3 @@ def walk_files(root: Path) -> Iterator[str]:
                 stack.append((path, above | {identity}))
             else:
                 yield path
-
-
-def _labels_from_folders(
-    images: list[str], root: Path, *, five_digits_are_classes: bool
-) -> tuple[list[int], list[str]]:
-    flat = [path for path in images if "/" not in path]
-    if flat and len(flat) < len(images):
-        nested = next(path for path in images if "/" in path)
-        raise UsageError(
-            f"--data {root}: images lie both directly in it ({flat[0]}) and in folders ({nested}); "
-            "keep one folder a class, or one flat folder, or name labels with --labels FILE.csv"
-        )
-    if flat:
-        return [0] * len(images), [root.name or "images"]
-    classes = [path.partition("/")[0] for path in images]
-    names = sorted(set(classes), key=os.fsencode)
-    if not five_digits_are_classes and all(len(name) == 5 and name.isascii() and name.isdigit() for name in names):
-        raise UsageError(
-            f"--data {root}: are {names[0]} .. {names[-1]} classes, or the shards of an EDM data set whose "
-            "dataset.json is missing? Put dataset.json beside them, or say --labels folders to take them as classes"
-        )
-    index = {name: label for label, name in enumerate(names)}
-    return [index[name] for name in classes], names
-
-
-def _labels_from_edm(images: list[str], file: Path) -> tuple[list[int], list[str]]:
-    try:
-        pairs = json.loads(file.read_text(encoding="utf-8"))["labels"]
-        by_path = None if pairs is None else {str(path): int(label) for path, label in pairs}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f'{file}: expected {{"labels": [["00000/img00000000.png", 0], ...]}} or {{"labels": null}} ({error!r})'
-        ) from error
-    if by_path is None:
-        return [0] * len(images), ["images"]
-    return numbered_classes(images, _lookup(images, by_path, file), file)
-
-
-def _labels_from_csv(images: list[str], file: Path) -> tuple[list[int], list[str]]:
-    by_path: dict[str, str] = {}
-    try:
-        with file.open(newline="", encoding="utf-8") as stream:
-            for row in csv.reader(stream):
-                if len(row) != 2:
-                    raise UsageError(f"--labels {file}: {row!r}: expected two columns, sample id and label")
-                by_path[row[0]] = row[1].strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--labels {file}: cannot be read ({error}); expected lines of: sample id,label") from error
-    words = _lookup(images, by_path, file)
-    if all(word.isascii() and word.isdigit() for word in words):
-        return numbered_classes(images, [int(word) for word in words], file)
-    names = sorted(set(words), key=os.fsencode)
-    index = {name: label for label, name in enumerate(names)}
-    return [index[word] for word in words], names
-
-
-def numbered_classes(images: list[str], labels: list[int], file: Path) -> tuple[list[int], list[str]]:
-    """Return labels that are numbers already, and their classes: every number up to the largest, named by itself."""
-    for label in (min(labels), max(labels)):
-        if not 0 <= label < MAX_CLASSES:
-            raise UsageError(
-                f"{file}: label {label} of {images[labels.index(label)]}: expected class numbers from 0 to "
-                f"{MAX_CLASSES - 1}"
-            )
-    return labels, [str(label) for label in range(max(labels) + 1)]
-
-
-def _lookup(images: list[str], by_path: dict[str, _Label], file: Path) -> list[_Label]:
-    missing = [path for path in images if path not in by_path]
-    if missing:
-        raise UsageError(
-            f"{file}: {len(missing)} of {len(images)} images have no label, the first is {missing[0]}; "
-            f"{nearest(missing[0], list(by_path)[:3])}"
-        )
-    return [by_path[path] for path in images]

@@ -7,23 +7,26 @@ Python's zipfile holds about 1 KB a member: 1.2 GB for ImageNet.
 
 import io
 import itertools
-import json
+import math
+import os
 import re
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from ...cache_specs.errors import UsageError
+from ...cache_specs.errors import UsageError, reason
+from ...cache_specs.outside import MOST_TABLE_BYTES, open_regular, read_file
+from ..images.labels import edm_labels
 from ..images.manifest import walk_files
 from .source import BadLatent
 
 LATENT_NAME = re.compile(r"(?:.*/)?img-mean-std-(\d{8})\.npy")
 IMAGE_NAME = re.compile(r"(?:.*/)?img(\d{8})\.[a-z]+")
 LABELS_FILE = "dataset.json"
+MOST_LATENT_BYTES = 2**28  # of one sample's .npy: latents of a picture of 8,192 pixels a side have as many
 
 
 class Members(Protocol):
@@ -32,8 +35,8 @@ class Members(Protocol):
     where: Path
     names: list[str]
 
-    def read(self, name: str) -> bytes:
-        """Return a file, whole; raise `BadLatent` where it cannot be read."""
+    def read(self, name: str, *, most: int = MOST_LATENT_BYTES) -> bytes:
+        """Return a file, whole; raise `BadLatent` where it cannot be read, or has more than `most` bytes."""
         ...
 
     def size(self, name: str) -> int: ...
@@ -46,11 +49,11 @@ class FolderMembers:
         self.where = root
         self.names = list(walk_files(root))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, most: int = MOST_LATENT_BYTES) -> bytes:
         try:
-            return (self.where / name).read_bytes()
+            return read_file(self.where / name, most=most)
         except OSError as error:
-            raise BadLatent(f"cannot be read ({error.strerror or error})") from error
+            raise BadLatent(f"cannot be read ({reason(error)})") from error
 
     def size(self, name: str) -> int:
         return (self.where / name).stat().st_size
@@ -66,9 +69,13 @@ class ZipMembers:
     def __init__(self, file: Path) -> None:
         self.where = file
         try:
+            os.close(open_regular(file))
             self._zip = zipfile.ZipFile(file)
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-            raise UsageError(f"--data {file}: not a whole zip file ({error}); copy or download it again") from error
+        # A damaged directory is whatever zipfile makes of it: struct.error, OverflowError, UnicodeDecodeError, ...
+        except Exception as error:
+            raise UsageError(
+                f"--data {file}: not a whole zip file ({reason(error)}); copy or download it again"
+            ) from error
         self.names = [name for name in self._zip.namelist() if not name.endswith("/")]
         for name in self.names:
             if name.startswith("/") or "\\" in name or ":" in name or ".." in name.split("/"):
@@ -77,12 +84,16 @@ class ZipMembers:
             twice = next(name for name, following in itertools.pairwise(sorted(self.names)) if name == following)
             raise UsageError(f"--data {file}: two members are called {twice}; a sample's id must be its own")
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, most: int = MOST_LATENT_BYTES) -> bytes:
+        claimed = self.size(name)
+        if claimed > most:
+            raise BadLatent(f"it says that it has {claimed} bytes unpacked, and at most {most} are read")
         try:
-            return self._zip.read(name)
+            with self._zip.open(name) as member:  # which ends where the member said, whatever more is packed
+                return member.read()
         # A damaged member is whatever zipfile or its decompressor make of it; an encrypted one is a RuntimeError.
-        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise BadLatent(f"cannot be read from the zip ({error})") from error
+        except Exception as error:
+            raise BadLatent(f"cannot be read from the zip ({reason(error)})") from error
 
     def size(self, name: str) -> int:
         return self._zip.getinfo(name).file_size
@@ -153,13 +164,21 @@ def numbers_of(names: Sequence[str], pattern: re.Pattern[str], where: Path, expe
 def read_npy(data: bytes) -> np.ndarray:
     """Return the array of a .npy file; raise `BadLatent` where it is not a whole one. Nothing is unpickled."""
     stream = io.BytesIO(data)
+    if not data.startswith(np.lib.format.MAGIC_PREFIX):
+        raise BadLatent("not a whole .npy file of numbers (it does not begin as one)")
     try:
-        array = np.load(stream, allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadLatent(f"not a whole .npy file of numbers ({reason})") from error
-    if not isinstance(array, np.ndarray) or stream.read(1):
-        raise BadLatent("not a single .npy array; something follows it, or it is an archive")
+        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
+        claimed, there = abs(math.prod(shape)) * dtype.itemsize, len(data) - stream.tell()
+        if claimed > there and not dtype.hasobject:  # numpy would ask for the memory first, and then look
+            raise ValueError(f"{dtype} {list(shape)[:8]} has {claimed} bytes, and {there} follow its header")
+        stream.seek(0)
+        array: np.ndarray = np.load(stream, allow_pickle=False)
+    # The header is Python's text: what its parser raises on other people's is SyntaxError, MemoryError, KeyError, ...
+    except Exception as error:
+        raise BadLatent(f"not a whole .npy file of numbers ({reason(error)})") from error
+    if stream.read(1):
+        raise BadLatent("not a single .npy array; something follows it")
     return array
 
 
@@ -167,19 +186,7 @@ def read_labels(members: Members) -> dict[str, int] | None:
     """Return the labels of dataset.json by name, None where it says null; raise `UsageError` where it is damaged."""
     file = members.where / LABELS_FILE
     try:
-        pairs: Any = json.loads(members.read(LABELS_FILE).decode())["labels"]
-        if pairs is None:
-            return None
-        labels = {}
-        for name, label in pairs:
-            if not isinstance(label, int) or isinstance(label, bool) or abs(label) >= 2**31:
-                raise ValueError(f"label {label!r} of {name}")
-            if name in labels:
-                raise ValueError(f"two labels of {name}")
-            labels[str(name)] = label
-        return labels
-    except (BadLatent, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f'{file}: expected {{"labels": [["00000/img-mean-std-00000000.npy", 0], ...]}} or {{"labels": null}} '
-            f"({error!r})"
-        ) from error
+        data = members.read(LABELS_FILE, most=MOST_TABLE_BYTES)
+    except BadLatent as error:
+        raise UsageError(f"{file}: {error}") from error
+    return edm_labels(data, file, once=True)

@@ -5,17 +5,21 @@ statements of the user, and `weights` and `precision` are "unknown".
 """
 
 import difflib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...cache_specs.errors import JobError, UsageError, nearest
+from ...cache_specs.errors import JobError, UsageError, nearest, reason
 from ...cache_specs.group import group_attributes
 from ...cache_specs.layout import CacheLayout
+from ...cache_specs.outside import read_file
 from ...cache_specs.schema import IMPORTED, LATENTS, UNKNOWN, ComponentSpec
 from ...cache_specs.storage import location
 from ...cache_specs.tables import AutoencoderEntry, autoencoder_table
 from ..building.plan import resolve_layout
+from ..images.formats import open_picture
+from ..images.manifest import MOST_IMAGE_BYTES
 from .arrow import SPLITS, STATE, ArrowSource
 from .checks import Look, Reading, check_pixel_range, check_scale, check_statistics, look_at
 from .edm2 import REPA_LATENTS, open_edm2, open_repa
@@ -185,16 +189,16 @@ def _check_images(source: LatentSource, resolution: int) -> None:
     """Raise `UsageError` where images that were cropped before the encoding are not of its resolution."""
     if source.image_root is None or source.layout == "arrow":  # the study crops as it reads
         return
-    from PIL import Image
-
     size = len(source.manifest)
     for row in sorted({0, size // 2, size - 1}):
         file = source.image_root / str(source.manifest.sample_ids[row])
         try:
-            with Image.open(file) as image:
+            with open_picture(io.BytesIO(read_file(file, most=MOST_IMAGE_BYTES))) as image:
                 found = image.size
-        except OSError as error:
-            raise UsageError(f"{file}: not an image ({error}); mend it, or name the images with --images") from error
+        except Exception as error:  # a damaged header raises what it likes
+            raise UsageError(
+                f"{file}: not an image ({reason(error)}); mend it, or name the images with --images"
+            ) from error
         if found != (resolution, resolution):
             raise UsageError(
                 f"{file}: {found[0]} x {found[1]} pixels, and the latents are of {resolution} x {resolution}; "

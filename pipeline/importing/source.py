@@ -12,7 +12,8 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
-from ..images.manifest import Manifest, numbered_classes
+from ..images.labels import numbered_classes
+from ..images.manifest import Manifest
 
 Kind = Literal["moments", "sample"]
 

@@ -65,7 +65,7 @@ class RealImages(Dataset[torch.Tensor]):
 
 def manifest_of(data: str) -> Manifest:
     """Return the manifest of a folder of images, or of the demo."""
-    return demo_manifest() if data == "demo" else scan_folder(Path(data))
+    return demo_manifest() if data == "demo" else scan_folder(Path(data), allow_empty=True)
 
 
 def why_not(weights: Path | None) -> str | None:

@@ -21,7 +21,7 @@ from ...cache_specs.layout import COMPLETE, PARTIAL_FOLDER, CacheLayout
 from ...cache_specs.locks import locked
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.storage import LocalPath, Location, location
-from ..images.manifest import Manifest
+from ..images.manifest import KnownSamples, Manifest
 from .metadata import component_files, root_files
 
 # What zarr raises on damaged metadata or chunks, as seen by flipping bits: it has no class of its own for them.
@@ -193,6 +193,16 @@ class CacheStore:
             (group / layout.name).sync()
         (group / valid.name / valid.shard_file(index)).take(partials[valid.name])
         (group / valid.name).sync()
+
+
+def known_samples(path: str | Path | Location) -> KnownSamples | None:
+    """Return the samples of the cache at `path`, None where there is none, or none whose ids can be read."""
+    try:
+        store = CacheStore.open(path)
+        ids = store.read("sample_id", 0, store.layout.num_samples)
+    except CacheError:
+        return None
+    return KnownSamples(sample_ids=ids, class_names=store.layout.class_names)
 
 
 def _remove_partials(folder: Path) -> None:

@@ -2,13 +2,21 @@
 
 import contextlib
 import io
+import math
+import os
+import struct
+import subprocess
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from repa.pipeline.images import formats
 from repa.pipeline.images.decode import BadImage, decode, decode_batch
+from repa.pipeline.images.manifest import FolderSource
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -141,3 +149,145 @@ def test_one_bad_file_leaves_the_others_of_its_batch_alone() -> None:
     assert batch.source_bytes.tolist() == [len(good), 0, 0, 0]
     assert (batch.images[0] == [1, 2, 3]).all()
     assert not batch.images[1:].any()
+
+
+def test_memory_that_is_not_there_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = encoded(Image.new("RGB", (16, 16)))
+    errors = iter(
+        [MemoryError(), OSError(12, "Cannot allocate memory"), OSError("out of memory error when reading image file")]
+    )
+    monkeypatch.setattr(Image.Image, "convert", lambda *_, **__: (_ for _ in ()).throw(next(errors)))
+    batch = decode_batch(_Source(dict.fromkeys("abc", good)), ["a", "b", "c"], 16, np.zeros(3, np.int64))
+    assert batch.passing == {0, 1, 2}
+    assert set(batch.bad.values()) == {"cannot be decoded (there was not enough memory)"}
+
+
+def test_memory_that_is_not_there_for_the_file_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _Source({})
+    monkeypatch.setattr(source, "read", lambda _: bytes(2**62))
+    batch = decode_batch(source, ["a"], 16, np.zeros(1, np.int64))
+    assert (batch.passing, list(batch.bad)) == ({0}, [0])
+
+
+def test_an_exception_without_words_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image.Image, "convert", lambda *_, **__: (_ for _ in ()).throw(IndexError()))
+    with pytest.raises(BadImage, match=r"cannot be decoded \(IndexError\)"):
+        decode(encoded(Image.new("RGB", (16, 16))), 16)
+
+
+def orientation_alone(kind: int, value: bytes, *others: bytes, order: str = "<") -> bytes:
+    """Return EXIF of an orientation of TIFF's type `kind` and `value` [4 bytes], and other entries [12 bytes each]."""
+    entries = [struct.pack(f"{order}HHI", 0x0112, kind, 1) + value, *others]
+    head = b"II*\0\x08\0\0\0" if order == "<" else b"MM\0*\0\0\0\x08"
+    return b"Exif\0\0" + head + struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+SIX = struct.pack("<HH", 6, 0)
+ODD_EXIF = {
+    "a resolution that is not a number": (
+        orientation_alone(3, SIX, struct.pack("<HHIf", 0x011A, 11, 1, math.nan)),
+        True,
+    ),
+    "a resolution in words": (orientation_alone(3, SIX, struct.pack("<HHI4s", 0x011A, 2, 3, b"72\0\0")), True),
+    "the other order of bytes": (orientation_alone(3, struct.pack(">HH", 6, 0), order=">"), True),
+    "a cut header": (b"Exif\0\0MM\0", False),
+    "an orientation in words": (orientation_alone(2, b"6\0\0\0"), False),
+    "an orientation that is not there": (orientation_alone(3, struct.pack("<HH", 77, 0)), False),
+    "an orientation that is not a number": (orientation_alone(11, struct.pack("<f", math.nan)), False),
+    "no EXIF at all": (b"Exif\0\0certainly not", False),
+}
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("what", ODD_EXIF)
+def test_odd_exif_never_costs_a_picture(what: str, form: str) -> None:
+    exif, applied = ODD_EXIF[what]
+    image = Image.new("RGB", (32, 16), (200, 30, 30))
+    image.paste((20, 30, 200), (16, 0, 32, 16))
+    options = {"lossless": True} if form == "WEBP" else {"quality": 95, "subsampling": 0}
+    pixels = decode(encoded(image, form, exif=exif, **options), 16).astype(int)
+    upright = decode(encoded(image.transpose(Image.Transpose.ROTATE_270) if applied else image), 16)
+    assert np.abs(pixels - upright).max() < 40
+
+
+def test_no_mutated_exif_costs_a_picture() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A], exif[0x0132] = 6, "maker" * 9, 72.5, "2026:01:01 00:00:00"
+    stored = exif.tobytes()
+    image = Image.new("RGB", (32, 16), (200, 30, 30))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        mutated = bytearray(stored)
+        for place in rng.integers(6, len(stored), 4):
+            mutated[place] = rng.integers(256)
+        assert np.abs(decode(encoded(image, exif=bytes(mutated)), 16).astype(int) - [200, 30, 30]).max() == 0
+
+
+def test_extreme_pictures_take_no_memory_and_keep_their_centre() -> None:
+    assert (decode(encoded(Image.new("RGB", (1, 5000), (200, 30, 30))), 256) == [200, 30, 30]).all()
+    waves = np.arange(3 * 300 * 3).reshape(3, 300, 3) / np.array([40, 55, 70])
+    values = (127.5 + 127.5 * np.sin(waves)).astype(np.uint8)
+    for picture in (values, values.transpose(1, 0, 2)):
+        image = Image.fromarray(np.ascontiguousarray(picture))
+        whole = np.asarray(image.resize([round(side * 16 / 3) for side in image.size], Image.Resampling.BICUBIC))
+        top, left = ((side - 16) // 2 for side in whole.shape[:2])
+        tracemalloc.start()
+        pixels = decode(encoded(image), 16)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert np.abs(pixels.astype(int) - whole[top : top + 16, left : left + 16]).max() <= 1
+        assert most < 10**6
+
+
+def test_an_extreme_picture_is_never_scaled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled = []
+    resize = Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], *args: Any, **kwargs: Any) -> Image.Image:
+        scaled.append(size)
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    decode(encoded(Image.new("L", (5000, 1))), 256)
+    assert scaled == [(256, 256)]
+
+
+def test_no_other_program_is_started_for_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was started"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n(x) run\nshowpage\n%%EOF\n"
+    for data in (eps, encoded(Image.new("RGB", (16, 16)), "EPS")):
+        with pytest.raises(BadImage, match="not an image"):
+            decode(data, 16)
+
+
+@pytest.mark.parametrize(("form", "name"), [("WEBP", "WEBP"), ("AVIF", "AVIF"), ("JPEG2000", "JPEG2000")])
+def test_a_format_that_pillow_lacks_is_bad_by_name(form: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("RGB", (16, 16)), form) if formats.readable(name) else pytest.skip(f"no {name} here")
+    assert decode(data, 16).shape == (16, 16, 3)
+    monkeypatch.setattr(formats, "readable", lambda asked: asked != name)
+    with pytest.raises(BadImage, match=f"a {name} file, which this machine's Pillow cannot decode"):
+        decode(data, 16)
+
+
+def test_pictures_are_opened_in_one_place() -> None:
+    house = Path(formats.__file__).parents[2]
+    opening = [file for room in ("pipeline", "trainer") for file in (house / room).rglob("*.py")]
+    assert [file.name for file in opening if "Image.open(" in file.read_text()] == ["formats.py"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link to a device", "sparse"])
+def test_only_files_of_a_sensible_size_are_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.png"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "sparse":
+        path.touch()
+        os.truncate(path, 2**42)
+    else:
+        path.symlink_to("/dev/zero")
+    batch = decode_batch(FolderSource(tmp_path), ["a.png"], 16, np.zeros(1, np.int64))
+    words = {"fifo": "a FIFO", "folder": "a folder", "sparse": f"{2**42} bytes", "link to a device": "a device"}
+    assert words[kind] in batch.bad[0]
+    assert not batch.passing
