@@ -96,7 +96,6 @@ def train(cache: Path, out: Path, options: argparse.Namespace, *, compiled: bool
     torch.compiler.reset()
     gc.collect()  # a compiled model refers to itself: that of the run before would count in this one's peak memory
     run = prepare(config, World(rank=0, size=1, device=device))
-    norm = run.norm.tensors(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     depth = batches_ahead(config.prefetch_bytes, run.batches.num_bytes)
@@ -104,14 +103,14 @@ def train(cache: Path, out: Path, options: argparse.Namespace, *, compiled: bool
     times = []
     with loss_in_eager_pytorch(not fused), ahead:
         for _ in range(WARM_UP):
-            train_step(run, ahead, norm)
+            train_step(run, ahead)
         synchronize(device)
         waited, first = ahead.waited_s, time.perf_counter()
         for done in range(0, options.steps, BLOCK):
             steps = min(BLOCK, options.steps - done)
             start = time.perf_counter()
             for _ in range(steps):
-                train_step(run, ahead, norm)
+                train_step(run, ahead)
             synchronize(device)
             times.append((time.perf_counter() - start) / steps)
         total = time.perf_counter() - first

@@ -12,8 +12,8 @@ import torch
 import zarr  # noqa: F401  # the reader imports it when it opens a cache
 from peak_memory import peak_bytes, reset_peak
 
-from repa.trainer.diffusion.interpolant import Interpolant
-from repa.trainer.reading.batches import Batches, DrawSpec, Place
+from repa.trainer.reading.batches import Batches, Place
+from repa.trainer.reading.draws import DrawSpec, gaussian, view_coin
 from repa.trainer.reading.prefetch import ReadAhead, batches_ahead
 from repa.trainer.reading.reader import CacheReader
 from repa.trainer.runs.config import RunConfig
@@ -37,14 +37,9 @@ def main() -> None:
     torch.randn(8)  # its generator and libraries are loaded
     base = reset_peak()
     reader = CacheReader(options.cache)
-    spec = DrawSpec(
-        seed=0,
-        num_views=len(reader.views),
-        latent_shape=(reader.latents.channels, *reader.latents.size),
-        posterior=True,
-        interpolant=Interpolant(),
-        label_dropout=0.1,
-    )
+    latent_shape = (reader.latents.channels, *reader.latents.size)
+    draws = [view_coin(len(reader.views)), gaussian("posterior_noise", latent_shape), gaussian("noise", latent_shape)]
+    spec = DrawSpec(seed=0, draws=draws)
     batches = Batches(reader, spec, Place(batch_size=options.batch_size))
     depth = batches_ahead(RunConfig.prefetch_bytes, batches.num_bytes)
     steps = depth + 2  # the first buffers are filled again

@@ -105,7 +105,6 @@ class Steps:
         }
         config = resolve([recipe_layer("irepa", model), Layer(source="benchmarks/step.py", values=values)])
         self.run = prepare(config, World(rank=0, size=1, device=torch.device(options.device)))
-        self._norm = self.run.norm.tensors(self.run.world.device)
         self.losses = torch.empty(0)  # of the last step
 
     def read_ahead(self) -> ReadAhead:
@@ -129,7 +128,7 @@ class Steps:
         self._wait()
         start = time.perf_counter()
         for _ in range(num):
-            self.losses = train_step(self.run, source, self._norm)
+            self.losses = train_step(self.run, source).values
         self._wait()
         return time.perf_counter() - start
 

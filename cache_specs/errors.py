@@ -55,6 +55,12 @@ def reason(error: BaseException) -> str:
     return " ".join(str(text).split())[:MAX_REASON] or type(error).__name__
 
 
+def at_least(name: str, value: int, least: int) -> None:
+    """Raise UsageError unless the setting `name` is `least` or more."""
+    if value < least:
+        raise UsageError(f"{name} is {value}; expected {least} or more")
+
+
 @contextlib.contextmanager
 def writing(path: Path, *, then: str) -> Iterator[None]:
     """Turn an OSError into a JobError that says what could not be written, and what to do: mend it, `then` this."""

@@ -7,7 +7,7 @@ averaged over ranks by DistributedDataParallel; everything else that crosses ran
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -115,16 +115,15 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def settle_buckets(wrapped: nn.Module, inputs: tuple[Tensor, ...], *, autocast: torch.autocast) -> None:
-    """Run one step whose gradients are thrown away, under the autocast of all that follow.
+def settle_buckets(wrapped: nn.Module, forward: Callable[[], Iterable[Tensor]]) -> None:
+    """Run one step of `forward`, which returns all that the model answers; its gradients are thrown away.
 
     DistributedDataParallel regroups its buckets after the first backward pass it sees. With three ranks or more the
     order of a ring's additions depends on them, and the first step after a resume would differ in the last bit from
     the same step of an uninterrupted run. After this, every step of either uses the same buckets.
     """
-    with autocast:
-        velocity, projections = wrapped(*inputs, return_projections=True)
-    sum((tokens.float().mean() for tokens in projections), start=velocity.float().mean()).backward()
+    first, *rest = forward()
+    sum((tokens.float().mean() for tokens in rest), start=first.float().mean()).backward()
     wrapped.zero_grad(set_to_none=True)
 
 

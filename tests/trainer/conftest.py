@@ -21,7 +21,13 @@ from repa.cache_specs.fingerprint import manifest_fingerprint, transform_fingerp
 from repa.cache_specs.layout import BAD_FILES, CROP, VIEWS, ArrayLayout, CacheLayout
 from repa.cache_specs.schema import ComponentSpec
 from repa.cache_specs.storage import location
+from repa.trainer.diffusion.interpolant import Interpolant
+from repa.trainer.diffusion.latents import LatentNorm
 from repa.trainer.models.sit import SIZES
+from repa.trainer.objectives.alignment import AlignmentConfig
+from repa.trainer.objectives.objective import Given
+from repa.trainer.objectives.velocity import Velocity
+from repa.trainer.reading.draws import DrawSpec
 from repa.trainer.rows.row_batch import Batch
 
 # Where the chunks of a shard lie: in C order at multiples of 64 bytes; or in zarr's order without gaps
@@ -224,6 +230,31 @@ def upload() -> Callable[[Path, str], str]:
         return url
 
     return put
+
+
+def sit_draws(
+    *,
+    seed: int = 7,
+    num_views: int = 2,
+    latent_shape: tuple[int, int, int] = (3, 8, 8),
+    posterior: bool = True,
+    label_dropout: float = 0.25,
+) -> DrawSpec:
+    """Return what SiT, REPA and iREPA draw for latents of this shape."""
+    given = Given(
+        latent_shape=latent_shape,
+        latent_kind="mean_std" if posterior else "sample",
+        norm=LatentNorm(scale=(1.0,) * latent_shape[0], bias=(0.0,) * latent_shape[0]),
+        num_views=num_views,
+        features=(),
+        null_label=3,
+        label_dropout=label_dropout,
+        interpolant=Interpolant(),
+        alignment=AlignmentConfig(projector="none"),
+        accumulation=1,
+        device=torch.device("cpu"),
+    )
+    return DrawSpec(seed=seed, draws=Velocity(given).draws())
 
 
 @dataclass

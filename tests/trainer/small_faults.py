@@ -84,7 +84,7 @@ class Faults:
     def train_beside_a_build(self, name: str) -> None:
         """Read before the build begins, while it goes on, and after it has ended."""
 
-        def step(run, ahead, norm):
+        def step(run, ahead):
             if run.step == 2:
                 (self.folder / f"{name} reads").touch()
             elif run.step == 5:
@@ -93,7 +93,7 @@ class Faults:
                 (self.folder / f"{name} reads on").touch()
             elif run.step == 9:
                 wait_for(self.folder / "built")
-            return train_step(run, ahead, norm)
+            return train_step(run, ahead)
 
         loop.train_step = step
         self.train(name)

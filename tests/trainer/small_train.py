@@ -87,25 +87,25 @@ def fork_ranks(printed: str, port: str, work: Callable[[], None]) -> list[int]:
     return ended(children)
 
 
-def killed(run, ahead, norm):
+def killed(run, ahead):
     if run.step == 7 and run.world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return train_step(run, ahead, norm)
+    return train_step(run, ahead)
 
 
-def stands_still(run, ahead, norm):
+def stands_still(run, ahead):
     if run.step == 3 and run.world.rank == 1:
         time.sleep(60)
-    return train_step(run, ahead, norm)
+    return train_step(run, ahead)
 
 
-def waits_for_its_end(run, ahead, norm):
+def waits_for_its_end(run, ahead):
     if run.step == 5:
         Path(run.folder.parent, f"waits.{run.world.rank}").touch()
         request = signal.getsignal(signal.SIGTERM).__self__
         while not request._asked:
             time.sleep(0.01)
-    return train_step(run, ahead, norm)
+    return train_step(run, ahead)
 
 
 def main(phase: str, *arguments: str) -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from repa.cache_specs.errors import JobError, UsageError
-from repa.trainer.distributed import TIMEOUT, World, join, settle_buckets
+from repa.trainer.distributed import TIMEOUT, World, join
 from repa.trainer.models.checkpoint import load_checkpoint
 from repa.trainer.reading.batches import Batches, Place
-from repa.trainer.runs.run import dummy_inputs, prepare
+from repa.trainer.runs.run import prepare
 from repa.trainer.runs.settings import Layer, recipe_layer, resolve, set_layer
 from repa.trainer.training import loop
 
@@ -81,10 +81,10 @@ def test_two_ranks_train_and_resume_exactly_after_a_death_or_an_end(make_cache, 
     places = [Place(batch_size=8, accumulation=2, rank=rank, world=2) for rank in range(2)]
     parts = [Batches(run.reader, run.batches.spec, place) for place in places]
     stream = iter([part.read(0, micro) for micro in range(2) for part in parts])
-    together = loop.train_step(run, SimpleNamespace(next=lambda: next(stream)), run.norm.tensors("cpu"))  # type: ignore[arg-type]  # stands in for ReadAhead
+    together = loop.train_step(run, SimpleNamespace(next=lambda: next(stream)))  # type: ignore[arg-type]  # stands in for ReadAhead
     first = whole.records[0]
     expected = [first["denoising_loss"], first["alignment_loss"], first["grad_norm"]]
-    np.testing.assert_allclose(together.numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(together.values.numpy(), expected, rtol=1e-5)
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(make_cache, small_sit):
@@ -102,9 +102,10 @@ def test_a_missing_device_is_named(monkeypatch):
 
 def test_buckets_are_settled_in_the_precision_of_the_run(make_cache, small_sit):
     run = prepare(settings(make_cache().path, "precision=bf16"), World(rank=0, size=1, device=torch.device("cpu")))
+    run.world = World(rank=0, size=2, device=torch.device("cpu"))  # where there is something to settle
     seen = []
     with run.model.projectors[0].register_forward_hook(lambda _module, _inputs, out: seen.append(out.dtype)):
-        settle_buckets(run.model, dummy_inputs(run), autocast=run.autocast())
+        loop.settle(run)
     assert seen == [torch.bfloat16]
     assert all(parameter.grad is None for parameter in run.model.parameters())
 

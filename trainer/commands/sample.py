@@ -56,6 +56,7 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
 
     from ..evaluating.grids import sheet_of_file
     from ..models.pretrained import open_model
+    from ..objectives.choose import stored_field
     from ..runs.metrics import Progress
     from ..runs.run import settle_convolutions
     from ..sampling.sample import SampleRequest, parse_labels
@@ -85,7 +86,7 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
             model,
             request,
             options["out"] or samples_file(trained, request, options["weights"], precision),
-            interpolant=trained.interpolant,
+            field=stored_field(trained.config, trained.interpolant),
             norm=latents.norm,
             decode=decode,
             decoder=decoder,

@@ -56,7 +56,7 @@ def train_command(
     with one_line_errors("repa-train"):
         from ..distributed import default_device, join
 
-        config = resolve_flags(files, assignments, flags)
+        config = resolve_flags(files, assignments, flags, resume=resume == "auto")
         with join(device or default_device()) as world:
             if dry_run:
                 _explain(config, world, resume=resume == "auto")
@@ -64,14 +64,22 @@ def train_command(
                 _train(config, world, resume=resume == "auto")
 
 
-def resolve_flags(files: tuple[Path, ...], assignments: tuple[str, ...], flags: dict[str, Any]) -> "RunConfig":
-    """Return the settings of a command line; the recipe and the model may stand in any of its sources."""
+def resolve_flags(
+    files: tuple[Path, ...], assignments: tuple[str, ...], flags: dict[str, Any], *, resume: bool = False
+) -> "RunConfig":
+    """Return the settings of a command line; the recipe and the model may stand in any of its sources.
+
+    At a resume the run's own stand in for defaults and recipe.
+    """
     from ..runs.settings import Layer, file_layer, recipe_layer, required, resolve, set_layer
+    from ..runs.stored import stored_layer
 
     given = {key: value for key, value in flags.items() if value not in (None, ())}
     sources = [*map(file_layer, files), set_layer(assignments), Layer(source="flags", values=given)]
-    recipe = recipe_layer(required("recipe", sources), required("model", sources))
-    return resolve([recipe, *sources])
+    own = stored_layer(Path(required("out", sources))) if resume else None
+    if own is None:
+        own = recipe_layer(required("recipe", sources), required("model", sources))
+    return resolve([own, *sources])
 
 
 def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
@@ -128,8 +136,9 @@ def _explain(config: "RunConfig", world: "World", *, resume: bool) -> None:
 
 def _checked(config: "RunConfig", world: "World", *, resume: bool) -> tuple[str, int]:
     """Check settings, cache and folder, writing nothing; return what would run, and from which step on."""
+    from ..runs.parts import latent_norm
     from ..runs.resume import check_folder
-    from ..runs.run import describe, latent_norm, open_cache, record
+    from ..runs.run import describe, open_cache, record
 
     config, reader = open_cache(config, world)
     norm = latent_norm(config, reader)

@@ -129,7 +129,7 @@ class Evaluation:
                 run.ema.model,
                 self._request,
                 run.folder / FOLDER / name,
-                interpolant=run.config.interpolant,
+                field=run.field,
                 norm=run.norm,
                 decode=self._decode,
                 decoder=self._decoder,

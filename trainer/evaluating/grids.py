@@ -38,7 +38,7 @@ def draw_training_grid(run: Run, decode: Decoder | None) -> Path:
             run.ema.model,
             range(settings.num),
             request,
-            interpolant=run.config.interpolant,
+            field=run.field,
             norm=run.norm,
             decode=decode,
         )

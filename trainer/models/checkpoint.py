@@ -3,6 +3,8 @@
 In: a run's state. Out: RUN/checkpoints/0000500.pt, a dict of
 
     model, ema    state dicts with the published names, projectors included
+    emas          our addition, where a run keeps several averages: the others, by decay
+    objective     our addition, where a method has state of its own
     opt           the optimizer's state dict
     args          the settings as a plain dict (published files hold an argparse.Namespace)
     steps         optimizer steps done
@@ -46,6 +48,8 @@ def save_checkpoint(
     steps: int,
     model: SiT,
     ema: SiT,
+    emas: Mapping[str, SiT] | None = None,
+    objective: Mapping[str, Any] | None = None,
     opt: Mapping[str, Any],
     args: Mapping[str, Any],
     config: Mapping[str, Any],
@@ -74,6 +78,10 @@ def save_checkpoint(
         "config": dict(config),
         "fingerprints": dict(fingerprints),
     }
+    if emas:
+        payload["emas"] = {decay: average.state_dict() for decay, average in emas.items()}
+    if objective:
+        payload["objective"] = dict(objective)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f".*{PARTIAL}"):  # of a save that was killed

@@ -177,11 +177,13 @@ class CopyStream:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Return a copy of nested dataclasses and lists with `change` applied to every tensor."""
+    """Return a copy of nested dataclasses, lists and dicts with `change` applied to every tensor."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, list):
         return [map_tensors(item, change) for item in value]
+    if isinstance(value, dict):
+        return {name: map_tensors(item, change) for name, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{item.name: map_tensors(getattr(value, item.name), change) for item in fields(value)})
     return value

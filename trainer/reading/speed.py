@@ -14,9 +14,10 @@ READS_ALWAYS = 0.95  # of the time spent reading: the rest is what a thread at w
 
 @dataclass(kw_only=True)
 class Interval:
-    """What happened between two logs, or over several such."""
+    """What happened between two logs, or over several such; `num_bytes` were read, over all ranks."""
 
     steps: int = 0
+    num_bytes: int = 0
     seconds: float = 0.0
     waited_s: float = 0.0
     reading_s: float = 0.0
@@ -27,14 +28,13 @@ class Interval:
 
 
 class Speed:
-    """The speed of a run whose steps take `batch_size` samples and `step_bytes` bytes over all ranks.
+    """The speed of a run whose steps take `batch_size` samples over all ranks.
 
     `staged` says that the cache is read from a local copy already, `deepest` that no more can be read ahead.
     """
 
-    def __init__(self, *, batch_size: int, step_bytes: int, staged: bool, deepest: bool) -> None:
+    def __init__(self, *, batch_size: int, staged: bool, deepest: bool) -> None:
         self._batch_size = batch_size
-        self._step_bytes = step_bytes
         self._staged = staged
         self._deepest = deepest
         self._warm_up = WARM_UP_STEPS  # steps still to come
@@ -45,7 +45,7 @@ class Speed:
         """Return samples_per_s, read_gb_per_s (10^9 bytes) and data_wait, a share of the time."""
         return {
             "samples_per_s": interval.steps * self._batch_size / interval.seconds,
-            "read_gb_per_s": interval.steps * self._step_bytes / interval.seconds / 1e9,
+            "read_gb_per_s": interval.num_bytes / interval.seconds / 1e9,
             "data_wait": interval.waited_s / interval.seconds,
         }
 
@@ -65,7 +65,7 @@ class Speed:
 
     def _verdict(self) -> str:
         measured = self._measured
-        share, found = measured.waited_s / measured.seconds, measured.steps * self._step_bytes / 1e9
+        share, found = measured.waited_s / measured.seconds, measured.num_bytes / 1e9
         wait, used, possible = 100 * share, found / measured.seconds, found / max(measured.reading_s, 1e-9)
         if share <= DATA_BOUND:
             return (

@@ -7,39 +7,16 @@ compared at a resume.
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, NewType
 
-from ...cache_specs.errors import UsageError, nearest
+from ...cache_specs.errors import UsageError, at_least, nearest
 from ..diffusion.interpolant import Interpolant
+from ..objectives.alignment import AlignmentConfig
+from ..objectives.choose import objective_class
 from ..reading.order import DEFAULT_WINDOW, Shuffle
 from ..sampling.samplers import SamplerConfig, SamplerName
 from .optimizer import OptimizerConfig
 
 Bytes = NewType("Bytes", int)  # may be written as 512MB or 2GiB
 PRECISIONS = ("auto", "fp32", "bf16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlignmentConfig:
-    """How block `encoder_depth` of SiT is held to the encoders' tokens (REPA, arXiv 2410.06940; iREPA, 2512.10794)."""
-
-    projector: Literal["none", "mlp", "conv", "linear"] = "mlp"  # none: no alignment, no encoder is read
-    hidden_dim: int = 2048  # mlp
-    kernel_size: int = 3  # conv
-    encoder_depth: int = 8
-    gamma: float | None = None  # strength of the spatial normalisation of the target; null for none
-    proj_coeff: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("hidden_dim", "kernel_size", "encoder_depth"):
-            _at_least(f"alignment.{name}", getattr(self, name), 1)
-        if self.kernel_size % 2 == 0:
-            raise UsageError(f"alignment.kernel_size is {self.kernel_size}; expected an odd number")
-        if self.gamma is not None and not 0 <= self.gamma <= 1:
-            raise UsageError(f"alignment.gamma is {self.gamma}; expected 0 to 1, or null for no normalisation")
-        if not 0 < self.proj_coeff < float("inf"):
-            raise UsageError(
-                f"alignment.proj_coeff is {self.proj_coeff}; expected a number above 0 (no alignment is "
-                f"alignment.projector=none, the recipe sit)"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +31,8 @@ class GridConfig:
     autoencoder_weights: str | None = None  # local weights of the decoder; null: the hub's
 
     def __post_init__(self) -> None:
-        _at_least("grid.every", self.every, 0)
-        _at_least("grid.num", self.num, 1)
+        at_least("grid.every", self.every, 0)
+        at_least("grid.num", self.num, 1)
         SamplerConfig(sampler=self.sampler, steps=self.steps, cfg_scale=self.cfg_scale)  # checks them
 
 
@@ -79,9 +56,9 @@ class EvaluationConfig:
     inception_data: str | None = None  # the images of FID, as in repa-cache build --data; null: Inception score only
 
     def __post_init__(self) -> None:
-        _at_least("evaluation.every", self.every, 0)
+        at_least("evaluation.every", self.every, 0)
         for name in ("num", "num_real", "neighbours", "batch_size"):
-            _at_least(f"evaluation.{name}", getattr(self, name), 1)
+            at_least(f"evaluation.{name}", getattr(self, name), 1)
         SamplerConfig(sampler=self.sampler, steps=self.steps, cfg_scale=self.cfg_scale)  # checks them
 
 
@@ -90,6 +67,7 @@ class RunConfig:
     """A training run. Defaults are SiT's and REPA's published ones."""
 
     recipe: str
+    objective: str = "velocity"  # the method behind the recipe
     cache: str
     out: str
     model: str  # SiT-{Ti,S,B,L,XL}/patch
@@ -105,7 +83,7 @@ class RunConfig:
     compile: bool = False
     latent_norm: Literal["fixed", "channel"] = "fixed"
     label_dropout: float = 0.1
-    ema_decay: float = 0.9999
+    ema_decay: tuple[float, ...] = (0.9999,)  # one or more averages; samples come from the first
     interpolant: Interpolant = field(default_factory=Interpolant)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -121,8 +99,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulation", "shuffle_window", "log_every", "save_every", "keep_last")
         for name in (*counts, "prefetch_bytes"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("seed", self.seed, 0)
+            at_least(name, getattr(self, name), 1)
+        at_least("seed", self.seed, 0)
         if self.precision == "fp16":
             raise UsageError(
                 "precision is fp16: under the published loss most of the alignment's gradient underflows to zero there "
@@ -130,9 +108,11 @@ class RunConfig:
             )
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision is {self.precision!r}; {nearest(self.precision, PRECISIONS)}")
-        if self.alignment.projector == "none" and self.encoders:
+        reads = objective_class(self.objective).reads(self.alignment)
+        if self.encoders and not reads.patch_tokens:
             raise UsageError(
-                f"recipe {self.recipe} aligns with no encoder (alignment.projector=none), but --encoder names "
+                f"recipe {self.recipe} reads no encoder (objective={self.objective}, "
+                f"alignment.projector={self.alignment.projector}), but --encoder names "
                 f"{', '.join(self.encoders)}. Leave it out, or choose a recipe such as irepa"
             )
         if self.batch_size % self.accumulation:
@@ -144,12 +124,14 @@ class RunConfig:
             raise UsageError("stage is empty; name a local folder for the copy, or leave it out")
         if not 0 <= self.label_dropout <= 1:
             raise UsageError(f"label_dropout is {self.label_dropout}; expected 0 to 1")
-        if not 0 <= self.ema_decay < 1:
-            raise UsageError(f"ema_decay is {self.ema_decay}; expected 0 <= ema_decay < 1")
+        if not self.ema_decay or any(not 0 <= decay < 1 for decay in self.ema_decay):
+            raise UsageError(f"ema_decay is {_listed(self.ema_decay)}; expected one or more numbers, 0 <= decay < 1")
+        if len(set(self.ema_decay)) != len(self.ema_decay):
+            raise UsageError(f"ema_decay names one decay twice: {_listed(self.ema_decay)}")
 
     def plain(self) -> dict[str, Any]:
         """Return the configuration as nested dicts of JSON values."""
-        return asdict(self) | {"encoders": list(self.encoders)}
+        return asdict(self) | {"encoders": list(self.encoders), "ema_decay": list(self.ema_decay)}
 
 
 # A resume may differ in these. `cache` is where the data lies; what it holds is compared by fingerprint.
@@ -160,6 +142,5 @@ MAY_CHANGE = frozenset(
 )
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"{name} is {value}; expected {least} or more")
+def _listed(values: tuple[float, ...]) -> str:
+    return ", ".join(map(str, values)) or "empty"

@@ -24,8 +24,8 @@ from ..reading.reader import CacheReader
 from .metrics import METRICS_FILE
 from .run import Run
 from .settings import differences
+from .stored import CONFIG_FILE, in_todays_words
 
-CONFIG_FILE = "config.json"
 LOCK_FOLDER = ".training"  # there while a process trains
 
 
@@ -70,7 +70,7 @@ def check_folder(
     stored = load_checkpoint(path, mmap=True)
     if "config" not in stored:
         raise CheckpointError(f"{path} is not a checkpoint of repa-train; it cannot be resumed, only sampled from")
-    check_same(stored["config"], record, where=str(path))
+    check_same(in_todays_words(stored["config"], source=str(path)), record, where=str(path))
     check_same_data(stored["fingerprints"], reader.fingerprints, where=str(path), cache=str(reader.path))
     if stored["steps"] > record["steps"]:
         raise UsageError(f"{path} has done {stored['steps']} steps, and --steps asks for {record['steps']} in all")
@@ -81,6 +81,9 @@ def restore(run: Run, stored: Mapping[str, Any]) -> None:
     """Take model, EMA, optimizer and step from a checkpoint of this very run."""
     run.model.load_state_dict(stored["model"])
     run.ema.model.load_state_dict(stored["ema"])
+    for ema in run.more_emas:
+        ema.model.load_state_dict(stored["emas"][str(ema.decay)])
+    run.objective.load_state_dict(stored.get("objective", {}))
     run.optimizer.load_state_dict(stored["opt"])
     run.step = stored["steps"]
 

@@ -5,7 +5,7 @@ before the first step.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,28 @@ from ...cache_specs.errors import UsageError
 from ...cache_specs.schema import FEATURES, LATENTS
 from ...cache_specs.sizes import human_bytes
 from ...cache_specs.storage import location
-from ...cache_specs.tables import autoencoder_table
-from ..diffusion.latents import LatentNorm, LatentSource, resolve_latent_norm
+from ..diffusion.latents import LatentNorm, LatentSource
 from ..distributed import World, wrap
 from ..models.ema import EMA
-from ..models.projector import ProjectorConfig
-from ..models.sit import SiT, sit_config
-from ..reading.batches import Batches, DrawSpec, Place
+from ..models.sit import SiT
+from ..objectives.objective import Field, Objective
+from ..reading.batches import Batches
 from ..reading.components import choose_component
 from ..reading.prefetch import batches_ahead
 from ..reading.reader import CacheReader
 from ..reading.stage import stage_cache
 from .config import RunConfig
 from .optimizer import GatedAdamW
+from .parts import (
+    build_model,
+    latent_norm,
+    make_batches,
+    make_objective,
+    reads_of,
+    resolve_precision,
+    settle_convolutions,
+)
+from .stored import RESOLVED
 
 
 @dataclass(kw_only=True)
@@ -42,19 +51,48 @@ class Run:
     reader: CacheReader
     model: SiT  # the plain module: what is averaged, stored and sampled
     wrapped: nn.Module  # the same, compiled and averaged over ranks: what is trained
-    ema: EMA
+    ema: EMA  # what samples are drawn from, of the first decay
+    more_emas: tuple[EMA, ...]  # of the other decays
     optimizer: GatedAdamW
+    objective: Objective
     batches: Batches
     norm: LatentNorm
     step: int = 0
+    aligned: bool = True  # whether the projectors are in the graph
 
     @property
     def folder(self) -> Path:
         return Path(self.config.out)
 
+    @property
+    def field(self) -> Field:
+        """What samples of the run's model follow."""
+        return self.objective.field(self.config.interpolant, self.objective.settings)
+
     def autocast(self) -> torch.autocast:
         """Return the context in which the model runs forward: bf16 autocast, or float32 as it is."""
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Any, Sequence[Tensor]]:
+        """Return the model's prediction and, while the run is aligned, each projector's tokens: one DDP forward."""
+        if self.aligned:
+            return self.wrapped(*inputs, return_projections=True)
+        return self.wrapped(*inputs), ()
+
+    def follow_alignment(self) -> bool:
+        """Take the projectors out of the graph from alignment.stop_step on; say whether anything changed.
+
+        They stay in the model, its checkpoints and the EMA. DistributedDataParallel is made anew, since it waits for
+        every parameter's gradient that it was made with.
+        """
+        aligned = self.objective.alignment.acts(self.step)
+        if aligned == self.aligned:
+            return False
+        self.aligned = aligned
+        self.model.projectors.requires_grad_(aligned)
+        self.wrapped = self.model  # the old wrapper goes, with its hooks, before there is a new one
+        self.wrapped = wrap(self.model, self.world)
+        return True
 
     def record(self) -> dict[str, Any]:
         """Return what is stored in config.json and in checkpoints: the settings and what the cache made of them."""
@@ -67,7 +105,7 @@ def record(config: RunConfig, reader: CacheReader, norm: LatentNorm) -> dict[str
     `resolved.latents` has the autoencoder's record and the numbers of the model's input, x = (z - bias) * scale.
     """
     latents = latent_source(reader, norm).plain()
-    return config.plain() | {"resolved": {"latents": latents, "class_names": list(reader.class_names)}}
+    return config.plain() | {RESOLVED: {"latents": latents, "class_names": list(reader.class_names)}}
 
 
 def latent_source(reader: CacheReader, norm: LatentNorm) -> LatentSource:
@@ -88,7 +126,7 @@ def stage(
     source = location(config.cache)
     autoencoder = config.autoencoder or choose_component(source, LATENTS, None)[0]
     encoders = config.encoders
-    if config.alignment.projector != "none" and not encoders:
+    if reads_of(config).patch_tokens and not encoders:
         encoders = (choose_component(source, FEATURES, None)[0],)
     folder = stage_cache(
         config.cache,
@@ -107,14 +145,13 @@ def open_cache(config: RunConfig, world: World, *, copy: Path | None = None) -> 
     Raises UsageError where the settings do not fit the cache or the number of ranks, CacheError where the cache cannot
     be used.
     """
-    encoders: tuple[str, ...] | None = config.encoders or None
-    if config.alignment.projector == "none":
-        encoders = ()
+    reads = reads_of(config)
+    encoders: tuple[str, ...] | None = (config.encoders or None) if reads.patch_tokens else ()
     reader = CacheReader(
         config.cache if copy is None else copy,
         autoencoder=config.autoencoder,
         encoder=encoders,
-        cls_token=False,
+        cls_token=reads.cls_token,
         check_reads=config.check_reads,
     )
     if copy is not None or config.stage is None:
@@ -140,10 +177,11 @@ def prepare(config: RunConfig, world: World, *, copy: Path | None = None) -> Run
     if world.device.type == "cuda":
         settle_convolutions(config.precision)
     model = build_model(config, reader).to(world.device)
-    ema = EMA(model, config.ema_decay)
+    ema, *more_emas = (EMA(model, decay) for decay in config.ema_decay)
     if config.compile:
         model.compile(fullgraph=True)  # in place: parameters keep their names
     norm = latent_norm(config, reader)
+    objective = make_objective(config, reader, norm, world.device)
     return Run(
         config=config,
         world=world,
@@ -151,72 +189,12 @@ def prepare(config: RunConfig, world: World, *, copy: Path | None = None) -> Run
         model=model,
         wrapped=wrap(model, world),
         ema=ema,
+        more_emas=tuple(more_emas),
         optimizer=GatedAdamW(model.parameters(), config.optimizer),
-        batches=make_batches(config, reader, world),
+        objective=objective,
+        batches=make_batches(config, reader, world, objective),
         norm=norm,
-    )
-
-
-def make_batches(config: RunConfig, reader: CacheReader, world: World) -> Batches:
-    """Return what says, for each step, which samples this rank reads and which random numbers go with them."""
-    spec = DrawSpec(
-        seed=config.seed,
-        num_views=len(reader.views),
-        latent_shape=(reader.latents.channels, *reader.latents.size),
-        posterior=reader.latents.kind == "mean_std",
-        interpolant=config.interpolant,
-        label_dropout=config.label_dropout,
-    )
-    place = Place(batch_size=config.batch_size, accumulation=config.accumulation, rank=world.rank, world=world.size)
-    return Batches(reader, spec, place, shuffle=config.shuffle, window=config.shuffle_window)
-
-
-def build_model(config: RunConfig, reader: CacheReader) -> SiT:
-    """Return SiT and its projectors for the cache, freshly initialised from the seed."""
-    height, width = reader.latents.size
-    if height != width:
-        raise UsageError(f"{reader.path}: latents are {height} x {width}; SiT takes square ones")
-    shape = sit_config(
-        config.model, input_size=height, in_channels=reader.latents.channels, num_classes=reader.num_classes
-    )
-    for features in reader.features:
-        if features.grid != shape.grid:
-            raise UsageError(
-                f"{reader.path}: features/{features.name} has {features.grid[0]} x {features.grid[1]} tokens; "
-                f"{config.model} on latents of {height} x {width} has {shape.grid[0]} x {shape.grid[1]}. Choose a "
-                f"model with another patch, or build the encoder with that grid"
-            )
-    alignment = config.alignment
-    projectors = [
-        ProjectorConfig(
-            kind=alignment.projector,  # type: ignore[arg-type]  # "none" reads no features, so no entry is made
-            out_dim=features.width,
-            hidden_dim=alignment.hidden_dim,
-            kernel_size=alignment.kernel_size,
-        )
-        for features in reader.features
-    ]
-    return SiT(shape, projectors, encoder_depth=alignment.encoder_depth if projectors else None, seed=config.seed)
-
-
-def latent_norm(config: RunConfig, reader: CacheReader) -> LatentNorm:
-    """Return the numbers between the cache's latents and the model's input."""
-    spec = reader.latents.spec
-    entry = autoencoder_table().get(spec["entry"])
-    # Imported moments may be of other pixels than the published scale is for.
-    published = entry.published if entry and list(entry.pixel_range) == spec["pixel_range"] else None
-    if config.latent_norm == "fixed" and published is None:
-        raise UsageError(
-            f"latent_norm=fixed: {reader.latents.name} has no published scale in the table of autoencoders. "
-            f"Train with --set latent_norm=channel"
-        )
-    return resolve_latent_norm(
-        config.latent_norm,
-        channels=reader.latents.channels,
-        published=published or (1.0, 0.0),
-        mean=reader.latents.mean,
-        std=reader.latents.std,
-        where=f"{reader.path}/latents/{reader.latents.name}",
+        aligned=bool(model.projectors),
     )
 
 
@@ -225,7 +203,8 @@ def describe(config: RunConfig, reader: CacheReader, norm: LatentNorm, world: Wo
     with torch.device("meta"):
         model = build_model(config, reader)
     total, in_projectors = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.projectors))
-    batches = make_batches(config, reader, world)
+    batches = make_batches(config, reader, world, make_objective(config, reader, norm, torch.device("cpu")))
+    row_bytes = batches.row_bytes()
     ahead = batches_ahead(config.prefetch_bytes, batches.num_bytes)
     over = "; one alone is more than prefetch_bytes" if batches.num_bytes > config.prefetch_bytes else ""
     shown = record(config, reader, norm)
@@ -235,29 +214,6 @@ def describe(config: RunConfig, reader: CacheReader, norm: LatentNorm, world: Wo
         f"{settings}"
         f"model: {config.model}, {total - in_projectors:.1f} M parameters; projectors {in_projectors:.1f} M\n"
         f"data: {len(reader.valid_rows)} of {reader.num_samples} samples, {len(reader.views)} view(s), "
-        f"{batches.row_bytes / 1024:.1f} KiB a sample, {batches.row_bytes * config.batch_size / 2**20:.2f} MiB a step\n"
+        f"{row_bytes / 1024:.1f} KiB a sample, {row_bytes * config.batch_size / 2**20:.2f} MiB a step\n"
         f"read ahead: {ahead} x {human_bytes(batches.num_bytes)} on every rank{over}"
     )
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return fp32 or bf16: `auto` is bf16 on CUDA and fp32 on the CPU."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" else "fp32"
-
-
-def settle_convolutions(precision: str) -> None:
-    """Have cuDNN, in this process, take algorithms that give the same bits each time, and no TF32 in an fp32 run.
-
-    PyTorch's default for convolutions is TF32 even where matrix products are float32.
-    """
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
-
-
-def dummy_inputs(run: Run) -> tuple[Tensor, Tensor, Tensor]:
-    """Return zeros of the shapes that the model trains on: x [b,C,H,W], t [b], y [b]."""
-    num, device = run.batches.place.micro_batch, run.world.device
-    x = torch.zeros(num, *run.batches.spec.latent_shape, device=device)
-    return x, torch.zeros(num, device=device), torch.zeros(num, dtype=torch.int64, device=device)

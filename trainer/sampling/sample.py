@@ -6,9 +6,10 @@ are bit-identical for equal batches on equal hardware; in another batch size a m
 which moves a float32 latent by about 1e-6 of its size and now and then a pixel by one level of 255.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ...cache_specs.errors import UsageError, nearest
-from ..diffusion.interpolant import Interpolant
 from ..diffusion.latents import LatentNorm
 from ..models.sit import SiT
+from ..objectives.objective import Field
 from .samplers import SamplerConfig, sample_latents
 
 # Streams of random numbers of one seed, image by image; reading/batches.py has those that training draws from.
@@ -38,7 +39,7 @@ class SampleRequest:
     num: int
     seed: int = 0
     labels: str | tuple[int, ...] = "random"
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
 
     def __post_init__(self) -> None:
         if self.num < 1:
@@ -84,13 +85,12 @@ class ImageNoise:
     noise with a chance of one in four.
     """
 
-    def __init__(self, indices: Sequence[int], seed: int, shape: tuple[int, ...]) -> None:
+    def __init__(self, indices: Sequence[int], seed: int) -> None:
         self._streams = [_stream(seed, index, NOISE) for index in indices]
-        self._shape = shape
 
-    def next(self) -> Tensor:
-        """Draw [B, *shape]: first an image's noise at t = 1, then that of each SDE step."""
-        drawn = np.empty((len(self._streams), *self._shape), dtype=np.float32)
+    def next(self, shape: tuple[int, ...]) -> Tensor:
+        """Draw [B, *shape]: first an image's noise at t = 1, part by part, then that of each SDE step."""
+        drawn = np.empty((len(self._streams), *shape), dtype=np.float32)
         for image, stream in zip(drawn, self._streams, strict=True):
             stream.standard_normal(dtype=np.float32, out=image)
         return torch.from_numpy(drawn)
@@ -106,7 +106,7 @@ def draw_samples(
     indices: Sequence[int],
     request: SampleRequest,
     *,
-    interpolant: Interpolant,
+    field: Field,
     norm: LatentNorm,
     decode: Decoder | None,
 ) -> np.ndarray:
@@ -117,17 +117,14 @@ def draw_samples(
     in the mode it was in. No global generator is drawn from.
     """
     config, device = model.config, model.pos_embed.device
-    noise = ImageNoise(indices, request.seed, (config.in_channels, config.input_size, config.input_size))
+    noise = ImageNoise(indices, request.seed)
     labels = labels_of(indices, request, config.num_classes).to(device)
+
+    def draw_noise() -> tuple[Tensor, ...]:
+        return tuple(noise.next(shape).to(device) for shape in field.shapes(model))
+
     with _evaluating(model):
-        x = sample_latents(
-            model,
-            noise.next().to(device),
-            labels,
-            request.sampler,
-            interpolant=interpolant,
-            sde_noise=lambda: noise.next().to(device),
-        )
+        x, *_ = sample_latents(model, draw_noise(), labels, request.sampler, field=field, sde_noise=draw_noise)
     return finish(x, norm, decode)
 
 

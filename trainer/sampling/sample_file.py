@@ -26,10 +26,10 @@ import torch
 
 from ...cache_specs.errors import JobError, UsageError, writing
 from ...cache_specs.fingerprint import weights_digest
-from ..diffusion.interpolant import Interpolant
 from ..diffusion.latents import LatentNorm
 from ..distributed import Stopped, World
 from ..models.sit import SiT
+from ..objectives.objective import Field
 from .sample import Decoder, SampleRequest, draw_samples, finish
 
 COPY_BYTES = 1 << 20
@@ -40,7 +40,7 @@ def sample_to_npz(
     request: SampleRequest,
     out: Path,
     *,
-    interpolant: Interpolant,
+    field: Field,
     norm: LatentNorm,
     decode: Decoder | None,
     decoder: str,
@@ -66,7 +66,7 @@ def sample_to_npz(
     request.check_labels(model.config.num_classes)
     if out.suffix != ".npz":
         raise UsageError(f"{out}: expected a name that ends in .npz")
-    asked = _identity(model, request, interpolant, norm, decoder, about or {})
+    asked = _identity(model, request, field, norm, decoder, about or {})
     partial = out.with_name(f"{out.name}.partial")
     if out.exists():
         _check_same(out.with_suffix(".json"), asked, out)
@@ -87,7 +87,7 @@ def sample_to_npz(
                     break
                 batch = range(first, min(first + batch_size, request.num))
                 if not rows.done(batch):
-                    images = draw_samples(model, batch, request, interpolant=interpolant, norm=norm, decode=decode)
+                    images = draw_samples(model, batch, request, field=field, norm=norm, decode=decode)
                     rows.write(batch, images)
                 if progress is not None:
                     progress(len(batch))
@@ -105,7 +105,7 @@ def sample_to_npz(
 def _identity(
     model: SiT,
     request: SampleRequest,
-    interpolant: Interpolant,
+    field: Field,
     norm: LatentNorm,
     decoder: str,
     about: Mapping[str, Any],
@@ -120,7 +120,7 @@ def _identity(
         **dataclasses.asdict(request),
         "model": model.config.name,
         "weights_sha256": weights,
-        "path": interpolant.path,
+        **field.identity(),
         "latent_norm": dataclasses.asdict(norm),
         "decoder": decoder,
         **about,

@@ -1,6 +1,7 @@
 """From noise to latents: Euler and Heun on the probability-flow ODE, Euler-Maruyama on the reverse SDE.
 
-In: a velocity model, noise at t = 1 and labels. Out: model-space latents at t = 0. Steps, times, the last SDE step and
+In: a trained model, the field that its method follows, noise at t = 1 and labels. Out: the state at t = 0, whose first
+part is the model-space latents; most methods have no other. Steps, times, the last SDE step and
 the guidance interval are those of SiT's and REPA's published samplers (arXiv 2401.08740, section 2.3 and appendix;
 guidance on an interval of times: arXiv 2404.07724). The state is float64; the model sees the noise's dtype.
 """
@@ -8,13 +9,14 @@ guidance on an interval of times: arXiv 2404.07724). The state is float64; the m
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from ...cache_specs.errors import UsageError, nearest
 from ..diffusion.interpolant import Interpolant
+from ..objectives.objective import Field
 
 SamplerName = Literal["euler", "heun", "sde"]
 
@@ -52,52 +54,73 @@ class SamplerConfig:
         return self.cfg_scale > 1 and self.guidance_low <= t <= self.guidance_high
 
 
-class VelocityModel(Protocol):
-    """What a sampler needs of a SiT: velocity = model(x [B,C,H,W], t [B], y [B]), and the label that means none."""
+State = tuple[Tensor, ...]  # parts [B, *shape], float64 while they are integrated
+
+
+class LabelledModel(Protocol):
+    """What a sampler needs of a model beside what its field asks: the label that means none."""
 
     @property
     def null_label(self) -> int: ...
-    @property
-    def __call__(self) -> Callable[..., Any]: ...
 
 
 @torch.no_grad()
 def sample_latents(
-    model: VelocityModel,
-    noise: Tensor,
+    model: LabelledModel,
+    noise: State,
     labels: Tensor,
     config: SamplerConfig,
     *,
-    interpolant: Interpolant,
-    sde_noise: Callable[[], Tensor] | None = None,
-) -> Tensor:
-    """Return model-space latents [B,C,H,W] in the noise's dtype.
+    field: Field,
+    sde_noise: Callable[[], State] | None = None,
+) -> State:
+    """Return the state at t = 0 in the noise's dtype, model-space latents [B,C,H,W] first.
 
-    noise is [B,C,H,W] standard normal, labels [B] int64. `sde_noise` is called once a stochastic step and returns
-    standard normal [B,C,H,W]; only the sampler "sde" asks for it. The model's mode is left as it is: hand it over in
-    eval mode.
+    noise is standard normal, one part a shape of `field.shapes`, labels [B] int64. `sde_noise` is called once a
+    stochastic step and returns the like; only the sampler "sde" asks for it. The model's mode is left as it is: hand
+    it over in eval mode.
+
+    Raises UsageError where the method has no such sampler, or guidance is asked for that it does not know.
     """
-    drift = _Drift(model, labels, config, interpolant, noise.dtype)
+    check_sampler(config, field)
+    drift, dtype = _Drift(model, labels, config, field, noise[0].dtype), noise[0].dtype
+    start = tuple(part.double() for part in noise)
     if config.sampler == "sde":
         if sde_noise is None:
             raise UsageError("the sampler sde needs a source of noise")
-        return _euler_maruyama(drift, noise.double(), config, sde_noise).to(noise.dtype)
-    return _euler_or_heun(drift, noise.double(), config).to(noise.dtype)
+        end = _euler_maruyama(drift, start, config, sde_noise)
+    else:
+        end = _euler_or_heun(drift, start, config)
+    return tuple(part.to(dtype) for part in end)
 
 
-def _euler_or_heun(drift: "_Drift", x: Tensor, config: SamplerConfig) -> Tensor:
+def check_sampler(config: SamplerConfig, field: Field) -> None:
+    """Raise UsageError where a method cannot be sampled like this."""
+    if config.sampler not in field.samplers:
+        raise UsageError(f"sampler is {config.sampler}; this model's method has {', '.join(field.samplers)}")
+    if config.cfg_scale > 1 and not field.guided:
+        raise UsageError(
+            f"cfg_scale is {config.cfg_scale}; this model's method learns its guidance while training, and guiding it "
+            f"again would count it twice. Sample with cfg_scale 1"
+        )
+
+
+def _euler_or_heun(drift: "_Drift", x: State, config: SamplerConfig) -> State:
     """Integrate dx/dt = v from 1 to 0 in equal steps; Heun's last step, to t = 0, is Euler's."""
     times = torch.linspace(1, 0, config.steps + 1, dtype=torch.float64).tolist()
     for step, (t, t_next) in enumerate(pairwise(times), start=1):
-        guide = config.guides(t)  # the correction at t_next is guided as the step's start is, like the published code
-        slope = drift(x, t, guide)
+        dt = t_next - t
+        slope = drift(x, t, t_next, guide_at=t)
         if config.sampler == "heun" and step < config.steps:
-            slope = 0.5 * slope + 0.5 * drift(x + (t_next - t) * slope, t_next, guide)
-        x = x + (t_next - t) * slope
+            # SiT's published code guides the correction as it does the step's start; other methods by its own time.
+            ahead = tuple(part + dt * rate for part, rate in zip(x, slope, strict=True))
+            then = drift(ahead, t_next, t_next, guide_at=t_next if drift.field.own_times else t)
+            slope = tuple(0.5 * a + 0.5 * b for a, b in zip(slope, then, strict=True))
+        x = tuple(part + dt * rate for part, rate in zip(x, slope, strict=True))
     return x
 
 
-def _euler_maruyama(drift: "_Drift", x: Tensor, config: SamplerConfig, sde_noise: Callable[[], Tensor]) -> Tensor:
+def _euler_maruyama(drift: "_Drift", x: State, config: SamplerConfig, sde_noise: Callable[[], State]) -> State:
     """Integrate dx = (v - t score) dt + sqrt(2 t) dW backwards: steps - 1 times down to t = 0.04, then to 0 in one.
 
     The diffusion coefficient is 2 sigma of the linear path, 2t. The last step adds no noise and keeps the score term.
@@ -105,42 +128,47 @@ def _euler_maruyama(drift: "_Drift", x: Tensor, config: SamplerConfig, sde_noise
     times = torch.linspace(1, SDE_LAST_TIME, config.steps, dtype=torch.float64).tolist()
     for t, t_next in pairwise(times):
         dt = t_next - t
-        x = x + drift(x, t, config.guides(t)) * dt + (2 * t * abs(dt)) ** 0.5 * sde_noise().to(x)
+        rates, noise = drift(x, t, t_next, guide_at=t), sde_noise()
+        x = tuple(
+            part + rate * dt + (2 * t * abs(dt)) ** 0.5 * eps.to(part)
+            for part, rate, eps in zip(x, rates, noise, strict=True)
+        )
     t = times[-1]
-    return x - t * drift(x, t, config.guides(t))
+    return tuple(part - t * rate for part, rate in zip(x, drift(x, t, 0.0, guide_at=t), strict=True))
 
 
 class _Drift:
-    """dx/dt at a time, guided on request: the velocity for an ODE, v - t score for the SDE, in float64."""
+    """dx/dt of each part at a time, guided on request: the velocity for an ODE, v - t score for the SDE, in float64."""
 
     def __init__(
-        self,
-        model: VelocityModel,
-        labels: Tensor,
-        config: SamplerConfig,
-        interpolant: Interpolant,
-        model_dtype: torch.dtype,
+        self, model: LabelledModel, labels: Tensor, config: SamplerConfig, field: Field, model_dtype: torch.dtype
     ) -> None:
         self.model = model
         self.labels = labels
         self.both_labels = torch.cat([labels, torch.full_like(labels, model.null_label)])
         self.config = config
-        self.interpolant = interpolant
+        self.field = field
         self.model_dtype = model_dtype
 
-    def __call__(self, x: Tensor, t: float, guide: bool) -> Tensor:
+    def __call__(self, x: State, t: float, t_next: float, *, guide_at: float) -> State:
+        guide, labels = self.config.guides(guide_at), self.labels
         if guide:
-            x, labels = torch.cat([x, x]), self.both_labels
-        else:
-            labels = self.labels
-        time = torch.full((len(x),), t, dtype=self.model_dtype, device=x.device)
-        drift = self.model(x.to(self.model_dtype), time, labels).double()
+            x, labels = tuple(torch.cat([part, part]) for part in x), self.both_labels
+        now, then = (torch.full((len(x[0]),), time, dtype=self.model_dtype, device=x[0].device) for time in (t, t_next))
+        asked = tuple(part.to(self.model_dtype) for part in x)
+        drift = tuple(part.double() for part in self.field.velocities(self.model, asked, now, then, labels))
         if self.config.sampler == "sde":
-            drift = drift - t * score(drift, x, t, self.interpolant)
+            drift = tuple(v - t * score(v, part, t, self.field.interpolant) for v, part in zip(drift, x, strict=True))
         if guide:
-            conditional, unconditional = drift.chunk(2)
-            drift = unconditional + self.config.cfg_scale * (conditional - unconditional)
+            scales = self.field.scales(self.config.cfg_scale)
+            drift = tuple(_guided(part, scale) for part, scale in zip(drift, scales, strict=True))
         return drift
+
+
+def _guided(drift: Tensor, scale: float) -> Tensor:
+    """Return unconditional + scale (conditional - unconditional) of a drift [2B, ...], the conditional half first."""
+    conditional, unconditional = drift.chunk(2)
+    return unconditional + scale * (conditional - unconditional)
 
 
 def score(velocity: Tensor, x: Tensor, t: float, interpolant: Interpolant) -> Tensor:

@@ -1,73 +1,63 @@
 """The training step, top to bottom, and the loop around it.
 
-State is (model, EMA, optimizer, step). A step's losses stay on the device; the host asks for them at a log, and only
-there: it then writes every step since the last one to metrics.jsonl, and finds out whether all of them were finite.
+State is (model, EMA, optimizer, step), and what the method adds. A step's losses stay on the device; the host asks for
+them at a log, and only there: it then writes every step since the last one to metrics.jsonl, and finds out whether all
+of them were finite. What a method reads, draws, asks of the model and calls its losses is its own (objectives/).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...cache_specs.errors import JobError
-from ..diffusion.latents import draw_latents, to_model_input
-from ..diffusion.losses import alignment_loss, denoising_loss
 from ..distributed import StopRequest, averaging, settle_buckets
 from ..models.checkpoint import save_checkpoint
 from ..reading.prefetch import ReadAhead, batches_ahead
-from ..runs.run import Run, dummy_inputs
-from .reporter import Reporter
+from ..runs.run import Run
+from .reporter import Reporter, StepResult
 
 if TYPE_CHECKING:
     from ..evaluating.evaluation import Evaluation
 
 
-def train_step(run: Run, ahead: ReadAhead, norm: tuple[Tensor, Tensor]) -> Tensor:
-    """Run one optimizer step; return its losses and gradient norm, [3] float32 on the device.
-
-    [denoising, alignment, gradient norm before clipping]: losses are means over the rank's micro-batches, the
-    alignment is 0 without encoders. `norm` is `LatentNorm.tensors`.
-    """
-    config, accumulation = run.config, run.config.accumulation
-    coefficient = config.alignment.proj_coeff
-    autocast = run.autocast()
-    losses = torch.zeros(2, device=run.world.device)
+def train_step(run: Run, ahead: ReadAhead) -> StepResult:
+    """Run one optimizer step."""
+    accumulation, objective, autocast = run.config.accumulation, run.objective, run.autocast()
+    names: tuple[str, ...] = ()
+    losses = torch.zeros((), device=run.world.device)
 
     for micro in range(accumulation):
         # Batch
         batch = ahead.next()
-        data, draws = batch.data, batch.draws
-        labels = torch.where(draws.dropped, run.model.null_label, data.labels)
 
-        # Noise, x_t and velocity
-        x = to_model_input(draw_latents(data.moments, draws.posterior_noise, run.reader.latents.kind), *norm)
-        x_t, velocity = config.interpolant.x_t_and_velocity(x, draws.noise, draws.t)
+        # Noise, x_t and what the model should answer
+        with torch.no_grad():
+            posed = objective.pose(batch, run.model, run.ema.model)
 
         with averaging(run.wrapped, last=micro == accumulation - 1):
             # Forward
             with autocast:
-                prediction, projections = run.wrapped(x_t, draws.t, labels, return_projections=True)
+                prediction, projections = run.forward(posed.inputs)
 
-            # Denoising loss, alignment loss (its coefficient folded in)
-            denoising = denoising_loss(prediction, velocity) / accumulation
-            if projections:
-                weight = coefficient / accumulation
-                alignment = alignment_loss(projections, data.features, gamma=config.alignment.gamma, weight=weight)
-            else:
-                alignment = torch.zeros_like(denoising)
+            # Denoising loss, alignment loss and the method's own (their weights folded in)
+            terms = objective.terms(prediction, projections, posed, batch, run.step)
+            first, *rest = (term.value for term in terms if term.value is not None)
+            loss = sum(rest, start=first)
 
             # Backward; the gate judges the gradient, which ranks share: a loss that is not finite must show in it.
             # (As a factor: given to `backward` as its gradient, it has torch import sympy, half a second of a start.)
-            loss = denoising + alignment
             (loss * torch.where(torch.isfinite(loss), 1.0, torch.nan)).backward()
-        losses += torch.stack([denoising.detach(), alignment.detach() / coefficient])
+        names = tuple(term.name for term in terms)
+        losses = losses + torch.stack([term.logged.detach() for term in terms])
 
     # Clip and finiteness, optimizer, EMA, step count
-    grad_norm = run.optimizer.step()
-    run.ema.update(run.model, gate=1 - run.optimizer.halted)
+    grad_norm = run.optimizer.step(run.step)
+    for ema in (run.ema, *run.more_emas):
+        ema.update(run.model, gate=1 - run.optimizer.halted)
     run.step += 1
-    return torch.cat([losses, grad_norm.view(1)])
+    return StepResult(names=(*names, "grad_norm"), values=torch.cat([losses, grad_norm.view(1)]))
 
 
 def train(
@@ -81,9 +71,8 @@ def train(
     before it is saved.
     """
     config, world = run.config, run.world
-    if world.size > 1:
-        settle_buckets(run.wrapped, dummy_inputs(run), autocast=run.autocast())
-    norm = run.norm.tensors(world.device)
+    run.follow_alignment()
+    settle(run)
     saved = run.step
     depth = batches_ahead(config.prefetch_bytes, run.batches.num_bytes)
     with (
@@ -97,7 +86,9 @@ def train(
             stopped = stop.agreed()
             reporter.resume_clock()
         while run.step < config.steps and not stopped:
-            reporter.add(train_step(run, ahead, norm))
+            if run.follow_alignment():
+                settle(run)
+            reporter.add(train_step(run, ahead))
 
             last = stop.due() or run.step == config.steps
             evaluate = evaluation is not None and run.step % config.evaluation.every == 0
@@ -131,6 +122,19 @@ def train(
                 reporter.resume_clock()
 
 
+def settle(run: Run) -> None:
+    """Have gradients averaged, from the first step on, in the order in which all others will be."""
+    if run.world.size > 1:
+        settle_buckets(run.wrapped, lambda: _answers(run))
+
+
+def _answers(run: Run) -> Iterator[Tensor]:
+    with run.autocast():
+        prediction, projections = run.forward(run.objective.dummy_inputs(run.batches.place.micro_batch))
+    yield from prediction if isinstance(prediction, tuple) else (prediction,)
+    yield from projections
+
+
 def not_finite(run: Run, step: int, numbers: dict[str, float]) -> str:
     """Return the one line for a run that stopped being finite at `step`."""
     values = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
@@ -150,7 +154,9 @@ def save_state(run: Run) -> None:
             steps=run.step,
             model=run.model,
             ema=run.ema.model,
+            emas={str(ema.decay): ema.model for ema in run.more_emas},
             opt=run.optimizer.state_dict(),
+            objective=run.objective.state_dict(),
             args=run.config.plain(),
             config=run.record(),
             fingerprints=run.reader.fingerprints,

@@ -8,6 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -19,6 +20,17 @@ from ..runs.metrics import MetricsFile, Progress, TensorBoard
 from ..runs.run import Run
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """The numbers of one step, float32 on the device, in the order of `names`.
+
+    The objective's losses are means over the rank's micro-batches; the last is the gradient norm before clipping.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+
+
 class Reporter:
     """Collects the steps since the last log; every rank has one, rank 0's writes. `clock` gives seconds."""
 
@@ -26,16 +38,12 @@ class Reporter:
         self._run = run
         self._ahead = ahead
         self._clock = clock
-        batches = run.batches
-        step_bytes = run.config.batch_size * batches.row_bytes
         self._speed = Speed(
             batch_size=run.config.batch_size,
-            step_bytes=step_bytes,
             staged=run.config.stage is not None,
             deepest=ahead.depth == MOST_AHEAD,
         )
-        self._steps: list[Tensor] = []
-        self._names = ["denoising_loss", "alignment_loss", "grad_norm"]
+        self._steps: list[StepResult] = []
         self._last_log = (0.0, 0.0, 0.0)
         self._open = contextlib.ExitStack()
 
@@ -53,9 +61,9 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def add(self, losses: Tensor) -> None:
+    def add(self, result: StepResult) -> None:
         """Take the result of `train_step` for the step just done."""
-        self._steps.append(losses)
+        self._steps.append(result)
         if self._run.world.is_main:
             self._progress.advance(1)
 
@@ -67,16 +75,15 @@ class Reporter:
         world, num = self._run.world, len(self._steps)
         if num == 0:
             return None
-        values = world.mean(torch.stack(self._steps)).cpu()  # the host waits for the device here, and nowhere else
-        interval = self._interval(num)
-        self._steps.clear()
+        # The host waits for the device here, and nowhere else.
+        values = iter(world.mean(torch.cat([result.values for result in self._steps])).tolist())
+        steps = [dict(zip(result.names, values, strict=False)) for result in self._steps]
         first = self._run.step - num + 1
+        interval = self._interval(range(first, first + num))
+        self._steps.clear()
         records: list[dict[str, float | int]] = []
         bad = None
-        for step, numbers in enumerate(values.tolist(), start=first):
-            named = dict(zip(self._names, numbers, strict=True))
-            if not self._run.reader.features:
-                del named["alignment_loss"]
+        for step, named in enumerate(steps, start=first):
             if not all(math.isfinite(number) for number in named.values()):
                 bad = (step, named)
                 break
@@ -99,10 +106,11 @@ class Reporter:
     def _now(self) -> tuple[float, float, float]:
         return self._clock(), self._ahead.waited_s, self._ahead.reading_s
 
-    def _interval(self, num: int) -> Interval:
-        """Return the `num` steps since the last log: one rank that waits for its data makes all wait for it."""
+    def _interval(self, steps: range) -> Interval:
+        """Return the steps (from 1) since the last log: one rank that waits for its data makes all wait for it."""
         now = self._now()
         passed = [end - start for end, start in zip(now, self._last_log, strict=True)]
         self._last_log = now
         seconds, waited, reading = self._run.world.most(passed)
-        return Interval(steps=num, seconds=seconds, waited_s=waited, reading_s=reading)
+        num_bytes = sum(self._run.config.batch_size * self._run.batches.row_bytes(step - 1) for step in steps)
+        return Interval(steps=len(steps), num_bytes=num_bytes, seconds=seconds, waited_s=waited, reading_s=reading)

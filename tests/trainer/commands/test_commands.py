@@ -85,7 +85,7 @@ def test_dry_run_writes_nothing(make_cache, repa_train, tmp_path):
         (["--model", "SiT-Ti/4"], 2, "features/toy has 4 x 4 tokens; SiT-Ti/4 on latents of 8 x 8 has 2 x 2"),
         (["--model", "SiT-Ti/3"], 2, "do not divide"),
         (["--recipe", "irepaa"], 2, "unknown recipe 'irepaa'; did you mean 'irepa'"),
-        (["--recipe", "sit", "--encoder", "toy"], 2, "recipe sit aligns with no encoder"),
+        (["--recipe", "sit", "--encoder", "toy"], 2, "recipe sit reads no encoder"),
         (["--set", "optimizer.learning_rte=1"], 2, "did you mean 'optimizer.learning_rate'"),
         (["--shuffle", "block"], 2, "flags: shuffle is 'block'; did you mean 'blocks'"),
         (["--prefetch-bytes", "512XB"], 2, "flags: prefetch_bytes 512XB: expected a size"),
@@ -115,7 +115,8 @@ def test_the_flags_of_reading_reach_the_run(make_cache, repa_train, tmp_path):
     assert "read ahead: 1 x " in outcome.output
     assert "on every rank; one alone is more than prefetch_bytes" in outcome.output
 
-    resumed = repa_train(written.path, out, "--steps", "4", "--resume", "auto")
+    other = ("--shuffle", "global", "--set", "shuffle_window=16")
+    resumed = repa_train(written.path, out, "--steps", "4", "--resume", "auto", *other)
     assert "shuffle: stored 'blocks', asked 'global'; shuffle_window: stored 2, asked 16" in resumed.error
     shard = written.shard("latents/toy-ae/moments", 0)
     shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])

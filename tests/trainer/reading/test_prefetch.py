@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from repa.cache_specs.errors import CacheError
-from repa.trainer.diffusion.interpolant import Interpolant
-from repa.trainer.reading.batches import Batches, DrawSpec, Place
+from repa.trainer.reading.batches import Batches, Place
 from repa.trainer.reading.prefetch import MOST_AHEAD, READING_BYTES, ReadAhead, batches_ahead, map_tensors
 from repa.trainer.reading.reader import CacheReader
 
-SPEC = DrawSpec(
-    seed=7, num_views=2, latent_shape=(3, 8, 8), posterior=True, interpolant=Interpolant(), label_dropout=0.25
-)
+from ..conftest import sit_draws
+
+SPEC = sit_draws()
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ def test_read_ahead_serves_every_micro_batch_in_order(batches):
                 assert torch.equal(got.data.rows, expected.data.rows)
                 assert torch.equal(got.data.moments, expected.data.moments)
                 assert torch.equal(got.data.features[0].tokens, expected.data.features[0].tokens)
-                assert torch.equal(got.draws.noise, expected.draws.noise)
+                assert torch.equal(got.draws["noise"], expected.draws["noise"])
                 seen += got.data.rows.tolist()
         assert ahead.waited_s >= 0
         assert ahead.reading_s > 0
@@ -152,7 +151,7 @@ def test_copies_run_beside_the_steps(batches, monkeypatch, device):
         for batch in expected:
             got = ahead.next()
             assert torch.equal(got.data.features[0].tokens, batch.data.features[0].tokens)
-            assert torch.equal(got.draws.noise, batch.draws.noise)
+            assert torch.equal(got.draws["noise"], batch.draws["noise"])
             waited, *kept, begun = [entry for entry in cuda.log if entry[1] == "compute"][-14:]
             copied = waited[2]
             assert waited[0] == "wait"
@@ -180,5 +179,5 @@ def test_map_tensors_reaches_every_tensor(batches):
     batch = batches.read(0, 0)
     doubled = map_tensors(batch, lambda tensor: tensor * 2)
     assert torch.equal(doubled.data.features[0].channel_std, batch.data.features[0].channel_std * 2)
-    assert torch.equal(doubled.draws.t, batch.draws.t * 2)
+    assert torch.equal(doubled.draws["t"], batch.draws["t"] * 2)
     assert doubled.data.features[0].token_scale is None

@@ -6,15 +6,19 @@ import pytest
 import torch
 
 from repa.trainer.reading.speed import Interval, Speed
-from repa.trainer.training.reporter import Reporter
+from repa.trainer.training.reporter import Reporter, StepResult
+
+
+def interval(*, steps: int, **seconds: float) -> Interval:
+    return Interval(steps=steps, num_bytes=steps * 100_000_000, **seconds)
 
 
 def speed(*, staged: bool = False, deepest: bool = False) -> Speed:
-    return Speed(batch_size=256, step_bytes=100_000_000, staged=staged, deepest=deepest)
+    return Speed(batch_size=256, staged=staged, deepest=deepest)
 
 
 def test_a_record_has_samples_bytes_and_the_share_that_waited():
-    record = speed().record(Interval(steps=50, seconds=20, waited_s=1, reading_s=4))
+    record = speed().record(interval(steps=50, seconds=20, waited_s=1, reading_s=4))
     assert record == {"samples_per_s": 640, "read_gb_per_s": 0.25, "data_wait": 0.05}
 
 
@@ -24,9 +28,9 @@ def test_the_bound_is_said_once_after_the_warm_up(log_every, at):
     said = []
     for step in range(log_every, 3001, log_every):
         slow = step <= 20  # the warm-up waits all the time; it must not count
-        interval = Interval(steps=log_every, seconds=log_every, waited_s=log_every * (1.0 if slow else 0.003))
-        interval.reading_s = log_every / 50
-        line = meter.bound(interval, last=False)
+        passed = interval(steps=log_every, seconds=log_every, waited_s=log_every * (1.0 if slow else 0.003))
+        passed.reading_s = log_every / 50
+        line = meter.bound(passed, last=False)
         if line is not None:
             said.append((step, line))
     expected = "bound by the model: 0.3 % of the time waits for data (0.1 of 5 GB/s that reading makes)"
@@ -45,8 +49,8 @@ def test_the_bound_is_said_once_after_the_warm_up(log_every, at):
 )  # fmt: skip
 def test_a_run_bound_by_data_is_told_what_would_help(staged, deepest, reading_s, remedies):
     meter = speed(staged=staged, deepest=deepest)
-    meter.bound(Interval(steps=50, seconds=1, waited_s=0, reading_s=1), last=False)
-    line = meter.bound(Interval(steps=50, seconds=10, waited_s=4.1, reading_s=reading_s), last=False)
+    meter.bound(interval(steps=50, seconds=1, waited_s=0, reading_s=1), last=False)
+    line = meter.bound(interval(steps=50, seconds=10, waited_s=4.1, reading_s=reading_s), last=False)
     possible = f"{5 / reading_s:.2g}"
     start = f"bound by data: 41 % of the time waits for it, at 0.5 GB/s ({possible} while it is read); "
     assert line == start + remedies
@@ -54,9 +58,9 @@ def test_a_run_bound_by_data_is_told_what_would_help(staged, deepest, reading_s,
 
 def test_a_short_run_speaks_at_its_last_log_or_has_not_warmed_up():
     meter = speed()
-    assert meter.bound(Interval(steps=25, seconds=1), last=False) is None
-    assert meter.bound(Interval(steps=5, seconds=1, waited_s=0.06, reading_s=1), last=True).startswith("bound by data")
-    assert speed().bound(Interval(steps=20, seconds=1), last=True) is None
+    assert meter.bound(interval(steps=25, seconds=1), last=False) is None
+    assert meter.bound(interval(steps=5, seconds=1, waited_s=0.06, reading_s=1), last=True).startswith("bound by data")
+    assert speed().bound(interval(steps=20, seconds=1), last=True) is None
 
 
 @pytest.mark.parametrize("main", [True, False])
@@ -75,14 +79,14 @@ def test_the_slowest_rank_counts_and_the_main_one_speaks(tmp_path, capsys, main)
         world=world,
         step=0,
         config=SimpleNamespace(batch_size=8, steps=200, stage=None),
-        batches=SimpleNamespace(row_bytes=125_000_000),
+        batches=SimpleNamespace(row_bytes=lambda step: 125_000_000),
         reader=SimpleNamespace(features=()),
     )
     now = [100.0]
     with Reporter(run, ahead, clock=lambda: now[0]) as reporter:  # type: ignore[arg-type]  # of a run, what is used
         for _ in range(4):
             for _ in range(50):
-                reporter.add(torch.zeros(3))
+                reporter.add(StepResult(names=("denoising_loss", "alignment_loss", "grad_norm"), values=torch.zeros(3)))
             run.step += 50
             now[0] += 10
             ahead.reading_s += 2

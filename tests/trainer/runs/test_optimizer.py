@@ -49,7 +49,7 @@ def test_the_steps_are_those_of_torchs_adamw():
         without = 1 if step == 2 else None  # a parameter that no gradient reached keeps its moments and its count
         set_gradients(ours, step, without=without)
         set_gradients(theirs, step, without=without)
-        assert torch.equal(optimizer.step(), torchs_step(theirs, reference))
+        assert torch.equal(optimizer.step(0), torchs_step(theirs, reference))
         assert all(parameter.grad is None for parameter in ours)
         assert_same(ours, theirs)
     assert not torch.equal(ours[0], parameters()[0])
@@ -61,7 +61,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_from_then_on(bad):
     ours = parameters()
     optimizer = GatedAdamW(ours, CONFIG)
     set_gradients(ours, 0)
-    assert optimizer.step().isfinite()
+    assert optimizer.step(0).isfinite()
     assert optimizer.halted == 0
     before = [parameter.detach().clone() for parameter in ours]
     state = copy.deepcopy(optimizer.state_dict())
@@ -69,7 +69,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_from_then_on(bad):
         set_gradients(ours, step)
         if step == 1:
             ours[1].grad[3] = bad
-        optimizer.step()
+        optimizer.step(0)
         assert optimizer.halted == 1
         assert_same(ours, before)
         for index, kept in state["state"].items():
@@ -82,7 +82,7 @@ def test_a_state_goes_on_here_and_in_torchs_adamw(tmp_path):
     ours = parameters()
     optimizer = GatedAdamW(ours, CONFIG)
     set_gradients(ours, 0)
-    optimizer.step()
+    optimizer.step(0)
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     stored = torch.load(tmp_path / "state.pt", weights_only=True)
 
@@ -90,7 +90,11 @@ def test_a_state_goes_on_here_and_in_torchs_adamw(tmp_path):
     again, reference = GatedAdamW(resumed, CONFIG), torchs(theirs)
     again.load_state_dict(stored)
     reference.load_state_dict(stored)
-    for made, step in ((ours, optimizer.step), (resumed, again.step), (theirs, lambda: torchs_step(theirs, reference))):
+    for made, step in (
+        (ours, lambda: optimizer.step(1)),
+        (resumed, lambda: again.step(1)),
+        (theirs, lambda: torchs_step(theirs, reference)),
+    ):
         set_gradients(made, 1)
         step()
     assert_same(resumed, ours)

@@ -165,12 +165,12 @@ def test_a_second_process_is_refused_while_the_first_one_trains(make_cache, repa
     cache, out, step = make_cache().path, tmp_path / "run", loop.train_step
     refused = []
 
-    def beside_another(run, ahead, norm):
+    def beside_another(run, ahead):
         if run.step == 3:
             before = {file: file.read_bytes() for file in out.glob("*.json*")}
             refused.append(repa_train(cache, out, "--steps", "9", "--resume", "auto", "--set", "seed=1"))
             assert {file: file.read_bytes() for file in out.glob("*.json*")} == before
-        return step(run, ahead, norm)
+        return step(run, ahead)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", beside_another)
@@ -218,10 +218,10 @@ def test_an_exception_at_any_step_leaves_the_run_resumable(make_cache, repa_trai
     cache, out = make_cache().path, tmp_path / "run"
     step = loop.train_step
 
-    def failing(run, ahead, norm):
+    def failing(run, ahead):
         if run.step == at:
             raise KeyboardInterrupt
-        return step(run, ahead, norm)
+        return step(run, ahead)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", failing)

@@ -17,6 +17,7 @@ from repa.trainer.diffusion.interpolant import Interpolant
 from repa.trainer.diffusion.latents import LatentNorm
 from repa.trainer.distributed import World
 from repa.trainer.models.sit import SiT, SiTConfig
+from repa.trainer.objectives.velocity import VelocityField
 from repa.trainer.sampling import sample_file
 from repa.trainer.sampling.sample import (
     ImageNoise,
@@ -52,18 +53,25 @@ def decode(latents: torch.Tensor) -> torch.Tensor:
 
 def draw(model: SiT, indices, *, decoder=None, **settings) -> np.ndarray:
     settings = {"num": 100, "sampler": SamplerConfig(steps=3)} | settings
-    return draw_samples(model, indices, SampleRequest(**settings), interpolant=Interpolant(), norm=NORM, decode=decoder)
+    return draw_samples(
+        model,
+        indices,
+        SampleRequest(**settings),
+        field=VelocityField(interpolant=Interpolant()),
+        norm=NORM,
+        decode=decoder,
+    )
 
 
 def test_the_noise_of_an_image_depends_on_seed_and_index_alone():
-    together = ImageNoise(range(6), 7, (3, 4, 4))
-    first, second = together.next(), together.next()
-    alone = ImageNoise([4], 7, (3, 4, 4))
-    assert torch.equal(first[4:5], alone.next())
-    assert torch.equal(second[4:5], alone.next())
+    together = ImageNoise(range(6), 7)
+    first, second = together.next((3, 4, 4)), together.next((3, 4, 4))
+    alone = ImageNoise([4], 7)
+    assert torch.equal(first[4:5], alone.next((3, 4, 4)))
+    assert torch.equal(second[4:5], alone.next((3, 4, 4)))
     assert not torch.equal(first, second)
-    assert not torch.equal(ImageNoise([4], 8, (3, 4, 4)).next(), first[4:5])
-    many = ImageNoise(range(4000), 1, (3, 4, 4)).next()
+    assert not torch.equal(ImageNoise([4], 8).next((3, 4, 4)), first[4:5])
+    many = ImageNoise(range(4000), 1).next((3, 4, 4))
     assert len(np.unique(many[:, 0, 0, 0].numpy())) > 3990
     assert abs(float(many.mean())) < 0.01
     assert abs(float(many.std()) - 1) < 0.01
@@ -90,7 +98,7 @@ def test_latents_leave_the_models_space(model: SiT):
         model,
         range(3),
         SampleRequest(num=3, sampler=SamplerConfig(steps=3)),
-        interpolant=Interpolant(),
+        field=VelocityField(interpolant=Interpolant()),
         norm=LatentNorm(scale=(1, 1, 1), bias=(0, 0, 0)),
         decode=None,
     )
@@ -152,7 +160,7 @@ def write(
         model,
         request,
         out,
-        interpolant=Interpolant(),
+        field=VelocityField(interpolant=Interpolant()),
         norm=NORM,
         decode=decoder,
         decoder="test" if decoder else "none",

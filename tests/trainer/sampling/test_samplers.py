@@ -5,6 +5,7 @@ noise n at t = 1 to m + s n, and the SDE ends in N(m, s^2).
 """
 
 import math
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,11 +14,14 @@ import torch
 
 from repa.cache_specs.errors import UsageError
 from repa.trainer.diffusion.interpolant import Interpolant
-from repa.trainer.sampling.samplers import SamplerConfig, sample_latents, score
+from repa.trainer.objectives.velocity import VelocityField
+from repa.trainer.sampling.samplers import SamplerConfig, check_sampler, sample_latents, score
 
 DEVIATION = 0.5
 MEANS = np.array([1.5, -2.0, 0.3])  # of class 0, class 1 and, for the null label 2, of everything
 PATHS = ("linear", "cosine")
+
+FIELD = VelocityField(interpolant=Interpolant())
 
 
 def coefficients(path: str, t):
@@ -64,13 +68,13 @@ def start(num: int = 6, seed: int = 0):
 
 def solve(path: str, config: SamplerConfig, noise, labels, seed: int = 1):
     model, generator = GaussianModel(path), torch.Generator().manual_seed(seed)
-    latents = sample_latents(
+    (latents,) = sample_latents(
         model,
-        noise,
+        (noise,),
         labels,
         config,
-        interpolant=Interpolant(path=path),
-        sde_noise=lambda: torch.randn(noise.shape, generator=generator),
+        field=VelocityField(interpolant=Interpolant(path=path)),
+        sde_noise=lambda: (torch.randn(noise.shape, generator=generator),),
     )
     return latents, model
 
@@ -201,4 +205,48 @@ def test_misfits_are_refused():
         SamplerConfig(guidance_low=0.8, guidance_high=0.3)
     noise, labels = start()
     with pytest.raises(UsageError, match="needs a source of noise"):
-        sample_latents(GaussianModel("linear"), noise, labels, SamplerConfig(sampler="sde"), interpolant=Interpolant())
+        sample_latents(GaussianModel("linear"), (noise,), labels, SamplerConfig(sampler="sde"), field=FIELD)
+    with pytest.raises(UsageError, match=r"sampler is heun; this model's method has euler, sde"):
+        check_sampler(SamplerConfig(sampler="heun"), replace(FIELD, samplers=("euler", "sde")))
+    with pytest.raises(UsageError, match=r"cfg_scale is 1\.5; .* Sample with cfg_scale 1"):
+        check_sampler(SamplerConfig(cfg_scale=1.5), replace(FIELD, guided=False))
+
+
+def test_a_method_may_have_its_guidance_judged_at_each_evaluations_own_time():
+    noise, labels = start()
+    config = SamplerConfig(sampler="heun", steps=4, cfg_scale=1.5, guidance_low=0.7, guidance_high=0.8)
+    model = GaussianModel("linear")
+    sample_latents(model, (noise,), labels, config, field=replace(FIELD, own_times=True))
+    assert model.calls == [(1.0, 6), (0.75, 12), (0.75, 12), (0.5, 6), (0.5, 6), (0.25, 6), (0.25, 6)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoParts(VelocityField):
+    """A second part of the state with the same velocity, guided three times as strongly."""
+
+    def velocities(self, model, state, t, t_next, labels):
+        return tuple(model(part, t, labels) for part in state)
+
+    def scales(self, cfg_scale: float) -> tuple[float, ...]:
+        return cfg_scale, 3 * cfg_scale
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
+def test_each_part_of_a_state_moves_as_it_would_alone(sampler: str):
+    """Euler, Heun and the SDE are the same recursion for every part, each with its noise and its guidance scale."""
+    noise, labels = start()
+    draws = torch.randn(20, *noise.shape, generator=torch.Generator().manual_seed(3))
+    first, second = iter(draws), iter(draws)
+    both = TwoParts(interpolant=Interpolant())
+    config = SamplerConfig(sampler=sampler, steps=5, cfg_scale=1.5)
+    model = GaussianModel("linear")
+    together = sample_latents(
+        model, (noise, noise + 1), labels, config, field=both, sde_noise=lambda: (next(first), torch.zeros_like(noise))
+    )
+    (alone,) = sample_latents(model, (noise,), labels, config, field=FIELD, sde_noise=lambda: (next(second),))
+    torch.testing.assert_close(together[0], alone, rtol=0, atol=0)
+    strong = replace(config, cfg_scale=4.5)
+    (other,) = sample_latents(
+        model, (noise + 1,), labels, strong, field=FIELD, sde_noise=lambda: (torch.zeros_like(noise),)
+    )
+    torch.testing.assert_close(together[1], other, rtol=0, atol=0)

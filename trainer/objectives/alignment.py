@@ -1,0 +1,82 @@
+"""Representation alignment: how block `encoder_depth` of the model is held to frozen encoders' tokens, until when.
+
+REPA (arXiv 2410.06940, section 3.2) and iREPA (arXiv 2512.10794, section 4): proj_coeff times the mean over encoders,
+images and tokens of -cos(projector(h), target), the target spatially normalised with strength gamma in iREPA.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ...cache_specs.errors import UsageError, at_least
+from ..diffusion.losses import AlignmentTarget, alignment_loss
+from ..models.projector import ProjectorConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """How block `encoder_depth` of SiT is held to the encoders' tokens (REPA, arXiv 2410.06940; iREPA, 2512.10794)."""
+
+    projector: Literal["none", "mlp", "conv", "linear"] = "mlp"  # none: no alignment, no encoder is read
+    hidden_dim: int = 2048  # mlp
+    kernel_size: int = 3  # conv
+    encoder_depth: int = 8
+    gamma: float | None = None  # strength of the spatial normalisation of the target; null for none
+    proj_coeff: float = 0.5
+    stop_step: int | None = None  # from this step on neither aligned nor read; null: never stopped
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_dim", "kernel_size", "encoder_depth"):
+            at_least(f"alignment.{name}", getattr(self, name), 1)
+        if self.kernel_size % 2 == 0:
+            raise UsageError(f"alignment.kernel_size is {self.kernel_size}; expected an odd number")
+        if self.gamma is not None and not 0 <= self.gamma <= 1:
+            raise UsageError(f"alignment.gamma is {self.gamma}; expected 0 to 1, or null for no normalisation")
+        if not 0 < self.proj_coeff < float("inf"):
+            raise UsageError(
+                f"alignment.proj_coeff is {self.proj_coeff}; expected a number above 0 (no alignment is "
+                f"alignment.projector=none, the recipe sit)"
+            )
+        if self.stop_step is not None:
+            at_least("alignment.stop_step", self.stop_step, 1)
+            if self.projector == "none":
+                raise UsageError("alignment.stop_step has nothing to stop: alignment.projector is none. Leave it out")
+
+    def projector_config(self, width: int) -> ProjectorConfig:
+        """Return one projector into an encoder's `width` channels."""
+        assert self.projector != "none"
+        return ProjectorConfig(
+            kind=self.projector, out_dim=width, hidden_dim=self.hidden_dim, kernel_size=self.kernel_size
+        )
+
+
+class Alignment:
+    """The alignment term of one run, for micro-batches of which `accumulation` make a step."""
+
+    def __init__(self, config: AlignmentConfig, *, num_encoders: int, accumulation: int) -> None:
+        self.config = config
+        self._aligned = num_encoders > 0
+        self._accumulation = accumulation
+
+    def acts(self, step: int) -> bool:
+        """Whether `step` (from 0) is aligned; once it is not, no later one is."""
+        stop = self.config.stop_step
+        return self._aligned and (stop is None or step < stop)
+
+    def coefficient(self, step: int) -> float:
+        """Return the weight of the alignment in `step`."""
+        return self.config.proj_coeff
+
+    def loss(
+        self, projections: Sequence[Tensor], targets: Sequence[AlignmentTarget], *, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the term as it is differentiated, and as it is logged: the mean of -cos, without its coefficient.
+
+        projections are [B,T,E_k], one an encoder, in the order of `targets`.
+        """
+        coefficient = self.coefficient(step)
+        weight = coefficient / self._accumulation
+        loss = alignment_loss(projections, targets, gamma=self.config.gamma, weight=weight)
+        return loss, loss.detach() / coefficient

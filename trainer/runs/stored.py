@@ -1,0 +1,50 @@
+"""The settings that a run on disk was made with, in today's words: what a resume begins from.
+
+They replace defaults and recipe, so that a run goes on with its own numbers whatever a later version recommends; only
+what the user gives now is compared with them. A setting that the stored ones lack takes the value at which it does
+nothing, and one that was renamed is translated here.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...cache_specs.errors import UsageError
+from ..models.checkpoint import latest_checkpoint, load_checkpoint
+from .settings import Layer, flatten, resolve
+
+CONFIG_FILE = "config.json"
+RESOLVED = "resolved"  # what the cache made of the settings: beside them in the file, none of them
+
+RENAMED: dict[str, str] = {}  # by dotted key: what it is called now
+NEUTRAL: dict[str, Any] = {}  # of later settings whose default does something: the value that does nothing
+
+
+def stored_layer(folder: Path) -> Layer | None:
+    """Return the settings of the run in `folder`, None where it has no checkpoint yet: nothing binds it then.
+
+    Raises UsageError where the checkpoint is not one of a run here, CheckpointError where it is damaged.
+    """
+    newest = latest_checkpoint(folder)
+    if newest is None:
+        return None
+    try:
+        return layer_of(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), source=str(folder))
+    except (OSError, ValueError, AttributeError):  # lost or damaged: every checkpoint has it too
+        stored = load_checkpoint(newest, mmap=True)
+    if not isinstance(stored.get("config"), Mapping):
+        raise UsageError(f"{newest} is not a checkpoint of repa-train; it cannot be resumed, only sampled from")
+    return layer_of(stored["config"], source=str(newest))
+
+
+def layer_of(config: Mapping[str, Any], *, source: str) -> Layer:
+    """Return a stored configuration as settings by dotted key, translated."""
+    values = flatten({key: value for key, value in config.items() if key != RESOLVED})
+    return Layer(source=source, values=NEUTRAL | {RENAMED.get(key, key): value for key, value in values.items()})
+
+
+def in_todays_words(config: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """Return a stored configuration as a run of today would store it, to be compared with one."""
+    plain = resolve([layer_of(config, source=source)]).plain()
+    return plain | ({RESOLVED: config[RESOLVED]} if RESOLVED in config else {})
