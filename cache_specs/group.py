@@ -1,9 +1,9 @@
 """A Zarr group's own file, read without a Zarr library: the attributes of a cache and of its components."""
 
-import json
 from typing import Any
 
 from .errors import CacheError
+from .outside import parse_json
 from .storage import Location
 
 METADATA = "zarr.json"
@@ -15,11 +15,11 @@ def group_attributes(group: Location) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        metadata = json.loads(data)
+        metadata = parse_json(data)
         if (metadata["zarr_format"], metadata["node_type"]) != (3, "group"):
             raise ValueError("not a Zarr v3 group")
         return dict(metadata["attributes"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise CacheError(
             f"{group}: {METADATA} is damaged ({error!r}); delete this file and run the build again"
         ) from error

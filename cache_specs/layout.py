@@ -22,6 +22,13 @@ CROP = "adm-center"
 METADATA_CHUNK = 65_536  # rows a chunk of sample_id and label
 DEFAULT_SHARD_SAMPLES = 256
 
+# What is believed of a file's numbers: more is damage, and would be waited for or allocated.
+MOST_SAMPLES = 10**9  # of a cache
+MOST_SIDE = 2**16  # of an image in pixels, of a grid in tokens
+MOST_WIDTH = 2**16  # channels of a token or a latent
+MOST_LAYERS = 1000  # of one encoder
+MOST_ROW_BYTES = 2**30  # of one view of one sample
+
 COMPLETE = "complete"  # attribute of a finished component; absent until then
 BAD_FILES = "bad_files"  # attribute: {sample id: reason}, only where a build was told --skip-bad
 PARTIAL_FOLDER = ".partial"  # half-written shards and the locks of running builds; absent when none runs
@@ -128,18 +135,28 @@ class CacheLayout:
         if version != FORMAT_VERSION:
             raise CacheError(f"{where}: cache format version {version!r}; this version of repa reads {FORMAT_VERSION}")
         try:
+            class_names = tuple(attributes["class_names"])
+            if not all(isinstance(name, str) for name in class_names):
+                raise TypeError("class_names are not all text")
             return cls(
-                num_samples=int(attributes["num_samples"]),
-                resolution=int(attributes["resolution"]),
+                num_samples=whole(attributes["num_samples"], "num_samples", most=MOST_SAMPLES),
+                resolution=whole(attributes["resolution"], "resolution", most=MOST_SIDE),
                 crop=str(attributes["crop"]),
                 views=tuple(attributes["views"]),
-                class_names=tuple(attributes["class_names"]),
-                shard_samples=int(attributes["shard_samples"]),
+                class_names=class_names,
+                shard_samples=whole(attributes["shard_samples"], "shard_samples", most=MOST_SAMPLES),
                 manifest_fingerprint=str(attributes["manifest_fingerprint"]),
                 dataset_fingerprint=str(attributes["dataset_fingerprint"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"{where}: damaged attributes of the root group ({error!r})") from error
+
+
+def whole(value: Any, name: str, *, most: int, least: int = 1) -> int:
+    """Return a whole number that a file says; raise `ValueError` where it is none, or not `least` to `most`."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is {str(value)[:80]}, expected a whole number from {least} to {most}")
+    return value
 
 
 def _per_view(name: str, cache: CacheLayout, row: Sequence[int], dtype: str) -> ArrayLayout:

@@ -44,7 +44,9 @@ def _acquire(file: Path, *, wait: bool, option: str) -> int | None:
         tries += 1
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            if file.parent.is_symlink():  # what lies there is made and removed, and is not ours
+                raise CacheError(f"{file.parent}: a link, where our own half-written files lie; remove it")
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except OSError as error:
             race = isinstance(error, FileNotFoundError | FileExistsError) and _is_folder_or_gone(file.parent)
             if race and tries < MOST_TRIES:

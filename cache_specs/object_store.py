@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CacheError, UsageError
+from .outside import MOST_METADATA_BYTES
 
 SCHEMES = ("s3", "gs", "az")
 MAX_RETRIES = 4
@@ -92,10 +93,13 @@ class ObjectPath:
     def parent(self) -> "ObjectPath":
         return ObjectPath(self.root, self.key.rpartition("/")[0])
 
-    def read(self) -> bytes | None:
+    def read(self, most: int = MOST_METADATA_BYTES) -> bytes | None:
         with self.errors("read"):
             try:
-                return bytes(_store(self.root).get(self.key).bytes())
+                found = _store(self.root).get(self.key)
+                if found.meta["size"] > most:
+                    raise OSError(f"it has {found.meta['size']} bytes, and at most {most} are read")
+                return bytes(found.bytes())
             except FileNotFoundError as error:
                 if "NoSuchBucket" in str(error):
                     raise

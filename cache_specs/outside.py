@@ -22,12 +22,6 @@ MOST_SETTINGS_BYTES = 2**20  # of a YAML file, which a person writes
 MOST_YAML_VALUES = 20_000  # with every alias written out
 MOST_INTEGER = 2**63
 
-_KINDS = (
-    (stat.S_ISDIR, errno.EISDIR, "a folder"),
-    (stat.S_ISFIFO, errno.EINVAL, "a FIFO"),
-    (stat.S_ISSOCK, errno.EINVAL, "a socket"),
-)
-
 
 class UnfitFileError(OSError):
     """A file that is not to be read: no regular one, or larger than its kind has reason to be. Trying again is vain."""
@@ -41,8 +35,10 @@ def open_regular(path: str | Path) -> int:
     if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    number, what = next(((number, what) for test, number, what in _KINDS if test(mode)), (errno.EINVAL, "a device"))
-    raise UnfitFileError(number, f"it is {what}, not a file", str(path))
+    if stat.S_ISDIR(mode):
+        raise UnfitFileError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    what = "a FIFO" if stat.S_ISFIFO(mode) else "a device"  # a socket cannot be opened
+    raise UnfitFileError(errno.EINVAL, f"it is {what}, not a file", str(path))
 
 
 def read_file(path: str | Path, *, most: int) -> bytes:
@@ -60,6 +56,20 @@ def read_file(path: str | Path, *, most: int) -> bytes:
 def read_text(path: str | Path, *, most: int) -> str:
     """Return a regular file's UTF-8 text without a byte order mark; raise as `read_file`, and `UnicodeDecodeError`."""
     return read_file(path, most=most).decode("utf-8-sig")
+
+
+def regular_files(folder: Path) -> Any:
+    """Return a Zarr store of `folder` that opens regular files only."""
+    from zarr.storage import LocalStore
+
+    class RegularFiles(LocalStore):
+        async def get(self, key: str, *args: Any, **kwargs: Any) -> Any:
+            file = self.root / key
+            if file.exists() and not file.is_file() and not file.is_dir():
+                raise UnfitFileError(errno.EINVAL, "it is no file", str(file))
+            return await super().get(key, *args, **kwargs)
+
+    return RegularFiles(folder)
 
 
 def parse_json(data: str | bytes) -> Any:

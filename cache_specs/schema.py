@@ -12,7 +12,17 @@ from typing import Any, Final, Literal, Self
 
 from .errors import CacheError, UsageError
 from .fingerprint import digest
-from .layout import ArrayLayout, CacheLayout, feature_arrays, latent_arrays
+from .layout import (
+    MOST_LAYERS,
+    MOST_ROW_BYTES,
+    MOST_SIDE,
+    MOST_WIDTH,
+    ArrayLayout,
+    CacheLayout,
+    feature_arrays,
+    latent_arrays,
+    whole,
+)
 
 LATENTS: Final = "latents"
 FEATURES: Final = "features"
@@ -135,7 +145,12 @@ class ComponentSpec:
     def from_attributes(cls, attributes: Mapping[str, Any], where: Path | str) -> Self:
         """Read a component group's attributes; raise `CacheError` where they are damaged."""
         try:
-            return cls(**{name: attributes[name] for name in cls.__dataclass_fields__})
+            found = {name: attributes[name] for name in cls.__dataclass_fields__}
+            if found["kind"] not in (LATENTS, FEATURES) or not isinstance(found["spec"], Mapping):
+                raise TypeError(f"kind {found['kind']!r}, spec a {type(found['spec']).__name__}")
+            if not all(isinstance(found[name], str) for name in ("name", "weights")):
+                raise TypeError("name and weights are not both text")
+            return cls(**found)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise CacheError(f"{where}: damaged attributes of the component ({error!r})") from error
 
@@ -166,14 +181,37 @@ def stored_layers(spec: Mapping[str, Any]) -> tuple[int | None, ...]:
 def component_arrays(kind: str, spec: Mapping[str, Any], dtype: str, cache: CacheLayout) -> tuple[ArrayLayout, ...]:
     """Return the arrays of a component of `kind` with the resolved `spec`, `valid` last.
 
-    Raises `CacheError` where the spec lacks what shapes are made of: it comes from a file that was changed.
+    Raises `CacheError` where the spec lacks what shapes are made of, or claims what no model has: it comes from a file
+    that was changed.
     """
     try:
         if kind == LATENTS:
-            size = spec["latent_size"]
-            return latent_arrays(cache, channels=spec["moment_channels"], size=(size[0], size[1]))
-        grid, width, cls_token = spec["grid"], spec["width"], spec["cls_token"]
-        shape = {"grid": (grid[0], grid[1]), "width": width, "cls_token": cls_token}
-        return feature_arrays(cache, **shape, dtype=dtype, layers=stored_layers(spec))
-    except (LookupError, TypeError) as error:
-        raise CacheError(f"damaged spec of a component of {kind} ({error!r}): {dict(spec)}") from error
+            size = _pair(spec["latent_size"], "latent_size")
+            arrays = latent_arrays(
+                cache, channels=whole(spec["moment_channels"], "moment_channels", most=MOST_WIDTH), size=size
+            )
+        else:
+            layers = stored_layers(spec)
+            if len(layers) > MOST_LAYERS or len(set(layers)) < len(layers):
+                raise ValueError(f"{len(layers)} layers, expected at most {MOST_LAYERS}, each once")
+            for layer in layers:
+                if layer is not None:
+                    whole(layer, "a layer", least=0, most=MOST_LAYERS)
+            arrays = feature_arrays(
+                cache,
+                grid=_pair(spec["grid"], "grid"),
+                width=whole(spec["width"], "width", most=MOST_WIDTH),
+                cls_token=bool(spec["cls_token"]),
+                dtype=dtype,
+                layers=layers,
+            )
+        if max(array.inner_bytes for array in arrays[:-2]) > MOST_ROW_BYTES:
+            raise ValueError(f"a row of more than {MOST_ROW_BYTES} bytes")
+        return arrays
+    except (LookupError, TypeError, ValueError) as error:
+        raise CacheError(f"damaged spec of a component of {kind} ({error!r}): {str(dict(spec))[:400]}") from error
+
+
+def _pair(value: Any, name: str) -> tuple[int, int]:
+    height, width = value
+    return whole(height, name, most=MOST_SIDE), whole(width, name, most=MOST_SIDE)

@@ -18,6 +18,8 @@ from typing import Any, Protocol, Self
 
 from .errors import CacheError, UsageError
 from .layout import PARTIAL_FOLDER
+from .outside import MOST_METADATA_BYTES, open_regular, read_file, regular_files
+from .partial_files import new_file
 
 
 class Source(Protocol):
@@ -48,8 +50,8 @@ class Location(Protocol):
         """Return the same place by a name that holds in any working directory."""
         ...
 
-    def read(self) -> bytes | None:
-        """Return a small file's bytes, None where there is none."""
+    def read(self, most: int = MOST_METADATA_BYTES) -> bytes | None:
+        """Return a small file's bytes, None where there is none; more than `most` are not read."""
         ...
 
     def exists(self) -> bool:
@@ -164,9 +166,9 @@ class LocalPath:
     def parent(self) -> "LocalPath":
         return LocalPath(self.path.parent)
 
-    def read(self) -> bytes | None:
+    def read(self, most: int = MOST_METADATA_BYTES) -> bytes | None:
         try:
-            return self.path.read_bytes()
+            return read_file(self.path, most=most)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -207,7 +209,7 @@ class LocalPath:
     @contextlib.contextmanager
     def open(self) -> Iterator["LocalSource"]:
         try:
-            descriptor = os.open(self.path, os.O_RDONLY)
+            descriptor = open_regular(self.path)
         except OSError as error:
             raise _read_error(self.path, error) from error
         try:
@@ -219,7 +221,7 @@ class LocalPath:
         temporary = self.path.with_name(self.path.name + ".partial")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            descriptor = new_file(temporary)
             try:
                 write_bytes(descriptor, data)
                 os.fsync(descriptor)
@@ -261,8 +263,8 @@ class LocalPath:
     def scratch(self) -> Path:
         return self.path / PARTIAL_FOLDER
 
-    def zarr_store(self) -> Path:
-        return self.path
+    def zarr_store(self) -> Any:
+        return regular_files(self.path)
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -17,7 +17,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from .encoder_entry import VARIANT, EncoderEntry
-from .errors import UsageError, nearest
+from .errors import UsageError, nearest, reason
+from .outside import MOST_SETTINGS_BYTES, parse_yaml, read_text
 
 _COLUMNS = ("model", "width", "depth", "params_m", "gmac")  # of a row of encoders.yaml
 OPTIONS = ("grid", "layers")  # of a request: NAME:grid=8:layers=8,11
@@ -126,9 +127,9 @@ def read_encoder_file(path: Path) -> EncoderEntry:
     Raises `UsageError` naming the file and the field where it cannot be one.
     """
     try:
-        row = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--encoder {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+        row = parse_yaml(read_text(path, most=MOST_SETTINGS_BYTES))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--encoder {path}: cannot be read as YAML ({reason(error)})") from error
     if not isinstance(row, dict):
         raise UsageError(f"--encoder {path}: expected one encoder's fields (cache_specs/encoders.yaml explains them)")
     name = str(row.pop("name", path.stem))
@@ -169,8 +170,8 @@ def encoder_table_lines() -> Iterator[str]:
             f"{entry.params_m:>8.1f} {entry.gmac:>7.1f}  {entry.licence:<25} {entry.source}"
         )
     yield "* one of the 27 of the iREPA study; @irepa: as the study computes it, where that is not the model's card"
-    for name, reason in encoders_left_out().items():
-        yield f"left out: {name}: {reason}"
+    for name, why in encoders_left_out().items():
+        yield f"left out: {name}: {why}"
 
 
 def encoder_name(request: str) -> str:

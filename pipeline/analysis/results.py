@@ -6,7 +6,7 @@ results file.
 """
 
 import csv
-import json
+import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ...cache_specs.errors import UsageError, nearest
+from ...cache_specs.errors import UsageError, nearest, reason
+from ...cache_specs.outside import MOST_SETTINGS_BYTES, MOST_TABLE_BYTES, parse_json, read_file, read_text
 from .measure import ALL_CLASSES, CSV_HEADER, METRICS
 
 EVALUATION_FILE = "evaluation.jsonl"  # of a run
@@ -97,12 +98,14 @@ def _merge(tables: Iterator[dict[str, dict[str, float]]]) -> dict[str, dict[str,
 
 def _read_csv(file: Path) -> tuple[list[str], list[dict[str, str]]]:
     try:
-        with file.open(newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            rows = [dict(row) for row in reader]
-            return list(reader.fieldnames or []), rows
+        reader = csv.DictReader(io.StringIO(read_text(file, most=MOST_TABLE_BYTES), newline=""), strict=True)
+        rows = [dict(row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"{file}: cannot be read ({error}); expected a CSV") from error
+        raise UsageError(f"{file}: cannot be read ({reason(error)}); expected a CSV") from error
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise UsageError(f"{file}: row {number} has not one value for each of its {len(row)} columns")
+    return list(reader.fieldnames or []), rows
 
 
 def _figures(file: Path) -> dict[str, dict[str, float]]:
@@ -171,15 +174,18 @@ def _runs(folders: Sequence[Path], notes: list[str]) -> dict[str, dict[str, floa
 
 def _run(folder: Path) -> tuple[list[str], dict[str, Any]]:
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        lines = (folder / EVALUATION_FILE).read_text(encoding="utf-8").splitlines()
-        return list(config["encoders"]), dict(json.loads(lines[-1]))
+        config = parse_json(read_file(folder / CONFIG_FILE, most=MOST_SETTINGS_BYTES))
+        lines = read_text(folder / EVALUATION_FILE, most=MOST_TABLE_BYTES).splitlines()
+        record = dict(parse_json(lines[-1]))
+        if not all(isinstance(figure, int | float) for figure in record.values()):
+            raise TypeError("not all figures are numbers")
+        return [str(encoder) for encoder in config["encoders"]], record
     except FileNotFoundError as error:
         raise UsageError(
             f"{folder}: no {Path(error.filename).name}; expected the folder of a run with evaluations (repa-train "
             "--set evaluation.every=STEPS), or one results file"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
         raise UsageError(f"{folder}: {CONFIG_FILE} or {EVALUATION_FILE} is damaged ({error!r})") from error
 
 

@@ -5,14 +5,23 @@ standard deviation. Labels are a column `label`, a text file of one number a lin
 imagenet_train_labels.txt), or the images' folders: the release's rows are in the order of torchvision's ImageFolder.
 """
 
-import json
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ...cache_specs.errors import UsageError
+from ...cache_specs.errors import UsageError, reason
 from ...cache_specs.layout import VIEWS
+from ...cache_specs.outside import (
+    MOST_SETTINGS_BYTES,
+    MOST_TABLE_BYTES,
+    open_regular,
+    parse_json,
+    read_file,
+    read_text,
+)
+from ..images.labels import MAX_CLASSES, whole_number
 from ..images.manifest import Manifest, scan_folder
 from .source import BadLatent, Kind, manifest_without_images
 
@@ -78,14 +87,14 @@ def _arrow_files(folder: Path) -> list[Path]:
         splits = ", ".join(sorted(path.parent.name for path in folder.glob(f"*/{STATE}")))
         raise UsageError(f"--data {folder}: holds several splits ({splits}); give the folder of one")
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = parse_json(read_file(file, most=MOST_SETTINGS_BYTES))
         names = [str(entry["filename"]) for entry in state["_data_files"]]
     except OSError as error:
         raise UsageError(
-            f"--data {folder}: {STATE} cannot be read ({error.strerror}); expected the folder that save_to_disk of "
+            f"--data {folder}: {STATE} cannot be read ({reason(error)}); expected the folder that save_to_disk of "
             "datasets writes"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{file}: expected a data set as save_to_disk of datasets writes it ({error!r})") from error
     if state.get("_indices_data_files"):
         raise UsageError(f"--data {folder}: its rows are in another order; write it anew after flatten_indices()")
@@ -100,10 +109,13 @@ def _columns(file: Path) -> list[tuple[Any, np.ndarray | None]]:
     import pyarrow as pa
 
     try:
+        os.close(open_regular(file))
         with pa.memory_map(str(file)) as source:
             batches = list(pa.ipc.open_stream(source))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UsageError(f"--data {file}: not a whole Arrow file ({error}); copy or download it again") from error
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(
+            f"--data {file}: not a whole Arrow file ({reason(error)}); copy or download it again"
+        ) from error
     found = []
     for batch in batches:
         if DATA not in batch.schema.names:
@@ -134,11 +146,17 @@ def _nested(array: Any, row: int) -> np.ndarray:
 
 def _read_labels(file: Path) -> np.ndarray:
     try:
-        return np.array([int(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()])
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--labels {file}: expected one whole number a line, in the order of the rows ({error})"
-        ) from error
+        lines = read_text(file, most=MOST_TABLE_BYTES).split("\n")
+        labels = [(number, whole_number(line.strip())) for number, line in enumerate(lines, 1) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--labels {file}: cannot be read ({reason(error)})") from error
+    for number, label in labels:
+        if label is None or not 0 <= label < MAX_CLASSES:
+            raise UsageError(
+                f"--labels {file}: line {number}: {lines[number - 1].strip()[:40]!r}: expected one whole number a "
+                f"line, 0 to {MAX_CLASSES - 1}, in the order of the rows"
+            )
+    return np.array([label for _, label in labels], dtype=np.int64)
 
 
 def _in_image_order(folder: Path, images: Path, labels: np.ndarray | None, num: int) -> tuple[Manifest, np.ndarray]:

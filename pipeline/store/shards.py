@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...cache_specs.layout import ArrayLayout
+from ...cache_specs.partial_files import new_file
 from ...cache_specs.shard_index import ABSENT, CHECKSUM_BYTES, checksum, pack_index, padding, stored_chunks
 from ...cache_specs.storage import Location, disk_error, location, write_bytes
 
@@ -70,7 +71,7 @@ class ShardWriter:
         self._offset = 0
         self._pending = bytearray()  # encoded and not yet written, less than WRITE_BYTES between calls
         try:
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._descriptor = new_file(path)
         except OSError as error:
             raise disk_error(path, error) from error
 

@@ -6,8 +6,6 @@ old file or the new one.
 """
 
 import contextlib
-import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ from ...cache_specs.errors import CacheError, JobError, UsageError
 from ...cache_specs.group import METADATA, component_names, group_attributes
 from ...cache_specs.layout import COMPLETE, PARTIAL_FOLDER, CacheLayout
 from ...cache_specs.locks import locked
+from ...cache_specs.outside import parse_json
+from ...cache_specs.partial_files import clear_folder
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.storage import LocalPath, Location, location
 from ..images.manifest import KnownSamples, Manifest
@@ -110,7 +110,7 @@ class CacheStore:
     def _owns_shards(self, folder: Location, files: Mapping[str, bytes]) -> bool:
         name = f"valid/{METADATA}"  # its fingerprint, and its codecs: a compressor is no part of that
         try:
-            return bool(json.loads((folder / name).read() or b"") == json.loads(files[name]))
+            return bool(parse_json((folder / name).read() or b"") == parse_json(files[name]))
         except (CacheError, ValueError):
             return False
 
@@ -178,10 +178,11 @@ class CacheStore:
                     f"{without}"
                 )
             try:
-                _remove_partials(self.partial_folder(name))
+                clear_folder(self.partial_folder(name))
                 yield
             finally:
-                _remove_partials(self.partial_folder(name))
+                # A worker of a killed build may write on for a moment; what it adds now is cleared here.
+                clear_folder(self.partial_folder(name))
 
     def commit_range(self, spec: ComponentSpec, index: int, partials: Mapping[str, Path]) -> None:
         """Bring finished partial files of one range into place, `valid` last, each folder made durable first."""
@@ -203,11 +204,6 @@ def known_samples(path: str | Path | Location) -> KnownSamples | None:
     except CacheError:
         return None
     return KnownSamples(sample_ids=ids, class_names=store.layout.class_names)
-
-
-def _remove_partials(folder: Path) -> None:
-    # A worker of a killed build may write on for a moment; what it adds now is cleared when this build ends.
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_same_cache(path: Location, found: CacheLayout, asked: CacheLayout) -> None:

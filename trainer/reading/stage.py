@@ -19,6 +19,7 @@ from ...cache_specs.errors import CacheError, JobError, UsageError
 from ...cache_specs.group import METADATA
 from ...cache_specs.layout import ArrayLayout, CacheLayout
 from ...cache_specs.locks import locked
+from ...cache_specs.partial_files import clear_folder, new_file
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.shard_index import stored_chunks
 from ...cache_specs.sizes import human_bytes
@@ -100,8 +101,8 @@ def _alone(target: LocalPath, name: str, on_message: Callable[[str], None]) -> I
             on_message(f"{target}: waiting for another process, which stages {name}")
             stack.enter_context(locked(file, wait=True, option="--stage"))
         partials = scratch / name.replace("/", ".")
-        shutil.rmtree(partials, ignore_errors=True)
-        stack.callback(shutil.rmtree, partials, ignore_errors=True)
+        clear_folder(partials)
+        stack.callback(clear_folder, partials)
         yield partials
 
 
@@ -248,7 +249,7 @@ def _copy_shard(group: Location, copy: LocalPath, shard: _Shard, partials: Path)
 def _download(source: Location, partial: Path) -> None:
     buffer = memoryview(bytearray(PIECE_BYTES))
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = new_file(partial)
         try:
             with source.open() as opened:
                 offset = 0

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ...cache_specs.outside import open_regular
+
 # A quarter of what the process may hold, of which a batch may take half again: there may be two readers, and other
 # files are opened too. The usual limit is 1,024; repa-train raises it as far as it may (`raise_limit`).
 SHARE_OF_LIMIT = 4
@@ -75,7 +77,7 @@ class OpenFiles:
 
     def open(self, number: int, path: Path, *, check: Callable[[int], None]) -> None:
         """Open file `number` for reads at random places, unless `check` raises: what is open has been checked."""
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_regular(path)
         try:
             # Else the kernel reads on after each row, up to 8 MiB here for rows of 0.4.
             if hasattr(os, "posix_fadvise"):

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
-from ...cache_specs.errors import UsageError, nearest
+from ...cache_specs.errors import UsageError, nearest, reason
+from ...cache_specs.outside import MOST_SETTINGS_BYTES, parse_yaml, read_text
 from ...cache_specs.sizes import parse_bytes
 from .config import MAY_CHANGE, Bytes, RunConfig
 
@@ -74,11 +75,11 @@ def known_recipes() -> dict[str, dict[str, Any]]:
 def file_layer(path: Path) -> Layer:
     """Return the settings of a YAML file, sections nested or dotted."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = parse_yaml(read_text(path, most=MOST_SETTINGS_BYTES))
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not YAML: {error}") from error
+        raise UsageError(f"--config {path}: {reason(error)}") from error
+    except ValueError as error:
+        raise UsageError(f"--config {path} is not YAML: {reason(error)}") from error
     if not isinstance(loaded or {}, dict):
         raise UsageError(f"--config {path} holds a {type(loaded).__name__}; expected keys and values")
     return Layer(source=f"--config {path}", values=flatten(loaded or {}))
@@ -92,9 +93,9 @@ def set_layer(assignments: Sequence[str]) -> Layer:
         if not equals:
             raise UsageError(f"--set {assignment}: expected key=value")
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {assignment}: the value is not YAML") from error
+            values[key.strip()] = parse_yaml(text)
+        except ValueError as error:
+            raise UsageError(f"--set {assignment[:100]}: the value is not YAML ({reason(error)})") from error
     return Layer(source="--set", values=values)
 
 

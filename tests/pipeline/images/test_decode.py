@@ -288,6 +288,6 @@ def test_only_files_of_a_sensible_size_are_read(tmp_path: Path, kind: str) -> No
     else:
         path.symlink_to("/dev/zero")
     batch = decode_batch(FolderSource(tmp_path), ["a.png"], 16, np.zeros(1, np.int64))
-    words = {"fifo": "a FIFO", "folder": "a folder", "sparse": f"{2**42} bytes", "link to a device": "a device"}
+    words = {"fifo": "a FIFO", "folder": "Is a directory", "sparse": f"{2**42} bytes", "link to a device": "a device"}
     assert words[kind] in batch.bad[0]
     assert not batch.passing

@@ -1,6 +1,7 @@
 """Settings: which source wins, what is refused and with which words, what a resume may change."""
 
 import json
+import os
 
 import pytest
 
@@ -112,7 +113,10 @@ def test_recipe_errors_name_the_nearest():
         resolve([recipe_layer("sit", "SiT-B/2"), FLAGS, set_layer(["encoders=[hog]"])])
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    ["- a\n- b\n", "a: [", "\xff", "steps: 2020-13-45", "steps: " + "9" * 6000, "a: &a [*a]", "[" * 9999],
+)
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     (tmp_path / "bad.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match=r"bad\.yaml"):
@@ -121,6 +125,19 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
         file_layer(tmp_path / "none.yaml")
     with pytest.raises(UsageError, match="expected key=value"):
         set_layer(["steps"])
+
+
+def test_a_file_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "config.yaml")
+    with pytest.raises(UsageError, match=r"config\.yaml: it is a FIFO, not a file"):
+        file_layer(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("value", ["&a [*a]", "2020-13-45", "0x" + "f" * 5000, "{" * 9999])
+def test_values_that_are_not_yaml_are_one_short_line(value):
+    with pytest.raises(UsageError, match="the value is not YAML") as refused:
+        set_layer([f"steps={value}"])
+    assert len(str(refused.value)) < 600
 
 
 def test_values_are_read_by_the_field_type():
