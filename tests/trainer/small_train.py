@@ -36,7 +36,7 @@ from repa.trainer.runs import resume  # noqa: F401
 from repa.trainer.training import loop
 
 ARGUMENTS = ["--model", "SiT-Ti/2", "--recipe", "irepa", "--batch-size", "8", "--steps", "11", "--device", "cpu"]
-SETTINGS = ("accumulation=2", "alignment.encoder_depth=1", "save_every=3", "log_every=2")
+SETTINGS = ("accumulation=2", "alignment.encoder_depth=1", "alignment.stop_step=7", "save_every=3", "log_every=2")
 ARGUMENTS += [f"--set={setting}" for setting in SETTINGS]
 
 train_step = loop.train_step

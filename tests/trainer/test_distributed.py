@@ -69,6 +69,8 @@ def test_two_ranks_train_and_resume_exactly_after_a_death_or_an_end(make_cache, 
     assert "step 6/11" not in printed["3.0"]
     whole = run_outcome(tmp_path / "whole")
     assert [record["step"] for record in whole.records] == list(range(1, 12))
+    # Gradients are averaged anew from the stop step on: one run is ended just there, one killed before it.
+    assert ["alignment_loss" in record for record in whole.records] == [True] * 7 + [False] * 4
     expected = load_checkpoint(tmp_path / "whole/checkpoints/0000011.pt")["model"]
     assert not any(name.startswith(("module.", "_orig_mod.")) for name in expected)
     for name in ("killed", "ended"):

@@ -17,7 +17,7 @@ from .train import CONTEXT
 @click.option("--t", "times", type=float, multiple=True, default=[0.5], show_default=True, help="Time; repeatable.")
 @click.option("--num", type=int, default=10_000, show_default=True, help="Images.")
 @click.option("--k", type=int, default=10, show_default=True, help="Neighbours.")
-@click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
+@click.option("--weights", default="ema", show_default=True, metavar="ema|model|ema:DECAY", help="Which weights.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 def cknna_command(checkpoint: Path, **options: Any) -> None:
     """Measure whether SiT's layers and an encoder agree on who is near whom (CKNNA, mean-pooled tokens).

@@ -26,7 +26,7 @@ MOST_LABEL_CHARACTERS = 60  # in a file's name, of which file systems take 255 b
 @click.option("--guidance-low", type=float, default=0.0, show_default=True, help="Guide where t is at least this.")
 @click.option("--guidance-high", type=float, default=1.0, show_default=True, help="Guide where t is at most this.")
 @click.option("--labels", default="random", show_default=True, metavar="random|balanced|0,3,7")
-@click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True)
+@click.option("--weights", default="ema", show_default=True, metavar="ema|model|ema:DECAY", help="Which weights.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="The .npz. [default: RUN/samples, named by the request]")
 @click.option("--batch-size", type=int, default=64, show_default=True, help="Images at a time, on each rank.")
@@ -106,7 +106,8 @@ def samples_file(trained: "TrainedModel", request: "SampleRequest", weights: str
     labels = request.labels if isinstance(request.labels, str) else "-".join(map(str, request.labels))
     if len(labels) > MOST_LABEL_CHARACTERS:
         labels = f"{len(request.labels)}labels{hashlib.sha256(labels.encode()).hexdigest()[:12]}"
-    name = f"{trained.path.stem}-{weights}-{precision}-{sampler.sampler}{sampler.steps}-cfg{sampler.cfg_scale:g}"
+    which = weights.replace(":", "")
+    name = f"{trained.path.stem}-{which}-{precision}-{sampler.sampler}{sampler.steps}-cfg{sampler.cfg_scale:g}"
     if sampler.cfg_scale > 1:
         name += f"-t{sampler.guidance_low:g}to{sampler.guidance_high:g}"
     folder = trained.path.parent

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class TrainedModel:
         return LatentSource.published(autoencoder, input_size=shape.input_size, channels=shape.in_channels)
 
 
-def load_model(path: str | Path, *, weights: Literal["ema", "model"] = "ema") -> SiT:
+def load_model(path: str | Path, *, weights: str = "ema") -> SiT:
     """Return the SiT of a checkpoint or of a run's newest one, in eval mode on the CPU, float32.
 
     `model(x, t, y)` is the velocity. Raises CheckpointError where the file is damaged, refused or not a SiT.
@@ -61,8 +61,12 @@ def load_model(path: str | Path, *, weights: Literal["ema", "model"] = "ema") ->
     return open_model(path, weights=weights).model
 
 
-def open_model(path: str | Path, *, weights: Literal["ema", "model"] = "ema") -> TrainedModel:
-    """Return a checkpoint's model with the settings that sampling needs; `path` and errors as in `load_model`."""
+def open_model(path: str | Path, *, weights: str = "ema") -> TrainedModel:
+    """Return a checkpoint's model with the settings that sampling needs.
+
+    `weights` is ema (the first average), model, or ema:DECAY of a run that keeps several; `path` and errors as in
+    `load_model`, and UsageError for weights that the file does not hold.
+    """
     file = Path(path)
     if file.is_dir():
         newest = latest_checkpoint(file)
@@ -74,7 +78,7 @@ def open_model(path: str | Path, *, weights: Literal["ema", "model"] = "ema") ->
         if weights == "model":
             raise CheckpointError(f"{file}: a bare state dict holds one set of weights; ask for --weights ema")
         stored = {"ema": stored}
-    state = stored.get(weights)
+    state = _weights(stored, weights, file)
     if not isinstance(state, Mapping) or "pos_embed" not in state:
         raise CheckpointError(f"{file}: holds no SiT under {weights!r} (found {', '.join(map(str, stored))})")
 
@@ -96,6 +100,22 @@ def open_model(path: str | Path, *, weights: Literal["ema", "model"] = "ema") ->
         interpolant=Interpolant(path=path_name),
         config=stored.get("config"),
     )
+
+
+def _weights(stored: Mapping[str, Any], weights: str, file: Path) -> Any:
+    """Return the state dict that `weights` names."""
+    part, _, decay = weights.partition(":")
+    if part not in ("ema", "model") or (decay and part == "model"):
+        raise UsageError(f"--weights {weights}; expected ema, model, or ema:DECAY of a run that keeps several averages")
+    if not decay:
+        return stored.get(part)
+    config = stored.get("config")
+    decays = config.get("ema_decay") if isinstance(config, Mapping) else None
+    first = decays[0] if isinstance(decays, list) else decays  # of older runs, one number
+    averages = {str(first): stored.get("ema"), **stored.get("emas", {})}
+    if decay not in averages:
+        raise UsageError(f"{file} holds averages of decay {', '.join(averages)}; --weights ema:{decay} names none")
+    return averages[decay]
 
 
 def _filled(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from repa.cache_specs.errors import UsageError
 from repa.trainer.runs.optimizer import GatedAdamW, OptimizerConfig
 
 CONFIG = OptimizerConfig(learning_rate=3e-2, beta1=0.8, beta2=0.97, eps=1e-6, weight_decay=0.1, clip=0.5)
@@ -99,3 +100,53 @@ def test_a_state_goes_on_here_and_in_torchs_adamw(tmp_path):
         step()
     assert_same(resumed, ours)
     assert_same(theirs, ours)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {0: 1.0, 9: 1.0, 10**6: 1.0}),
+        ({"warmup_steps": 4}, {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 10**6: 1.0}),
+        ({"schedule": "linear", "decay_steps": 10}, {0: 1.0, 5: 0.5, 10: 0.0, 99: 0.0}),
+        (
+            {"schedule": "linear", "decay_steps": 12, "warmup_steps": 2, "final_fraction": 0.2},
+            {1: 1.0, 7: 0.6, 12: 0.2},
+        ),
+        ({"schedule": "cosine", "decay_steps": 12}, {0: 1.0, 3: 0.5 + 0.5 * 2**-0.5, 6: 0.5, 12: 0.0, 13: 0.0}),
+    ],
+)
+def test_the_learning_rate_is_a_function_of_the_step(settings, expected):
+    config = OptimizerConfig(learning_rate=2e-3, **settings)
+    assert {step: config.rate(step) / 2e-3 for step in expected} == pytest.approx(expected, abs=1e-12)
+
+
+def test_each_step_is_taken_at_its_rate_and_without_a_clip_gradients_stay():
+    settings = {"learning_rate": 3e-2, "warmup_steps": 3, "beta1": 0.8, "beta2": 0.97, "eps": 1e-6, "weight_decay": 0.1}
+    ours, theirs = parameters(), parameters()
+    optimizer, reference = GatedAdamW(ours, OptimizerConfig(clip=None, **settings)), torchs(theirs)
+    for step in range(4):
+        set_gradients(ours, step)
+        set_gradients(theirs, step)
+        optimizer.step(step)
+        reference.param_groups[0]["lr"] = 3e-2 * min(1.0, (step + 1) / 3)
+        reference.step()
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decay_steps": 9}, "a constant schedule does not decay"),
+        ({"schedule": "cosine"}, "optimizer.decay_steps does not say until when"),
+        (
+            {"schedule": "linear", "decay_steps": 5, "warmup_steps": 5},
+            "expected more than the 5 of optimizer.warmup_steps",
+        ),
+        ({"final_fraction": 2.0}, "optimizer.final_fraction is 2.0; expected 0 to 1"),
+        ({"clip": 0.0}, "optimizer.clip is 0.0"),
+        ({"warmup_steps": -1}, "optimizer.warmup_steps is -1"),
+    ],
+)
+def test_schedules_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        OptimizerConfig(**settings)

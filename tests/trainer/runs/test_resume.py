@@ -1,18 +1,24 @@
 """A run that was killed and continued equals one that never was; anything else is refused by name."""
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from repa.trainer.commands.train import train_command
 from repa.trainer.models import checkpoint
+from repa.trainer.models.sit import SIZES
+from repa.trainer.runs.settings import known_recipes
 from repa.trainer.training import loop
 
 SCRIPT = Path(__file__).parents[1] / "small_train.py"
@@ -230,3 +236,40 @@ def test_an_exception_at_any_step_leaves_the_run_resumable(make_cache, repa_trai
     rest = repa_train(cache, out, "--steps", "7", "--resume", "auto")
     assert rest.code == 0
     assert rest.losses() == repa_train(cache, tmp_path / "whole", "--steps", "7").losses()
+
+
+def test_a_run_that_an_earlier_version_left_goes_on_with_its_own_settings(
+    make_cache, small_sit, tmp_path, monkeypatch, run_outcome
+):
+    """Three steps of repa made before there were objectives; the next three as that version went on (torch 2.14.1).
+
+    Its block depth, 1, is its own: the recipe says another. Nothing is repeated on the command line but the place.
+    """
+    monkeypatch.setitem(SIZES, "Ti", (1, 8, 2))
+    out = tmp_path / "run"
+    shutil.copytree(Path(__file__).with_name("run_of_before"), out)
+    before = json.loads((out / "config.json").read_text())
+    command = ["--cache", str(make_cache(num_samples=9, width=4).path), "--out", str(out), "--device", "cpu"]
+    train_command.main([*command, "--resume", "auto", "--steps", "6"], standalone_mode=False)
+    expected = [(2.008532, 0.114164, 0.545130), (2.127349, 0.103919, 0.491426), (1.941141, 0.038673, 0.527670)]
+    losses = run_outcome(out).losses()
+    assert [step for step, *_ in losses] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose([numbers for _, *numbers in losses[3:]], expected, rtol=1e-4, atol=1e-6)
+    now = json.loads((out / "config.json").read_text())
+    assert now["alignment"]["encoder_depth"] == before["alignment"]["encoder_depth"] == 1
+    assert known_recipes()["repa"]["alignment.encoder_depth"]["Ti"] != 1
+    assert (now["ema_decay"], now["objective"], now["alignment"]["stop_step"]) == ([0.9], "velocity", None)
+
+    with pytest.raises(SystemExit):
+        train_command.main([*command, "--resume", "auto", "--steps", "9", "--set", "alignment.encoder_depth=2"])
+
+
+@pytest.mark.parametrize("lost", ["", "not JSON"])
+def test_a_lost_config_file_is_made_up_from_the_checkpoint(finished, repa_train, lost):
+    written, out = finished
+    file = out / "config.json"
+    stored = json.loads(file.read_text())
+    file.write_text(lost)
+    outcome = repa_train(written.path, out, "--resume", "auto", "--steps", "6")
+    assert outcome.code == 0
+    assert json.loads(file.read_text()) == stored
