@@ -59,7 +59,7 @@ def _store(root: str) -> Any:
 def reason(error: BaseException) -> str:
     """Return what an object store said, in a few words: the server's own where it sent any."""
     text = str(error)
-    said = [re.search(f"<{tag}>([^<]*)</{tag}>", text) for tag in ("Code", "Message")]
+    said = [re.search(rf"<{tag}>(?:<!\[CDATA\[)?([^<\]]*)", text) for tag in ("Code", "Message")]
     if any(said):
         return ": ".join(match[1].rstrip(".") for match in said if match)
     if isinstance(error, FileNotFoundError):

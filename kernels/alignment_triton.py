@@ -4,7 +4,7 @@ A program takes ROWS tokens of one image, keeps that image's channel statistics 
 tokens one at a time. A row of E elements lies across the program's threads, 8 elements each, which is one 128-bit
 load of bfloat16. The next row is fetched before the present one is reduced, so that two rows are in
 flight: 64 registers, no spills, 1,024 threads on a multiprocessor of sm_90 (counted; benchmarks/kernel_resources.py,
-with Triton 3.8; 3.5 and 3.6 take 72 for int8 tokens, of which 896 threads fit).
+with Triton 3.8; 3.5 to 3.7 take 72 for int8 tokens, of which 896 threads fit).
 
 Every program writes its own partial loss, which torch then sums: no atomics, the same bits each time.
 """

@@ -8,6 +8,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -123,6 +124,10 @@ def write_arrow(
 
     `nested` gives the type of a list of `length` items; those of datasets' features differ.
     """
+
+    def lists(values: np.ndarray) -> list[Any]:  # of numpy's numbers: pyarrow 17 takes no float for a float16
+        return [lists(value) for value in values] if values.ndim > 1 else list(values)
+
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"data-{i:05d}-of-{files:05d}.arrow" for i in range(files)]
     value_type = pa.from_numpy_dtype(np.dtype(dtype))
@@ -130,7 +135,7 @@ def write_arrow(
         value_type = nested(value_type, length)
     parts = np.array_split(np.arange(len(moments)), files)
     for name, rows in zip(names, parts, strict=True):
-        columns = {"data": pa.array([moments[i].astype(dtype).tolist() for i in rows], type=value_type)}
+        columns = {"data": pa.array([lists(moments[i].astype(dtype)) for i in rows], type=value_type)}
         if labels is not None:
             columns["label"] = pa.array([labels[i] for i in rows], type=pa.int64())
         table = pa.table(columns)
