@@ -92,17 +92,19 @@ class ComponentSpec:
         """Return the command that builds or finishes this component; only the data's place is not known to a cache."""
         if self.imported is not None:
             return self._import_command(cache)
+        from .tables import autoencoder_table, encoder_table
+
         request = str(self.spec["entry"])
+        # A user's own entry lies in a file; where, a cache does not know either.
+        request += "" if request in (autoencoder_table() if self.kind == LATENTS else encoder_table()) else ".yaml"
         if self.kind == LATENTS:
             options = [f"--autoencoder {request}"]
         else:
-            from .tables import encoder_table
-
-            # A user's own entry lies in a file; where, a cache does not know either.
-            request += "" if request in encoder_table() else ".yaml"
             side, layers = self.spec["grid"][0], self.spec.get("layers")
             request += f":grid={side}" if f"-grid{side}" in self.name else ""
             request += "" if layers is None else f":layers={','.join(map(str, layers))}"
+            for option in ("stage", "resize"):
+                request += "" if self.spec.get(option) is None else f":{option}={self.spec[option]}"
             options = [f"--encoder {shlex.quote(request)}", "--autoencoder none"]
         for option, default in (("dtype", "float16"), ("precision", "fp32"), ("compressor", "none")):
             if getattr(self, option) != default:
@@ -170,6 +172,17 @@ def _difference(where: str, found: Mapping[str, Any], asked: Mapping[str, Any]) 
                 return _difference(f"{where}.{key}", old, new)
             return f"{where}.{key}: found {old}, asked {new}"
     return None
+
+
+def enlarged(spec: Mapping[str, Any]) -> str:
+    """Return `enlarged from 4 x 4` for tokens of a map that was smaller than their grid, else nothing.
+
+    Neighbours of an enlarged map are alike by construction, so whatever measures likeness over space must say it.
+    """
+    native, grid = spec.get("native_grid"), spec.get("grid")
+    if spec.get("resize") is None or native is None or grid is None or native >= grid:
+        return ""
+    return f"enlarged from {native[0]} x {native[1]}"
 
 
 def stored_layers(spec: Mapping[str, Any]) -> tuple[int | None, ...]:

@@ -5,99 +5,36 @@ Options become part of the spec, of the fingerprint and of the group's name (`fe
 """
 
 import contextlib
-import dataclasses
 import functools
 import importlib.resources
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import yaml
 
+from .autoencoder_entry import AutoencoderEntry
 from .encoder_entry import VARIANT, EncoderEntry
-from .errors import UsageError, nearest, reason
-from .outside import MOST_SETTINGS_BYTES, parse_yaml, read_text
+from .entries import OwnCode, is_file, make_entry, read_own_entry, read_row
+from .errors import UsageError, nearest
 
 _COLUMNS = ("model", "width", "depth", "params_m", "gmac")  # of a row of encoders.yaml
-OPTIONS = ("grid", "layers")  # of a request: NAME:grid=8:layers=8,11
+# Of a request, NAME:grid=8:layers=8,11: the option's form, and what it is to be in words.
+OPTIONS = {
+    "grid": (r"[0-9]+", "a whole number of tokens a side"),
+    "layers": (r"[0-9]+(,[0-9]+)*", "block numbers, as in layers=8,9"),
+    "stage": (r"[A-Za-z0-9_.]+", "the number or name of a stage, as in stage=2"),
+    "resize": ("bilinear", "bilinear, which lets a map be enlarged to the grid"),
+}
 RANDOM_SUFFIX = "-random"  # random weights never go by the name of the pretrained ones
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderEntry:
-    """One row of autoencoders.yaml; the fields are explained at its head."""
-
-    name: str
-    loader: Literal["diffusers", "builtin"]
-    model: str
-    latent_channels: int
-    factor: int
-    kind: Literal["mean_std", "sample"]
-    pixel_range: tuple[float, float]
-    scale: float | None
-    bias: float | None
-    licence: str
-    library_class: str | None = None
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    params_m: float = 0.0
-    gmac: float = 0.0
-
-    @property
-    def has_weights(self) -> bool:
-        return self.loader != "builtin"
-
-    @property
-    def published(self) -> tuple[float, float] | None:
-        """The scale and bias of latent_norm: fixed, None where none are published as one number each."""
-        return None if self.scale is None or self.bias is None else (self.scale, self.bias)
-
-    def resolve(self, *, resolution: int, random_weights: bool) -> dict[str, Any]:
-        """Return the spec of this autoencoder's moments for square images of `resolution` pixels.
-
-        The published scale and bias are left out: how latents are normalised belongs to a run, not to a cache.
-        """
-        if resolution % self.factor:
-            raise UsageError(
-                f"--autoencoder {self.name} needs a resolution that is a multiple of {self.factor}, not {resolution}; "
-                f"try --resolution {max(1, round(resolution / self.factor)) * self.factor}"
-            )
-        side = resolution // self.factor
-        return {
-            "entry": self.name,
-            "loader": self.loader,
-            "model": self.model,
-            "library_class": self.library_class,
-            "config": dict(self.config),
-            "kind": self.kind,
-            "latent_channels": self.latent_channels,
-            "moment_channels": self.latent_channels * (2 if self.kind == "mean_std" else 1),
-            "latent_size": [side, side],
-            "pixel_range": list(self.pixel_range),
-            "random_weights": bool(random_weights and self.has_weights),
-        }
-
-
-Entry = TypeVar("Entry", "EncoderEntry", "AutoencoderEntry")
 
 
 @functools.cache
 def _table(file: str) -> dict[str, Any]:
     text = importlib.resources.files(__package__).joinpath(file).read_text(encoding="utf-8")
     return yaml.safe_load(text)
-
-
-def _entry(where: str, cls: type[Entry], name: str, row: Mapping[str, Any]) -> Entry:
-    known = {field.name for field in dataclasses.fields(cls)} - {"name"}
-    unknown = sorted(set(row) - known)
-    if unknown:
-        raise UsageError(f"{where}: {name}: unknown key {unknown[0]!r}; {nearest(unknown[0], known)}")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    try:
-        return cls(name=name, **values)
-    except TypeError as error:
-        raise UsageError(f"{where}: {name}: {str(error).rpartition('__init__() ')[2]}") from error
 
 
 @functools.cache
@@ -110,41 +47,32 @@ def encoder_table() -> dict[str, EncoderEntry]:
         common = {key: value for key, value in block.items() if key not in ("encoders", "variants")}
         for name, (*columns, last) in block["encoders"].items():
             named = dict(zip(_COLUMNS, columns if isinstance(last, dict) else [*columns, last], strict=True))
-            row = {**common, "family": family, "irepa27": name in study, **named}
-            row |= last if isinstance(last, dict) else {}
-            entries[name] = _entry("encoders.yaml", EncoderEntry, name, row)
+            row = {**common, **named, **(last if isinstance(last, dict) else {})}
+            table = {"family": family, "irepa27": name in study}
+            entries[name] = make_entry("encoders.yaml", EncoderEntry, name, row, **table)
             for variant, departure in block.get("variants", {}).items():
                 full = f"{name}{VARIANT}{variant}"
                 options = {**row.get("options", {}), **departure.get("options", {})}
-                changed = {**row, **departure, "options": options, "irepa27": False}
-                entries[full] = _entry("encoders.yaml", EncoderEntry, full, changed)
+                changed = {**row, **departure, "options": options}
+                entries[full] = make_entry("encoders.yaml", EncoderEntry, full, changed, family=family)
     return entries
-
-
-def read_encoder_file(path: Path) -> EncoderEntry:
-    """Read a user's own entry: the fields of encoders.yaml, flat, named by the field `name` or by the file.
-
-    Raises `UsageError` naming the file and the field where it cannot be one.
-    """
-    try:
-        row = parse_yaml(read_text(path, most=MOST_SETTINGS_BYTES))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--encoder {path}: cannot be read as YAML ({reason(error)})") from error
-    if not isinstance(row, dict):
-        raise UsageError(f"--encoder {path}: expected one encoder's fields (cache_specs/encoders.yaml explains them)")
-    name = str(row.pop("name", path.stem))
-    if name in encoder_table() or name in encoder_aliases():
-        raise UsageError(f"--encoder {path}: {name} is the table's; give yours another name")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.@-]*", name):
-        raise UsageError(f"--encoder {path}: the name {name!r} becomes a folder's: letters, digits and _ . @ - only")
-    return _entry(str(path), EncoderEntry, name, row)
 
 
 @functools.cache
 def autoencoder_table() -> dict[str, AutoencoderEntry]:
     """Return every autoencoder by name, in the table's order."""
     rows = _table("autoencoders.yaml")["autoencoders"]
-    return {name: _entry("autoencoders.yaml", AutoencoderEntry, name, row) for name, row in rows.items()}
+    return {name: make_entry("autoencoders.yaml", AutoencoderEntry, name, row) for name, row in rows.items()}
+
+
+def read_encoder_file(file: str | Path) -> EncoderEntry:
+    """Read a user's own encoder, named by the field `name` or by the file; errors name the file and the field."""
+    return read_own_entry("--encoder", Path(file), EncoderEntry, taken={*encoder_table(), *encoder_aliases()})
+
+
+def read_autoencoder_file(file: str | Path) -> AutoencoderEntry:
+    """Read a user's own autoencoder, as `read_encoder_file` an encoder."""
+    return read_own_entry("--autoencoder", Path(file), AutoencoderEntry, taken=set(autoencoder_table()))
 
 
 def encoder_aliases() -> Mapping[str, str]:
@@ -182,27 +110,30 @@ def encoder_name(request: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderRequest:
-    """What `--encoder NAME[:grid=G][:layers=I,J,...]` asks for, its name and its values read."""
+    """What `--encoder NAME[:grid=G][:layers=I,J,...][:stage=K][:resize=bilinear]` asks for, its values read."""
 
     entry: EncoderEntry
     grid: int | None
     layers: tuple[int, ...] | None
+    stage: str | None = None
+    resize: str | None = None
 
     @property
     def group(self) -> str:
-        """The group's name for pretrained weights: `dinov2-vit-b-grid8-layers8-11`."""
+        """The group's name for pretrained weights: `dinov2-vit-b-grid8-layers8-11`, `my-cnn-grid8-stage2`."""
         name = self.entry.name if self.grid is None else f"{self.entry.name}-grid{self.grid}"
-        return name if self.layers is None else f"{name}-layers{'-'.join(map(str, self.layers))}"
+        name = name if self.layers is None else f"{name}-layers{'-'.join(map(str, self.layers))}"
+        return name if self.stage is None else f"{name}-stage{self.stage}"
 
 
 def read_encoder_request(request: str) -> EncoderRequest:
-    """Read `NAME|FILE.yaml[:grid=G][:layers=I,J,...]`.
+    """Read `NAME|FILE.yaml[:grid=G][:layers=I,J,...][:stage=K][:resize=bilinear]`.
 
     Raises `UsageError` with the nearest known name for one that is not in the table.
     """
     asked, *options = request.split(":")
-    if asked.endswith((".yaml", ".yml")):
-        entry = read_encoder_file(Path(asked))
+    if is_file(asked):
+        entry = read_encoder_file(asked)
     else:
         name = encoder_name(asked)
         if name in encoders_left_out():
@@ -215,13 +146,16 @@ def read_encoder_request(request: str) -> EncoderRequest:
         key, _, value = option.partition("=")
         if key not in OPTIONS:
             raise UsageError(f"--encoder {request}: unknown option {key!r}; {nearest(key, OPTIONS)}")
-        numbers = value.split(",") if key == "layers" else [value]
-        if not all(number.isascii() and number.isdigit() for number in numbers) or (key, value) == ("grid", "0"):
-            what = "block numbers, as in layers=8,9" if key == "layers" else "a whole number of tokens a side"
-            raise UsageError(f"--encoder {request}: {key} is {value!r}, expected {what}")
-        values[key] = tuple(map(int, numbers))
+        pattern, expected = OPTIONS[key]
+        if not re.fullmatch(pattern, value) or (key, value) == ("grid", "0"):
+            raise UsageError(f"--encoder {request}: {key} is {value!r}, expected {expected}")
+        values[key] = value
     return EncoderRequest(
-        entry=entry, grid=values["grid"][0] if "grid" in values else None, layers=values.get("layers")
+        entry=entry,
+        grid=int(values["grid"]) if "grid" in values else None,
+        layers=tuple(map(int, values["layers"].split(","))) if "layers" in values else None,
+        stage=values.get("stage"),
+        resize=values.get("resize"),
     )
 
 
@@ -257,27 +191,76 @@ def pick_layer(where: str, stored: Sequence[int | None], layer: int | None) -> i
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedModel:
-    """A request turned into a group's name, a table entry and a spec."""
+    """A request turned into a group's name, a table entry and a spec; `code` of a network of one's own."""
 
     name: str
     entry: EncoderEntry | AutoencoderEntry
     spec: dict[str, Any]
+    code: OwnCode | None = None
 
 
 def resolve_encoder(request: str, *, resolution: int, random_weights: bool = False) -> ResolvedModel:
-    """Resolve `NAME|FILE.yaml[:grid=G][:layers=I,J,...]` for images of `resolution` pixels."""
+    """Resolve `NAME|FILE.yaml[:grid=G][:layers=I,J,...][:stage=K][:resize=bilinear]` for images of `resolution`."""
     asked = read_encoder_request(request)
+    code = asked.entry.code()
     spec = asked.entry.resolve(
-        resolution=resolution, grid=asked.grid, layers=asked.layers, random_weights=random_weights
+        resolution=resolution,
+        grid=asked.grid,
+        layers=asked.layers,
+        stage=asked.stage,
+        resize=asked.resize,
+        random_weights=random_weights,
+        code=code,
     )
-    return ResolvedModel(name=asked.group + RANDOM_SUFFIX * spec["random_weights"], entry=asked.entry, spec=spec)
+    name = asked.group + RANDOM_SUFFIX * spec["random_weights"]
+    return ResolvedModel(name=name, entry=asked.entry, spec=spec, code=code)
 
 
 def resolve_autoencoder(name: str, *, resolution: int, random_weights: bool = False) -> ResolvedModel:
-    """Resolve an autoencoder's name; raise `UsageError` with the nearest known one."""
+    """Resolve an autoencoder's name or file; raise `UsageError` with the nearest known one."""
     table = autoencoder_table()
-    if name not in table:
+    if not is_file(name) and name not in table:
         raise UsageError(f"unknown autoencoder {name!r}: {nearest(name, table)}")
-    entry = table[name]
-    spec = entry.resolve(resolution=resolution, random_weights=random_weights)
-    return ResolvedModel(name=name + RANDOM_SUFFIX * spec["random_weights"], entry=entry, spec=spec)
+    entry = read_autoencoder_file(name) if is_file(name) else table[name]
+    code = entry.code()
+    spec = entry.resolve(resolution=resolution, random_weights=random_weights, code=code)
+    return ResolvedModel(name=entry.name + RANDOM_SUFFIX * spec["random_weights"], entry=entry, spec=spec, code=code)
+
+
+def code_of(where: str, spec: Mapping[str, Any], entries: Sequence[str | Path], *, resolution: int) -> OwnCode | None:
+    """Return the code behind a component's `spec`, None for a library's model: found among the files of `--entry`.
+
+    A cache names a user's network and the digests of its files, and never causes an import: whoever wants it to run
+    gives its entry. Raises `UsageError` beginning with `where` where it is not among `entries`, or is another one by
+    now, naming what differs.
+    """
+    if spec["loader"] != "python":
+        return None
+    name, encoder = spec["entry"], "grid" in spec
+    for file in entries:
+        entry = read_own_file(file)
+        if entry.name != name or isinstance(entry, EncoderEntry) != encoder:
+            continue
+        code = entry.code()
+        if isinstance(entry, EncoderEntry):
+            asked = {key: spec.get(key) for key in ("stage", "resize")}
+            grid = spec["grid"][0]
+            fresh = entry.resolve(
+                resolution=resolution, grid=grid, layers=None, random_weights=False, code=code, **asked
+            )
+        else:
+            fresh = entry.resolve(resolution=resolution, random_weights=False, code=code)
+        for key in sorted({*spec, *fresh} - {"files"}):
+            if spec.get(key) != fresh.get(key):
+                raise UsageError(f"{where}: {file} is another one by now: {key} was {spec.get(key)}, is {fresh[key]}")
+        for key in sorted({*spec["files"], *fresh["files"]}):
+            if spec["files"].get(key) != fresh["files"].get(key):
+                raise UsageError(f"{where}: {key} of {file} is not the one that it was built with (another sha256)")
+        return code
+    raise UsageError(f"{where} is of a network of your own; give its file, --entry {name}.yaml")
+
+
+def read_own_file(file: str | Path) -> EncoderEntry | AutoencoderEntry:
+    """Read the file of `--entry` or `--check`: an autoencoder where it has latent channels, else an encoder."""
+    row = read_row("--entry", Path(file))
+    return read_autoencoder_file(file) if "latent_channels" in row else read_encoder_file(file)

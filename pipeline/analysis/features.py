@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...cache_specs.errors import CacheError, UsageError, nearest
 from ...cache_specs.layout import layer_array
-from ...cache_specs.schema import FEATURES, ComponentSpec, stored_layers
+from ...cache_specs.schema import FEATURES, ComponentSpec, enlarged, stored_layers
 from ...cache_specs.tables import pick_layer, stored_encoder
 from ..store.rows import ComponentRows
 from ..store.statistics import EPS
@@ -55,6 +55,7 @@ class Features:
         self.grid: tuple[int, int] = tuple(component.spec["grid"])
         self.width: int = component.spec["width"]
         self.random_weights: bool = component.spec["random_weights"]
+        self.enlarged = enlarged(component.spec)
         self._store = store
         self._rows = ComponentRows(store, component)
 

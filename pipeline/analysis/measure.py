@@ -6,7 +6,7 @@ and by class. What cannot be said is said in words: a table never has a NaN in i
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ class Measured:
 
     `rows` [n] are the images with values; `values[gamma][metric]` is [n] float64, gamma None for tokens as stored. A
     metric that is not in it has its `reasons`; an image without SRSS has NaN there. `constant` counts images left out
-    because all their tokens are the same.
+    because all their tokens are the same. `enlarged` says so of tokens whose neighbours are alike by construction.
     """
 
     encoder: str
@@ -39,6 +39,7 @@ class Measured:
     rows: np.ndarray
     values: dict[float | None, dict[str, np.ndarray]]
     constant: int
+    enlarged: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
 
 
@@ -84,6 +85,7 @@ def measure(
         rows=measured,
         values={key: {name: np.concatenate(values) for name, values in lists.items()} for key, lists in parts.items()},
         constant=len(rows) - len(measured),
+        enlarged=encoder.enlarged,
         reasons=reasons,
     )
 
@@ -123,6 +125,8 @@ def table(measured: Measured) -> Iterator[str]:
             yield f"  {metric:<6}left out: {stored.reason}"
         else:
             yield f"  {metric:<6}{stored!s:<28}{normalized}"
+    if measured.enlarged:
+        yield f"  {measured.enlarged}: neighbours are alike by construction, not by what the encoder sees"
     if measured.constant:
         images = "1 image has" if measured.constant == 1 else f"{measured.constant} images have"
         yield f"  {images} the same token everywhere (no spatial structure) and is left out"
@@ -140,7 +144,10 @@ def class_table(measured: Measured, labels: np.ndarray, class_names: Sequence[st
 
 
 def write_csv(file: Path, measured: Sequence[Measured], labels: dict[str, np.ndarray], names: Sequence[str]) -> None:
-    """Write every figure, one a line: encoder, gamma (empty as stored), class, metric, mean, interval, num, reason."""
+    """Write every figure, one a line: encoder, gamma (empty as stored), class, metric, mean, interval, num, reason.
+
+    `reason` says why there is no figure or interval, and of an enlarged map that it is one.
+    """
     rows = []
     for one in measured:
         groups: list[tuple[str, np.ndarray | None]] = [(ALL_CLASSES, None)]
@@ -149,6 +156,7 @@ def write_csv(file: Path, measured: Sequence[Measured], labels: dict[str, np.nda
             for name, chosen in groups:
                 for metric in METRICS:
                     found = estimate(one, gamma, metric, chosen)
+                    found = replace(found, reason="; ".join(filter(None, [found.reason, one.enlarged])))
                     rows.append(csv_row(one.encoder, "" if gamma is None else f"{gamma:g}", name, metric, found))
     write_rows(file, rows)
 

@@ -44,7 +44,7 @@ def join(sources: Sequence[Path], metrics_files: Sequence[Path], quality: str | 
     quality figure that is missing or must be chosen.
     """
     notes: list[str] = []
-    metrics = _merge(_figures(file) for file in metrics_files)
+    metrics = _merge(_figures(file, notes) for file in metrics_files)
     if len(sources) == 1 and sources[0].is_file():
         table = _results_file(sources[0])
         for encoder, row in table.items():
@@ -108,8 +108,11 @@ def _read_csv(file: Path) -> tuple[list[str], list[dict[str, str]]]:
     return list(reader.fieldnames or []), rows
 
 
-def _figures(file: Path) -> dict[str, dict[str, float]]:
-    """Return metrics by encoder from a CSV of `repa-cache metrics` or `probe`: over all images, tokens as stored."""
+def _figures(file: Path, notes: list[str]) -> dict[str, dict[str, float]]:
+    """Return metrics by encoder from a CSV of `repa-cache metrics` or `probe`: over all images, tokens as stored.
+
+    Notes encoders whose maps were enlarged: their spatial metrics are so by construction.
+    """
     header, rows = _read_csv(file)
     if tuple(header) != CSV_HEADER:
         raise UsageError(f"--metrics {file}: columns {header}; expected what repa-cache metrics --csv writes")
@@ -117,6 +120,10 @@ def _figures(file: Path) -> dict[str, dict[str, float]]:
     for row in rows:
         if row["class"] == ALL_CLASSES and not row["gamma"]:
             figures = found.setdefault(row["encoder"], {})
+            marks = [words for words in (row["reason"] or "").split("; ") if words.startswith("enlarged from")]
+            note = f"{row['encoder']}: its map was {''.join(marks)}: neighbours are alike by construction"
+            if marks and note not in notes:
+                notes.append(note)
             if row["mean"]:
                 figures[row["metric"]] = _number(row["mean"], file, row["encoder"], row["metric"])
     return found

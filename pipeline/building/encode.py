@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...cache_specs.entries import OwnCode
+from ...cache_specs.fingerprint import canonical_json
 from ...cache_specs.layout import CacheLayout, layer_array
 from ...cache_specs.schema import FEATURES, ComponentSpec, stored_layers
 from ...cache_specs.storage import Location
 from ..images.decode import DecodedBatch
 from ..models.autoencoders import load_autoencoder
-from ..models.encoders import load_encoder
+from ..models.encoders import Encoder, load_encoder, network_of
 from ..store.component_writer import ComponentWriter
 from ..store.quantize import stored_tokens
 from ..store.store import CacheStore
@@ -27,7 +29,10 @@ from ..store.store import CacheStore
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRequest:
-    """A component asked for: a `ComponentSpec` whose weights are not loaded yet, and where to find them."""
+    """A component asked for: a `ComponentSpec` whose weights are not loaded yet, and where to find them.
+
+    `code` is that of a network of the user's own; it travels with the request.
+    """
 
     kind: str
     name: str
@@ -36,6 +41,7 @@ class ModelRequest:
     precision: str
     compressor: str
     weights_file: Path | None = None
+    code: OwnCode | None = None
 
     def component(self, weights: str) -> ComponentSpec:
         """Return the component's spec, given what identifies its weights."""
@@ -81,13 +87,9 @@ class Worker:
         torch.set_num_threads(threads)
         self._store = CacheStore(cache, layout)
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
-        self._encoders: dict[str, Callable[[torch.Tensor], dict[str, torch.Tensor]]] = {}
-        self.components: list[ComponentSpec] = []
-        for request in requests:
-            encode, weights = load_model(request, device)
-            component = request.component(weights)
-            self._encoders[component.path] = encode
-            self.components.append(component)
+        self._networks = load_networks(requests, device)
+        by_path = {component.path: component for network in self._networks for component in network.components}
+        self.components = [by_path[request.component("").path] for request in requests]
 
     def encode_range(
         self, index: int, paths: Sequence[str], batches: Iterable[DecodedBatch], *, skip_bad: bool
@@ -101,9 +103,11 @@ class Worker:
         """
         start, stop = self._store.layout.sample_range(index)
         result = RangeResult(index=index, num_samples=stop - start)
-        writers = [
-            ComponentWriter(self._store, component, index) for component in self.components if component.path in paths
-        ]
+        writers = {
+            component.path: ComponentWriter(self._store, component, index)
+            for component in self.components
+            if component.path in paths
+        }
         written: Future[None] | None = None
         try:
             row = start
@@ -111,29 +115,36 @@ class Worker:
                 result.bad.update({row + offset: reason for offset, reason in batch.bad.items()})
                 result.passing.update(row + offset for offset in batch.passing)
                 if not result.passing and (skip_bad or not result.bad):
-                    for writer in writers:
-                        arrays = self._views(batch, self._encoders[writer.component.path])
-                        if written is not None:
-                            written.result()
-                        written = self._disk.submit(_append, writer, arrays, batch.bad, batch.source_bytes, row, result)
+                    for network in self._networks:
+                        asked = [component for component in network.components if component.path in writers]
+                        for path, arrays in (self._views(batch, network, asked) if asked else {}).items():
+                            if written is not None:
+                                written.result()
+                            written = self._disk.submit(
+                                _append, writers[path], arrays, batch.bad, batch.source_bytes, row, result
+                            )
                 row += len(batch.images)
             assert row == stop, (row, stop)
         except BaseException:
-            self._disk.submit(_abandon, writers).result()
+            self._disk.submit(_abandon, list(writers.values())).result()
             raise
-        return self._disk.submit(_commit, writers, written, result, skip_bad)
+        return self._disk.submit(_commit, list(writers.values()), written, result, skip_bad)
 
     def close(self) -> None:
         """Wait until what was encoded is written."""
         self._disk.shutdown(wait=True)
 
     def _views(
-        self, batch: DecodedBatch, encode: Callable[[torch.Tensor], dict[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
-        """Return a component's arrays [b, V, ...] of a sub-batch, on the device."""
+        self, batch: DecodedBatch, network: "Network", components: Sequence[ComponentSpec]
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """Return the arrays [b, V, ...] of a sub-batch by component path, on the device."""
         images = torch.tensor(batch.images).permute(0, 3, 1, 2)
-        views = [encode(images)] + [encode(images.flip(-1)) for _ in range(self._store.layout.num_views - 1)]
-        return {name: torch.stack([view[name] for view in views], dim=1) for name in views[0]}
+        pictures = [images, *(images.flip(-1) for _ in range(self._store.layout.num_views - 1))]
+        views = [network.encode(pixels, components) for pixels in pictures]
+        return {
+            path: {name: torch.stack([view[path][name] for view in views], dim=1) for name in arrays}
+            for path, arrays in views[0].items()
+        }
 
 
 # What the writing thread does, in the order in which it was asked.
@@ -175,11 +186,56 @@ def _abandon(writers: Sequence[ComponentWriter]) -> None:
         writer.abandon()
 
 
-def load_model(request: ModelRequest, device: str) -> tuple[Callable[[torch.Tensor], dict[str, torch.Tensor]], str]:
+# A component's function from images to what is stored of them.
+
+Encode = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A model on a device, and the components that one forward of it gives: several stages, or the one.
+
+    `encode` returns, of images [b, 3, H, W] uint8 and some of the components, one view's stored arrays by path.
+    """
+
+    components: tuple[ComponentSpec, ...]
+    encode: Callable[[torch.Tensor, Sequence[ComponentSpec]], dict[str, dict[str, torch.Tensor]]]
+
+
+def load_networks(requests: Sequence[ModelRequest], device: str) -> list[Network]:
+    """Load the models of `requests`, each once, in their order: stages of one network share it and its forward."""
+    alike: dict[str, list[ModelRequest]] = {}
+    for request in requests:
+        staged = request.spec.get("stage") is not None
+        key = canonical_json([network_of(request.spec), request.precision]) if staged else request.component("").path
+        alike.setdefault(key + str(request.weights_file), []).append(request)
+    return [_load_stages(group, device) if len(group) > 1 else _load_one(group[0], device) for group in alike.values()]
+
+
+def _load_one(request: ModelRequest, device: str) -> Network:
+    encode, weights = load_model(request, device)
+    component = request.component(weights)
+    return Network(components=(component,), encode=lambda images, asked: {component.path: encode(images)})
+
+
+def _load_stages(requests: Sequence[ModelRequest], device: str) -> Network:
+    encoder = _load_encoder(requests[0], device)
+    encoder.check([request.spec for request in requests])
+
+    def encode(images: torch.Tensor, asked: Sequence[ComponentSpec]) -> dict[str, dict[str, torch.Tensor]]:
+        stages = encoder.stages(images, [component.spec for component in asked])
+        return {
+            component.path: stored_tokens(tokens, component.dtype)
+            for component, tokens in zip(asked, stages, strict=True)
+        }
+
+    return Network(components=tuple(request.component(encoder.weights) for request in requests), encode=encode)
+
+
+def load_model(request: ModelRequest, device: str) -> tuple[Encode, str]:
     """Load a model; return its function from images [b, 3, H, W] uint8 to one view's stored arrays, and its weights."""
-    options: dict[str, Any] = {"weights": request.weights_file, "precision": request.precision, "device": device}
     if request.kind == FEATURES:
-        encoder = load_encoder(request.spec, **options)
+        encoder = _load_encoder(request, device)
 
         def encode_features(images: torch.Tensor) -> dict[str, torch.Tensor]:
             stored: dict[str, torch.Tensor] = {}
@@ -191,5 +247,18 @@ def load_model(request: ModelRequest, device: str) -> tuple[Callable[[torch.Tens
             return stored
 
         return encode_features, encoder.weights
-    autoencoder = load_autoencoder(request.spec, **options)
+    autoencoder = load_autoencoder(request.spec, **_options(request, device))
     return lambda images: {"moments": autoencoder.encode(images).half()}, autoencoder.weights
+
+
+def _load_encoder(request: ModelRequest, device: str) -> Encoder:
+    return load_encoder(request.spec, **_options(request, device))
+
+
+def _options(request: ModelRequest, device: str) -> dict[str, Any]:
+    return {
+        "weights": request.weights_file,
+        "precision": request.precision,
+        "device": device,
+        "code": request.code,
+    }

@@ -12,7 +12,7 @@ from ...cache_specs.group import group_attributes
 from ...cache_specs.layout import CROP, DEFAULT_SHARD_SAMPLES, VIEWS, CacheLayout
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.storage import location
-from ...cache_specs.tables import ResolvedModel, resolve_autoencoder, resolve_encoder
+from ...cache_specs.tables import ResolvedModel, autoencoder_table, resolve_autoencoder, resolve_encoder
 from ..images.manifest import Manifest
 from ..store.store import CacheStore
 from .encode import ModelRequest
@@ -181,6 +181,7 @@ def _requests(options: BuildOptions, layout: CacheLayout) -> Iterator[ModelReque
             precision=options.precision,
             compressor=options.compressor,
             weights_file=None if model.spec["random_weights"] else options.weights.get(model.entry.name),
+            code=model.code,
         )
 
 
@@ -197,6 +198,11 @@ def _as_begun(component: ComponentSpec, options: BuildOptions, layout: CacheLayo
         return None
     random_weights = component.spec["random_weights"]
     entry = component.spec["entry"]
+    if entry not in autoencoder_table():
+        raise UsageError(
+            f"{options.cache}: {component.path} is not whole, and of an autoencoder of your own; finish it with "
+            f"{component.build_command(str(options.cache))}"
+        )
     return ModelRequest(
         kind=LATENTS,
         name=component.name,

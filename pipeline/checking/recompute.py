@@ -14,6 +14,7 @@ import torch
 from ...cache_specs.errors import CacheError, UsageError
 from ...cache_specs.layout import layer_array
 from ...cache_specs.schema import FEATURES, ComponentSpec, stored_layers
+from ...cache_specs.tables import code_of
 from ..building.encode import ModelRequest, load_model
 from ..images.decode import decode_batch
 from ..images.manifest import ImageSource
@@ -49,11 +50,18 @@ class Agreement:
 
 
 def recompute(
-    cache: str | Path, source: ImageSource, *, num: int, weights: Mapping[str, Path], device: str = "cpu"
+    cache: str | Path,
+    source: ImageSource,
+    *,
+    num: int,
+    weights: Mapping[str, Path],
+    device: str = "cpu",
+    entries: Sequence[Path] = (),
 ) -> list[Agreement]:
     """Encode `num` samples of every finished component again and compare; say which had to be left out.
 
-    `weights` gives local files by the table's name, as at the build. Raises `UsageError` where weights cannot be had
+    `weights` gives local files by the table's name, as at the build; `entries` are the files of networks of the user's
+    own, without which their components are left out. Raises `UsageError` where weights cannot be had
     or are not those that the component was built with, `CacheError` where nothing can be compared.
     """
     if num < 1:
@@ -78,7 +86,7 @@ def recompute(
         # Whose weights made imported latents is not known, so that a difference would say nothing.
         Agreement(path=component.path, left_out="imported, of weights that are not known")
         if component.imported
-        else _recompute_component(store, component, source, rows, weights, device)
+        else _recompute_component(store, component, source, rows, weights, device, entries)
         for component in components
     ]
 
@@ -90,8 +98,13 @@ def _recompute_component(
     rows: np.ndarray,
     weights: Mapping[str, Path],
     device: str,
+    entries: Sequence[Path],
 ) -> Agreement:
     entry = component.spec["entry"]
+    try:
+        code = code_of(component.path, component.spec, entries, resolution=store.layout.resolution)
+    except UsageError as error:
+        return Agreement(path=component.path, left_out=str(error).removeprefix(component.path).lstrip(": "))
     request = ModelRequest(
         kind=component.kind,
         name=component.name,
@@ -100,6 +113,7 @@ def _recompute_component(
         precision=component.precision,
         compressor=component.compressor,
         weights_file=weights.get(entry),
+        code=code,
     )
     encode, digest = load_model(request, device)
     if digest != component.weights:

@@ -25,10 +25,11 @@ def measure(kind: str, model: ResolvedModel, *, resolution: int, batch_size: int
     request = ModelRequest(
         kind=kind,
         name=model.name,
-        spec={**model.spec, "random_weights": True},
+        spec={**model.spec, "random_weights": model.code is None},
         dtype="float16",
         precision=precision,
         compressor="none",
+        code=model.code,
     )
     encode, _ = load_model(request, device)
     shape = (batch_size, 3, resolution, resolution)

@@ -1,21 +1,22 @@
-"""repa-cache: info, verify, encoders, and the other commands put together. Each parses, calls one function, and
-reports.
+"""repa-cache: info, verify, and the other commands put together.
 
-Modules that load torch, timm or ray are imported inside the commands: `--help` answers at once.
+Each command parses, calls one function, and reports. Modules that load torch, timm or ray are imported inside the
+commands: `--help` answers at once.
 """
 
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ...cache_specs.errors import JobError, UsageError, one_line_errors
 from .build import build, manifest_of, weights_of
+from .encoders import encoders
 from .estimate import estimate
 from .imports import import_command
-from .metrics import COMMANDS
+from .metrics import COMMANDS, ENTRY
 
 if TYPE_CHECKING:
     from ..images.manifest import ImageSource
@@ -24,7 +25,7 @@ MAX_LISTED = 20  # damaged files in the line that removes them; verify has named
 
 
 @click.group(
-    commands=(*COMMANDS, build, estimate, import_command),
+    commands=(*COMMANDS, build, encoders, estimate, import_command),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="repa-cache")
@@ -67,7 +68,15 @@ def info(cache: str) -> None:
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="For --recompute. [default: cuda where there is one]"
 )
-def verify(cache: str, num: int | None, data: str | None, weights: tuple[str, ...], device: str | None) -> None:
+@ENTRY
+def verify(
+    cache: str,
+    num: int | None,
+    data: str | None,
+    weights: tuple[str, ...],
+    device: str | None,
+    entries: tuple[Path, ...],
+) -> None:
     """Check every shard, chunk, checksum and value of a cache.
 
     \b
@@ -103,14 +112,15 @@ def verify(cache: str, num: int | None, data: str | None, weights: tuple[str, ..
         f"{cache}: {report.num_shards} shards, {human_bytes(report.num_bytes)}: all there, checksums and values hold"
     )
     if num is not None and data is not None:
-        _recompute(cache, num, data, weights, device or _default_device())
+        options = {"weights": weights_of(weights), "device": device or _default_device(), "entries": entries}
+        _recompute(cache, num, data, options)
 
 
-def _recompute(cache: str, num: int, data: str, weights: tuple[str, ...], device: str) -> None:
+def _recompute(cache: str, num: int, data: str, options: dict[str, Any]) -> None:
     from ..checking.recompute import recompute
 
     problems = []
-    for agreement in recompute(cache, _source(data), num=num, weights=weights_of(weights), device=device):
+    for agreement in recompute(cache, _source(data), num=num, **options):
         problems += agreement.problems
         if agreement.left_out:
             click.echo(f"{agreement.path}: not encoded again: {agreement.left_out}")
@@ -126,19 +136,6 @@ def _recompute(cache: str, num: int, data: str, weights: tuple[str, ...], device
             f"{cache}: {len(problems)} differences between the images in {data} and what is stored; put the old files "
             "back, or build a new cache"
         )
-
-
-@cli.command()
-def encoders() -> None:
-    """Print the table of encoders: names, sizes, which tensor, licence, where the weights come from.
-
-    \b
-    repa-cache encoders
-    """
-    from ...cache_specs.tables import encoder_table_lines
-
-    for line in encoder_table_lines():
-        click.echo(line)
 
 
 def main() -> None:

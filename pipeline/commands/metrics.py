@@ -27,6 +27,10 @@ _ENCODERS = click.option("--encoder", "encoders", multiple=True, metavar="E", he
 _NUM = click.option(
     "--num", type=int, default=DEFAULT_NUM, show_default=True, help="Images, drawn once for all encoders."
 )
+ENTRY = click.option(
+    "--entry", "entries", multiple=True, type=click.Path(path_type=Path), metavar="FILE.yaml",
+    help="File of a network of your own (loader: python), repeatable: a cache never causes an import.",
+)  # fmt: skip
 _CSV = click.option("--csv", "csv_file", type=click.Path(path_type=Path), metavar="FILE", help="Write every figure.")
 
 
@@ -77,9 +81,10 @@ def metrics(
 
 def _headline(encoder: "Features", rows: "np.ndarray", store: "CacheStore") -> str:
     warning = "  UNTRAINED WEIGHTS: no result" if encoder.random_weights else ""
+    mark = f", {encoder.enlarged}" if encoder.enlarged else ""
     return (
         f"{store.path}: features/{encoder.name}, {len(rows)} of {store.layout.num_samples} images, "
-        f"{encoder.grid[0]} x {encoder.grid[1]} tokens of {encoder.width}{warning}"
+        f"{encoder.grid[0]} x {encoder.grid[1]} tokens of {encoder.width}{mark}{warning}"
     )
 
 
@@ -122,6 +127,7 @@ def show(cache: str, encoder: str, samples: int, gamma: float, out: Path, **pict
         )
     ]
     warning = " (UNTRAINED)" if features.random_weights else ""
+    warning += f" ({features.enlarged})" if features.enlarged else ""
     draw(panels, out, title=f"{features.name}{warning}", gamma=gamma)
     click.echo(f"{out}: {len(rows)} samples of {cache}, features/{features.name}{warning}")
 

@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 
+from ...cache_specs.entries import OwnCode
 from ...cache_specs.errors import UsageError
+from ...cache_specs.tables import autoencoder_table
 from .encoders import autocast
+from .python_models import PythonAutoencoder
+from .soundness import check_network
 from .weights import (
     NO_WEIGHTS,
     RANDOM_SEED,
@@ -30,7 +34,10 @@ _OF_FILMS = ("AutoencoderKLQwenImage",)
 
 @dataclass(frozen=True, kw_only=True)
 class Autoencoder:
-    """An autoencoder on a device. `model` is None for the identity; `weights` identifies what was loaded."""
+    """An autoencoder on a device. `model` is None for the identity; `weights` identifies what was loaded.
+
+    A user's own gives tensors where a library's gives its outputs: moments as they are stored, pixels.
+    """
 
     spec: Mapping[str, Any]
     weights: str
@@ -54,6 +61,8 @@ class Autoencoder:
             pixels = pixels.unsqueeze(2)
         with autocast(self.device, self.precision):
             encoded = self.model.encode(pixels)
+        if self.spec["loader"] == "python":
+            return encoded.float()
         if self.spec["kind"] == "mean_std":
             moments = torch.cat([encoded.latent_dist.mean, encoded.latent_dist.std], dim=1).float()
             return moments.squeeze(2) if self._of_films else moments
@@ -70,7 +79,8 @@ class Autoencoder:
             if self._of_films:
                 latents = latents.unsqueeze(2)
             with autocast(self.device, self.precision):
-                pixels = self.model.decode(latents).sample.float()
+                decoded = self.model.decode(latents)
+            pixels = (decoded if self.spec["loader"] == "python" else decoded.sample).float()
             if self._of_films:
                 pixels = pixels.squeeze(2)
         low, high = self.spec["pixel_range"]
@@ -79,21 +89,53 @@ class Autoencoder:
 
 
 def load_autoencoder(
-    spec: Mapping[str, Any], *, weights: Path | None = None, precision: str = "fp32", device: str = "cpu"
+    spec: Mapping[str, Any],
+    *,
+    weights: Path | None = None,
+    precision: str = "fp32",
+    device: str = "cpu",
+    code: OwnCode | None = None,
 ) -> Autoencoder:
     """Load the autoencoder of a resolved spec, its weights from the hub, a local file or a save_pretrained folder.
 
-    Raises `UsageError` where weights cannot be had, or do not fit (strict, the first differing names).
+    `code` is what a spec of `loader: python` was resolved with. Raises `UsageError` where weights or code cannot be
+    had, do not fit (strict, the first differing names), or where a user's own network cannot be cached.
     """
     name = spec["entry"]
     target = torch.device(device)
+    if spec["loader"] in ("builtin", "python") and weights is not None:
+        why = "has no weights" if spec["loader"] == "builtin" else "is your own; list its weights under files"
+        raise UsageError(f"--weights {name}={weights}: {name} {why}")
     if spec["loader"] == "builtin":
-        if weights is not None:
-            raise UsageError(f"--weights {name}={weights}: {name} has no weights")
         return Autoencoder(spec=spec, weights=NO_WEIGHTS, model=None, precision=precision, device=target)
-    model = _create_diffusers(spec, weights)
-    model.eval().requires_grad_(False)
-    return Autoencoder(spec=spec, weights=digest_of(model), model=model.to(target), precision=precision, device=target)
+    if spec["loader"] == "python":
+        own = PythonAutoencoder(spec, code, target)
+        loaded = Autoencoder(spec=spec, weights=own.weights, model=own, precision=precision, device=target)
+    else:
+        model = _create_diffusers(spec, weights)
+        model.eval().requires_grad_(False)
+        digest = digest_of(model)
+        loaded = Autoencoder(spec=spec, weights=digest, model=model.to(target), precision=precision, device=target)
+    if name not in autoencoder_table():
+        _check(loaded)
+    return loaded
+
+
+def _check(autoencoder: Autoencoder) -> None:
+    """Raise `UsageError` where a user's own autoencoder gives what cannot be cached."""
+    spec, what = autoencoder.spec, f"autoencoder {autoencoder.spec['entry']}"
+    channels, size = spec["latent_channels"], spec["latent_size"]
+
+    def run(images: torch.Tensor) -> list[torch.Tensor]:
+        moments = autoencoder.encode(images)
+        expected = (len(images), spec["moment_channels"], *size)
+        if tuple(moments.shape) != expected:
+            raise UsageError(f"{what}: moments of shape {tuple(moments.shape)}, its entry says {expected}")
+        if spec["kind"] == "mean_std" and bool((moments[:, channels:] < 0).any()):
+            raise UsageError(f"{what}: kind is mean_std, and its second half has values below 0: no standard deviation")
+        return [moments, autoencoder.decode(moments[:, :channels]).float()]
+
+    check_network(what, run, side=size[0] * spec["factor"], precision=autoencoder.precision)
 
 
 def _create_diffusers(spec: Mapping[str, Any], weights: Path | None) -> Any:

@@ -2,11 +2,11 @@
 
 An encoder is its resolved spec (cache_specs/encoders.yaml) and weights; which tensor is taken, of which layers, before
 or after the final norm, is in the spec. The libraries' models are made and read in timm_models.py and
-transformers_models.py.
+transformers_models.py, a user's own in python_models.py.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,21 +14,32 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from ...cache_specs.entries import OwnCode
 from ...cache_specs.errors import UsageError
+from ...cache_specs.tables import encoder_table
 from ..images.preprocess import encoder_input
 from .hog import MIN_PIXELS, hog_tokens
+from .python_models import PythonFeatures
+from .soundness import check_network
 from .timm_models import load_timm
 from .transformers_models import load_transformers
 from .weights import NO_WEIGHTS, digest_of
 
 
 class Features(Protocol):
-    """A library's model behind one door; `model` is the torch module."""
+    """A model behind one door; `model` is the torch module, None for a user's own that is none."""
 
     model: Any
 
     def __call__(self, pixels: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """Return, for each layer of the spec, tokens [B, T, E] or a map [B, E, h, w], and prefix tokens or None."""
+
+
+class StagedFeatures(Features, Protocol):
+    """A model that gives several maps of one forward: timm's convolutional ones, and a user's own."""
+
+    def stages(self, pixels: torch.Tensor, names: Sequence[str]) -> list[torch.Tensor]:
+        """Return the maps [B, E, h, w] of the stages `names`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,29 +68,78 @@ class Encoder:
     @torch.inference_mode()
     def by_layer(self, images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """Return what a call returns for each of the spec's layers, in its order; one entry where it names none."""
-        grid = tuple(self.spec["grid"])
         if self.features is None:
-            return [(hog_tokens(images, grid).to(self.device), None)]
+            return [(hog_tokens(images, tuple(self.spec["grid"])).to(self.device), None)]
+        if self.spec.get("stage") is not None:
+            return [(tokens, None) for tokens in self.stages(images, [self.spec])]
         pixels = encoder_input(images.to(self.device), self.spec)
         with autocast(self.device, self.precision):
             layers = self.features(pixels)
-        return [self._checked(*layer, grid, len(images)) for layer in layers]
+        return [_checked(*layer, self.spec, len(images)) for layer in layers]
 
-    def _checked(
-        self, tokens: torch.Tensor, prefix: torch.Tensor | None, grid: tuple[int, ...], num: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.spec["output"] == "map":
-            tokens = tokens.float()
-            if tokens.shape[-2:] != grid:
-                tokens = F.interpolate(tokens, size=grid, mode="bilinear", align_corners=False)
-            tokens = tokens.flatten(2).mT
-        expected = (num, grid[0] * grid[1], self.spec["width"])
-        if tuple(tokens.shape) != expected:
+    @torch.inference_mode()
+    def stages(self, images: torch.Tensor, specs: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+        """Return patch tokens [B, T, E] float32 for each of `specs`: other stages of this network, of one forward.
+
+        They differ from the encoder's own spec in what concerns a stage alone (`network_of`).
+        """
+        pixels = encoder_input(images.to(self.device), self.spec)
+        features: Any = self.features
+        with autocast(self.device, self.precision):
+            maps = features.stages(pixels, [spec["stage"] for spec in specs])
+        return [_checked(one, None, spec, len(images))[0] for one, spec in zip(maps, specs, strict=True)]
+
+    def check(self, specs: Sequence[Mapping[str, Any]]) -> None:
+        """Raise `UsageError` where a user's own network gives what cannot be cached, of `specs` as in `stages`."""
+        staged = self.spec.get("stage") is not None
+
+        def run(images: torch.Tensor) -> list[torch.Tensor]:
+            if staged:
+                return self.stages(images, specs)
+            return [tokens for tokens, _ in self.by_layer(images)]
+
+        convolutional = self.spec["loader"] == "timm" and self.spec["output"] == "tokens"
+        check_network(
+            f"encoder {self.spec['entry']}",
+            run,
+            side=self.spec["input_size"][0],
+            precision=self.precision,
+            hint="; a convolutional network gives a map: set output: map" if convolutional else "",
+        )
+
+
+def _checked(
+    tokens: torch.Tensor, prefix: torch.Tensor | None, spec: Mapping[str, Any], num: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return tokens [B, T, E] over the spec's grid and the class token or None, float32; refuse other shapes."""
+    grid = tuple(spec["grid"])
+    where = f"encoder {spec['entry']}"
+    if spec["output"] == "map":
+        if tokens.ndim != 4 or tokens.shape[1] != spec["width"]:
+            raise UsageError(f"{where}: a map of shape {list(tokens.shape)}, expected [{num}, {spec['width']}, h, w]")
+        found, side = tuple(tokens.shape[-2:]), spec["input_size"][0]
+        native = tuple(spec.get("native_grid") or found)
+        if found != native or (spec.get("native_grid") is None and (found[0] < grid[0] or found[1] < grid[1])):
+            expected = "x".join(map(str, native if found != native else grid))
             raise UsageError(
-                f"{self.spec['entry']}: tokens of shape {tuple(tokens.shape)}, its table entry says {expected}"
+                f"{where}: its map has {found[0]} x {found[1]} places for {side} x {side} pixels, its entry says "
+                f"{expected.replace('x', ' x ')}; a patch of {side // max(1, found[0])} pixels would say so"
             )
-        cls_token = prefix[:, 0].float() if self.spec["cls_token"] and prefix is not None else None
-        return tokens.float().contiguous(), cls_token
+        tokens = tokens.float()
+        if found != grid:
+            tokens = F.interpolate(tokens, size=grid, mode="bilinear", align_corners=False)
+        tokens = tokens.flatten(2).mT
+    expected_shape = (num, grid[0] * grid[1], spec["width"])
+    if tuple(tokens.shape) != expected_shape:
+        raise UsageError(f"{where}: tokens of shape {tuple(tokens.shape)}, its entry says {expected_shape}")
+    cls_token = prefix[:, 0].float() if spec["cls_token"] and prefix is not None else None
+    return tokens.float().contiguous(), cls_token
+
+
+def network_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what specs of several stages of one network, seeing the same pixels, have in common."""
+    own = ("stage", "width", "grid", "native_grid", "resize")
+    return {key: value for key, value in spec.items() if key not in own}
 
 
 @contextlib.contextmanager
@@ -105,22 +165,36 @@ _LOADERS: dict[str, Callable[[Mapping[str, Any], Path | None], Features]] = {
 
 
 def load_encoder(
-    spec: Mapping[str, Any], *, weights: Path | None = None, precision: str = "fp32", device: str = "cpu"
+    spec: Mapping[str, Any],
+    *,
+    weights: Path | None = None,
+    precision: str = "fp32",
+    device: str = "cpu",
+    code: OwnCode | None = None,
 ) -> Encoder:
     """Load the encoder of a resolved spec, its weights from the hub or from a local file in the published format.
 
-    Raises `UsageError` where weights cannot be had, or do not fit (strict, the first differing names).
+    `code` is what a spec of `loader: python` was resolved with. Raises `UsageError` where weights or code cannot be
+    had, do not fit (strict, the first differing names), or where a user's own network cannot be cached.
     """
     name = spec["entry"]
     target = torch.device(device)
+    if spec["loader"] in ("builtin", "python") and weights is not None:
+        why = "has no weights" if spec["loader"] == "builtin" else "is your own; list its weights under files"
+        raise UsageError(f"--weights {name}={weights}: {name} {why}")
     if spec["loader"] == "builtin":
         if min(spec["input_size"]) < MIN_PIXELS:
             raise UsageError(f"{name} needs images of at least {MIN_PIXELS} pixels, not {min(spec['input_size'])}")
-        if weights is not None:
-            raise UsageError(f"--weights {name}={weights}: {name} has no weights")
         return Encoder(spec=spec, weights=NO_WEIGHTS, features=None, precision=precision, device=target)
-    features = _LOADERS[spec["loader"]](spec, weights)
-    features.model.eval().requires_grad_(False)
-    digest = digest_of(features.model)
-    features.model.to(target)
-    return Encoder(spec=spec, weights=digest, features=features, precision=precision, device=target)
+    if spec["loader"] == "python":
+        own = PythonFeatures(spec, code, target)
+        encoder = Encoder(spec=spec, weights=own.weights, features=own, precision=precision, device=target)
+    else:
+        features = _LOADERS[spec["loader"]](spec, weights)
+        features.model.eval().requires_grad_(False)
+        digest = digest_of(features.model)
+        features.model.to(target)
+        encoder = Encoder(spec=spec, weights=digest, features=features, precision=precision, device=target)
+    if name not in encoder_table():
+        encoder.check([spec])
+    return encoder

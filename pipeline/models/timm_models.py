@@ -4,13 +4,14 @@ ViTs (the Perception Encoder and DINOv3 among them) give tokens. SAM, SAM 2 and 
 place that the study reads. timm is imported here and nowhere else.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ...cache_specs.errors import UsageError
 from .mocov3 import mocov3_state_dict
 from .weights import (
     RANDOM_SEED,
@@ -50,6 +51,14 @@ class TimmFeatures:
         )
         return layers if prefixed else [(tokens, None) for tokens in layers]
 
+    def stages(self, pixels: torch.Tensor, names: Sequence[str]) -> list[torch.Tensor]:
+        """Return the maps [B, E, h, w] of the stages `names`, numbered as in the model's `feature_info`."""
+        indices = sorted({int(name) for name in names})
+        maps = self.model.forward_intermediates(
+            pixels, indices=indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return [maps[indices.index(int(name))] for name in names]
+
 
 def _map(model: Any, pixels: torch.Tensor) -> torch.Tensor:
     forward = getattr(model, "forward_features", model)  # a cut VGG is a plain sequence of layers
@@ -77,7 +86,26 @@ def load_timm(spec: Mapping[str, Any], weights: Path | None) -> TimmFeatures:
         model = model.features[:VGG_POOL4]
     elif model.num_classes:
         model.reset_classifier(0)
+    if spec.get("stage") is not None:
+        _check_stage(model, spec)
     return TimmFeatures(model, spec)
+
+
+def timm_stages(model: Any) -> list[list[int]]:
+    """Return [width, stride] of each stage of a model, [] where timm names none or cannot give their maps."""
+    info = getattr(model, "feature_info", None)
+    if info is None or not hasattr(model, "forward_intermediates"):
+        return []
+    return [[level["num_chs"], level["reduction"]] for level in (info if isinstance(info, list) else info.info)]
+
+
+def _check_stage(model: Any, spec: Mapping[str, Any]) -> None:
+    known, stage = timm_stages(model), spec["stage"]
+    if not stage.isdecimal() or int(stage) >= len(known) or known[int(stage)][0] != spec["width"]:
+        has = f"its stages are {known}" if known else "it has no stages to take"
+        raise UsageError(
+            f"encoder {spec['entry']}: no stage {stage} of width {spec['width']} in timm's {spec['model']}; {has}"
+        )
 
 
 def _create(spec: Mapping[str, Any], weights: Path | None, *, native_size: bool) -> Any:
@@ -88,7 +116,10 @@ def _create(spec: Mapping[str, Any], weights: Path | None, *, native_size: bool)
     if spec["output"] == "tokens" and not native_size:
         options["img_size"] = tuple(spec["input_size"])
     if spec["random_weights"]:
-        return timm.create_model(spec["model"], **options)
+        try:
+            return timm.create_model(spec["model"], **options)
+        except (TypeError, RuntimeError) as error:
+            raise _not_made(spec, error) from error
     if weights is not None:
         check_weights_file(name, weights)
         options["pretrained_cfg_overlay"] = {"file": str(weights)}
@@ -100,10 +131,17 @@ def _create(spec: Mapping[str, Any], weights: Path | None, *, native_size: bool)
             options["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": 0}
         # No num_classes among the options: with any but the published file's, timm would load leniently.
         return timm.create_model(spec["model"], pretrained=True, **options)
+    except TypeError as error:
+        raise _not_made(spec, error) from error
     except Exception as error:  # hub clients and unpicklers raise what they like; the cause is in the line
         if weights is not None:
             raise wrong_weights_error(name, weights, error) from error
         raise no_weights_error(name, spec["weights_from"] or spec["model"], error) from error
+
+
+def _not_made(spec: Mapping[str, Any], error: Exception) -> UsageError:
+    hint = "; a convolutional network gives a map: set output: map" if "img_size" in str(error) else ""
+    return UsageError(f"encoder {spec['entry']}: timm does not make {spec['model']} with these options ({error}){hint}")
 
 
 def _with_published_positions(model: Any, spec: Mapping[str, Any]) -> Any:

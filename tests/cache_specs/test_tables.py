@@ -1,9 +1,13 @@
 """The tables: every entry reads, names and options resolve, a user's own file is one more entry."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from repa import cache_specs
+from repa.cache_specs.encoder_entry import EncoderEntry
 from repa.cache_specs.errors import UsageError
 from repa.cache_specs.tables import (
     autoencoder_table,
@@ -97,7 +101,7 @@ def test_your_own_file_is_one_more_entry(tmp_path: Path) -> None:
         (OWN + "name: dinov2\n", "dinov2 is the table's"),
         (OWN + "name: ../up\n", "becomes a folder's"),
         (OWN + "pach: 3\n", "unknown key 'pach'; did you mean 'patch'"),
-        (OWN.replace("width: 192\n", ""), "missing 1 required keyword-only argument: 'width'"),
+        (OWN.replace("width: 192\n", ""), "width is missing, expected a whole number from 1"),
         (OWN.replace("width: 192", "width: wide"), "width is 'wide'"),
         (OWN.replace("after_norm", "afternorm"), "tensor is 'afternorm'"),
         (OWN.replace("std: [0.5, 0.5, 0.5]\n", ""), "expected three numbers each"),
@@ -116,6 +120,15 @@ def test_a_file_that_is_no_entry_is_refused_by_its_field(tmp_path: Path, text: s
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         resolve_encoder(str(tmp_path / "none.yaml"), resolution=256)
+
+
+def test_every_field_is_explained_with_its_default() -> None:
+    text = Path(cache_specs.__file__).with_name("ENCODERS.md").read_text()
+    explained: set[str] = set()
+    for line in text.split("| field | what it is | default |")[1].split("\n\n")[0].splitlines():
+        explained |= set(re.findall(r"`(\w+)`", line.partition(" | ")[0]))
+    assert explained == set(EncoderEntry.RULES)
+    assert set(EncoderEntry.RULES) == {field.name for field in fields(EncoderEntry)} - EncoderEntry.HIDDEN
 
 
 def test_cost_at_another_grid_is_linear_but_for_attention() -> None:

@@ -1,7 +1,8 @@
 """One worker: the device goes on while rows are written and ranges committed, and never further than one sub-batch."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from repa.cache_specs.errors import CacheError
+from repa.cache_specs.schema import ComponentSpec
 from repa.pipeline.building.encode import Worker
 from repa.pipeline.building.plan import BuildOptions, plan_build
 from repa.pipeline.images.decode import DecodedBatch, decode_batch
@@ -40,11 +42,12 @@ class SmallRanges:
         self.did: list[str] = []
         self.encoding = threading.Condition()
         self._manifest = manifest
-        self._encode = self.worker._encoders[PATH]
-        self.worker._encoders[PATH] = self._noted
+        (network,) = self.worker._networks
+        self._encode = network.encode
+        self.worker._networks = [replace(network, encode=self._noted)]
 
-    def _noted(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        arrays = self._encode(images)
+    def _noted(self, images: torch.Tensor, components: Sequence[ComponentSpec]) -> dict[str, dict[str, torch.Tensor]]:
+        arrays = self._encode(images, components)
         with self.encoding:
             self.did.append("encode")
             self.encoding.notify_all()

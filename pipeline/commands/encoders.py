@@ -1,0 +1,16 @@
+"""repa-cache encoders: the table of encoders."""
+
+import click
+
+
+@click.command()
+def encoders() -> None:
+    """Print the table of encoders: names, sizes, which tensor, licence, where the weights come from.
+
+    \b
+    repa-cache encoders
+    """
+    from ...cache_specs.tables import encoder_table_lines
+
+    for line in encoder_table_lines():
+        click.echo(line)
