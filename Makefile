@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint gpu-check clean
+.PHONY: setup demo test test-lowest lint gpu-check clean
 
 setup: $(VENV)/installed
 
@@ -20,6 +20,13 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# The suite with the lowest version of everything that pyproject.toml asks for, in an environment of its own.
+test-lowest: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv venv --quiet --seed --allow-existing --python $(BIN)/python $(VENV)-lowest
+	$(BIN)/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct -e '.[dev]'
+	$(VENV)-lowest/bin/python -m pytest
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,4 +39,4 @@ gpu-check:
 	PYTHONPATH=$(CURDIR)/.typing$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_check.py
 
 clean:
-	rm -rf $(VENV) .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache demo
+	rm -rf $(VENV) $(VENV)-lowest .typing build *.egg-info .pytest_cache .mypy_cache .ruff_cache demo

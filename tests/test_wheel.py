@@ -37,6 +37,7 @@ def run(*command: str, env: dict[str, str], cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel from a copy (setuptools leaves a build/ behind, and ships what lies in it) and install it."""
+    pytest.importorskip("pip")  # not in every environment that other tools make
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
     for file in HOUSE.iterdir():
         if file.is_file():
