@@ -6,7 +6,6 @@ changes: noise and labels have streams of their own, and the EMA is only read.
 """
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from ...cache_specs.errors import JobError, UsageError
+from ...cache_specs.whole_file import write_whole
 from ..distributed import Stopped
 from ..runs.config import RunConfig
 from ..runs.run import Run
@@ -164,9 +164,7 @@ def write_record(file: Path, record: dict[str, Any]) -> None:
     """Put `record` after the lines of earlier steps: a step that is run again after a resume is not there twice."""
     kept = [earlier for earlier in read_records(file) if earlier["step"] < record["step"]]
     try:
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text("".join(f"{json.dumps(line)}\n" for line in [*kept, record]), encoding="utf-8")
-        os.replace(partial, file)
+        write_whole(file, "".join(f"{json.dumps(line)}\n" for line in [*kept, record]).encode())
     except OSError as error:
         raise JobError(
             f"{file} cannot be written ({error.strerror}); make room, then continue with --resume auto"

@@ -4,6 +4,7 @@ In: a run or an .npz, and a decoder. Out: a PNG; without a decoder the latents, 
 same images, the same noise and labels from the EMA in eval mode, and draw from no generator that training uses.
 """
 
+import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...cache_specs.errors import writing
+from ...cache_specs.whole_file import write_whole
 from ..runs.metrics import RESUME
 from ..runs.run import Run
 from ..sampling.sample import Decoder, SampleRequest, draw_samples, labels_of, save_grid
@@ -71,7 +73,9 @@ def write_sheet(images: np.ndarray, path: Path, *, request: SampleRequest, num_c
     if images.dtype != np.uint8:
         path = path.with_suffix(".npy")
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, images)
+        data = io.BytesIO()
+        np.save(data, images)
+        write_whole(path, data.getvalue())
         return path
     labels = labels_of(range(len(images)), request, num_classes).tolist()
     order, columns = arrange(labels)

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from ...cache_specs.errors import JobError, writing
-from ..models.checkpoint import write_all
+from ...cache_specs.whole_file import write_all
 
 Record = Mapping[str, float | int]
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 RESUME = "continue with --resume auto"
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+MOST_LINE_BYTES = 1 << 20  # of the file: a longer one is none of ours
 
 
 class MetricsFile:
@@ -33,10 +35,12 @@ class MetricsFile:
 
     def __init__(self, folder: Path, *, done: int) -> None:
         self.path = folder / METRICS_FILE
+        if self.path.is_symlink() or self.path.is_fifo():
+            raise JobError(f"{self.path} is a link or a pipe, not a file of the run; remove it, then {RESUME}")
         with writing(self.path, then=RESUME):
             first, end = self._lines_of(done) if self.path.exists() else (done + 1, 0)
             # Unbuffered: what a full disk refused must not be tried again when the file is closed.
-            self._file = self.path.open("ab", buffering=0)
+            self._file = os.fdopen(os.open(self.path, APPEND, 0o666), "ab", buffering=0)
             self._file.truncate(end)
         if first > 1:
             print(f"{self.path} begins at step {first}: the steps before it were lost", file=sys.stderr)
@@ -59,7 +63,7 @@ class MetricsFile:
         first, step, end = 1, 0, 0
         with self.path.open("rb") as file:
             for number in range(1, done + 1):
-                line = file.readline()
+                line = file.readline(MOST_LINE_BYTES)
                 found = _step_of(line)
                 if number == 1 and isinstance(found, int):
                     first = min(found, done + 1)
@@ -79,10 +83,13 @@ def _step_of(line: bytes) -> int | str:
     """Return the step of a line of the file, or what the line is instead."""
     if not line:
         return "the end of the file"
+    if not line.endswith(b"\n"):
+        return "a line that was cut"
     try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else "a line that was cut"
-    except (ValueError, OverflowError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "a damaged line"
+    return step if type(step) is int and step < 2**63 else "a damaged line"
 
 
 class Board(Protocol):

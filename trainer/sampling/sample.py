@@ -7,6 +7,7 @@ which moves a float32 latent by about 1e-6 of its size and now and then a pixel 
 """
 
 import dataclasses
+import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...cache_specs.errors import UsageError, nearest
+from ...cache_specs.whole_file import write_whole
 from ..diffusion.latents import LatentNorm
 from ..models.sit import SiT
 from ..objectives.objective import Field
@@ -161,6 +163,6 @@ def save_grid(pictures: np.ndarray, path: Path, *, columns: int) -> None:
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = picture
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    Image.fromarray(sheet).save(partial, format="PNG")
-    partial.replace(path)
+    data = io.BytesIO()
+    Image.fromarray(sheet).save(data, format="PNG")
+    write_whole(path, data.getvalue())

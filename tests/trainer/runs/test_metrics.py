@@ -34,13 +34,49 @@ def test_steps_after_the_checkpoint_are_cut(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", *(b'{"step": 1}\n' + line for line in (b'{"step": 3}\n', b"nonsense\n", b'{"step": Infinity}\n'))]
+    "damage",
+    [
+        b"",
+        *(
+            b'{"step": 1}\n' + line
+            for line in (
+                b'{"step": 3}\n',
+                b"nonsense\n",
+                b'{"step": Infinity}\n',
+                b'{"step": "2"}\n',
+                b'{"step": 2.5}\n',
+                b'{"step": 2',
+                b"[" * 100_000 + b"\n",
+                b'{"step": ' + b"9" * 6000 + b"}\n",
+                b"\xff\n",
+                b"2\n",
+                b" " * (3 << 20),
+            )
+        ),
+    ],
 )
 def test_a_history_with_holes_is_refused(tmp_path, damage):
     (tmp_path / "metrics.jsonl").write_bytes(damage)
     with pytest.raises(JobError, match=r"metrics.jsonl: line [12] should be step"):
         MetricsFile(tmp_path, done=2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == damage
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_no_file_of_others_is_written_through_a_link(tmp_path, dangling):
+    others, run = tmp_path / "others.txt", tmp_path / "run"
+    run.mkdir()
+    if not dangling:
+        others.write_text("of somebody else")
+    (run / "metrics.jsonl").symlink_to(others)
+    with pytest.raises(JobError, match=r"metrics.jsonl is a link or a pipe, not a file of the run; remove it"):
+        MetricsFile(run, done=0)
+    assert others.exists() != dangling
+    assert dangling or others.read_text() == "of somebody else"
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")  # nobody writes to it: opening it would wait for ever
+    with pytest.raises(JobError, match="a link or a pipe"):
+        MetricsFile(run, done=3)
 
 
 def full(*_: object) -> None:
