@@ -11,6 +11,7 @@ import torch
 
 from ...cache_specs.errors import UsageError
 from ...cache_specs.fingerprint import weights_digest
+from ...cache_specs.impostors import impostor
 
 NO_WEIGHTS = "none"
 RANDOM_SEED = 0  # random weights are the same on every worker, and say what they are in the group's name
@@ -44,11 +45,13 @@ def quiet_hub() -> Iterator[None]:
 
 
 def check_weights_file(name: str, file: Path) -> None:
-    """Raise `UsageError` for a --weights file that is not there or whose ending says nothing."""
+    """Raise `UsageError` for a --weights file that is not there, is something else, or whose ending says nothing."""
     if not file.exists():
         raise UsageError(f"--weights {name}={file}: no such file")
     if file.is_file() and file.suffix not in (".safetensors", ".pth", ".pt", ".bin", ".tar"):
         raise UsageError(f"--weights {name}={file}: expected .safetensors, .pth, .pt, .bin or .pth.tar")
+    if file.is_file() and (instead := impostor(file)):
+        raise UsageError(f"--weights {name}={file}: {instead}")
 
 
 def read_state_dict(file: Path) -> dict[str, Any]:

@@ -32,10 +32,11 @@ from typing import Any
 import torch
 
 from ...cache_specs.errors import RepaError
+from ...cache_specs.impostors import impostor
+from ...cache_specs.whole_file import new_file, partial_of, sync_folder, write_all
 from .sit import SiT
 
 FOLDER = "checkpoints"
-PARTIAL = ".partial"
 
 
 class CheckpointError(RepaError, RuntimeError):
@@ -63,7 +64,7 @@ def save_checkpoint(
     """
     folder = run / FOLDER
     path = folder / f"{steps:07d}.pt"
-    partial = folder / f".{path.name}{PARTIAL}"
+    partial = partial_of(path)
     payload = {
         "model": model.state_dict(),
         "ema": ema.state_dict(),
@@ -84,12 +85,15 @@ def save_checkpoint(
         payload["objective"] = dict(objective)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f".*{PARTIAL}"):  # of a save that was killed
+        for leftover in folder.glob(partial_of(Path("*.pt")).name):  # of a save that was killed
             leftover.unlink()
-        _write_durably(payload, partial, path)
+        try:
+            _write_durably(payload, partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         before = latest_checkpoint(run)
         kept = f"{before.name} stays in force" if before else "there is none before it"
         raise CheckpointError(
@@ -115,34 +119,76 @@ def load_checkpoint(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     out where it is missing, damaged or refused; nothing older is taken in its stead.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such checkpoint")
-    zipped = zipfile.is_zipfile(path)
+        what = "it is no regular file" if path.exists() else "there is no such checkpoint"
+        raise CheckpointError(f"{path}: {what}")
+    zipped = False
     try:
+        zipped = zipfile.is_zipfile(path)
+        if not zipped and (instead := impostor(path)):
+            raise CheckpointError(f"{path}: no checkpoint: {instead}")
         if zipped:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise zipfile.BadZipFile(f"the checksum of {damaged} does not match its bytes")
+            _check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+    except RepaError:
+        raise
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: more than this machine has memory for") from error
     except pickle.UnpicklingError as error:
         if not zipped:  # cut off, the zip's directory is gone, and PyTorch takes what is left for an old pickle
-            raise CheckpointError(_damaged(path, "it is not a whole PyTorch file")) from error
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error).splitlines()[0])
+            raise CheckpointError(damaged(path, "it is not a whole PyTorch file")) from error
+        # Its text is ten lines of which the first advises to unpickle without any check.
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "its pickle is not a plain one")
         raise CheckpointError(
             f"{path}: refused, it holds more than tensors, plain values and argparse.Namespace ({reason.strip()}). "
             f"Unpickling it could run code; save its state dicts alone"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(_damaged(path, str(error).splitlines()[0] if str(error) else "it ends early")) from error
+    except Exception as error:  # all of it reads bytes of somebody else: struct, zlib, index errors and many more
+        ends_early = isinstance(error, EOFError) and not str(error)
+        reason = "it ends early" if ends_early else str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(damaged(path, reason)) from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path}: holds a {type(loaded).__name__}; expected a dict of state dicts")
     return loaded
 
 
+def load_own_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a checkpoint that `save_checkpoint` wrote, its tensors still on disk, with every part that a resume takes.
+
+    Raises as `load_checkpoint`, and CheckpointError for a published file, or one that lacks a part.
+    """
+    stored = load_checkpoint(path, mmap=True)
+    if "config" not in stored:
+        raise CheckpointError(f"{path} is not a checkpoint of repa-train; it cannot be resumed, only sampled from")
+    mappings = ("config", "fingerprints", "model", "ema", "opt")
+    wrong = [name for name in mappings if not isinstance(stored.get(name), Mapping)]
+    if type(stored.get("steps")) is not int or stored["steps"] < 0:
+        wrong.append("steps")
+    if wrong:
+        raise CheckpointError(damaged(path, f"it holds no {' and no '.join(wrong)} that could be resumed"))
+    return stored
+
+
+def _check_archive(path: Path) -> None:
+    """Raise BadZipFile where the archive is none of PyTorch's, claims more than the file holds, or lost a byte."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if not any(name.endswith("data.pkl") for name in names):
+            raise zipfile.BadZipFile("it is a zip archive, but not one that torch.save writes")
+        if any(name.endswith("constants.pkl") for name in names):
+            raise zipfile.BadZipFile("it is a TorchScript program, not a dict of weights")
+        claimed, held = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+        if claimed > held:  # torch.save compresses nothing
+            raise zipfile.BadZipFile(f"it claims {claimed:,} bytes and has {held:,}")
+        lost = archive.testzip()
+    if lost:
+        raise zipfile.BadZipFile(f"the checksum of {lost} does not match its bytes")
+
+
 def _checkpoints(run: Path) -> list[Path]:
     """Return the run's checkpoints by steps, fewest first."""
-    return sorted((p for p in (run / FOLDER).glob("*.pt") if p.stem.isdecimal()), key=lambda p: int(p.stem))
+    found = (run / FOLDER).glob("*.pt")
+    return sorted((p for p in found if p.stem.isdecimal() and p.is_file()), key=lambda p: int(p.stem))
 
 
 def _published_args(model: SiT) -> dict[str, Any]:
@@ -152,7 +198,7 @@ def _published_args(model: SiT) -> dict[str, Any]:
         "model": model.config.name,
         "num_classes": model.config.num_classes,
         "qk_norm": False,
-        "prediction": "v",
+        "prediction": "v" if model.config.convention == "repa" else "velocity",  # SiT's word, whose time it counts
     }
     if projector is not None:
         args |= {
@@ -163,7 +209,8 @@ def _published_args(model: SiT) -> dict[str, Any]:
     return args
 
 
-def _damaged(path: Path, reason: str) -> str:
+def damaged(path: Path, reason: str) -> str:
+    """Return the one line for a checkpoint that cannot be used, with the way out."""
     message = f"{path}: the checkpoint is damaged: {reason}. "
     if path.parent.name != FOLDER or not path.stem.isdecimal():
         return message + "Fetch or copy it again"
@@ -174,39 +221,31 @@ def _damaged(path: Path, reason: str) -> str:
 
 
 class _File(io.FileIO):
-    """A file for torch.save that keeps the OSError of a failed write, which PyTorch replaces by one of its own."""
+    """A file for torch.save that keeps what ended a write, which PyTorch replaces by an error of its own."""
 
-    error: OSError | None = None
+    error: BaseException | None = None
 
     def write(self, data: Any, /) -> int:
         try:
             write_all(self.fileno(), data)
-        except OSError as error:
+        except BaseException as error:  # a full disk, an interrupt
             self.error = error
             raise
         return len(data)
 
 
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write every byte of `data`; the operating system may take fewer at a time."""
-    rest = memoryview(data).cast("B")
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-
-
 def _write_durably(payload: dict[str, Any], partial: Path, path: Path) -> None:
     """Write `payload` to `partial`, sync, rename to `path`, sync the folder; raise OSError where any of it fails."""
-    with _File(partial, "wb") as file:
+    with _File(new_file(partial), "wb") as file:
         try:
             torch.save(payload, file)
-        except (OSError, RuntimeError):
+        except (OSError, RuntimeError) as error:
+            # PyTorch closes its archive whatever happened, and raises again because that is cut off.
             if file.error is not None:
                 raise file.error from None
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
             raise
         os.fsync(file.fileno())
     os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)

@@ -1,11 +1,9 @@
-"""From a checkpoint file to a SiT that can be asked for velocities: ours, REPA's and iREPA's.
+"""From a checkpoint file to a SiT that can be asked for velocities: ours, REPA's, iREPA's and SiT's.
 
-Ours say what they are. A published file is a dict of model, ema, opt, args and steps, or (REPA's download) a bare
-state dict; its shapes give everything but the number of heads, which comes from the table of sizes.
+Ours say what they are. A published file is a dict of model, ema, opt, args and steps, or (REPA's and SiT's download) a
+bare state dict; published.py reads its architecture and its convention.
 """
 
-import argparse
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,10 @@ from torch import Tensor
 from ...cache_specs.errors import UsageError
 from ..diffusion.interpolant import Interpolant
 from ..diffusion.latents import LatentSource
-from .checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from .checkpoint import CheckpointError, damaged, latest_checkpoint, load_checkpoint
 from .projector import ProjectorConfig
-from .sit import SIZES, SiT, SiTConfig
-
-REPA_ENCODER_DEPTH = 8  # REPA's default; it stands in `args`, which a bare state dict lacks
+from .published import Published, bare_names, is_sit, listed, read_published, settings, short
+from .sit import Convention, SiT, SiTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +26,8 @@ class TrainedModel:
     """A checkpoint's model and what is needed to sample from it.
 
     `config` is the resolved configuration of our own run, None for a published file, which does not say how its
-    latents were normalised; `steps` is None for a bare state dict.
+    latents were normalised; `steps` is None for a bare state dict. `assumed` says in lines what a published file does
+    not say for certain: whoever samples from it prints them.
     """
 
     model: SiT
@@ -37,13 +35,22 @@ class TrainedModel:
     steps: int | None
     interpolant: Interpolant
     config: dict[str, Any] | None
+    assumed: tuple[str, ...] = ()
 
     def latents(self, autoencoder: str | None) -> LatentSource:
         """Return whose latents it draws: its own record, or what the user says of a published checkpoint."""
         if self.config is not None:
             if autoencoder is not None:
                 raise UsageError(f"{self.path} says itself whose latents it draws; leave out --autoencoder")
-            return LatentSource.from_plain(self.config["resolved"]["latents"])
+            try:
+                source = LatentSource.from_plain(self.config["resolved"]["latents"])
+                numbers = torch.tensor([source.norm.scale, source.norm.bias])
+                fits = numbers.shape == (2, self.model.config.in_channels) and bool(torch.isfinite(numbers).all())
+            except (KeyError, TypeError, ValueError, AttributeError):
+                fits = False
+            if not fits:
+                raise CheckpointError(damaged(self.path, "its record of whose latents it draws cannot be read"))
+            return source
         if autoencoder is None:
             raise UsageError(
                 f"{self.path} does not say whose latents it draws. Name them with --autoencoder (REPA's and SiT's are "
@@ -53,19 +60,25 @@ class TrainedModel:
         return LatentSource.published(autoencoder, input_size=shape.input_size, channels=shape.in_channels)
 
 
-def load_model(path: str | Path, *, weights: str = "ema") -> SiT:
+def load_model(
+    path: str | Path, *, weights: str = "ema", convention: Convention | None = None
+) -> SiT:
     """Return the SiT of a checkpoint or of a run's newest one, in eval mode on the CPU, float32.
 
-    `model(x, t, y)` is the velocity. Raises CheckpointError where the file is damaged, refused or not a SiT.
+    `model(x, t, y)` is the velocity, t = 0 data, whichever `convention` a published file's weights have: "sit" (t = 1
+    is data), "repa", or None for what the file tells. Raises CheckpointError where the file is damaged, refused or not
+    a SiT, and UsageError for a convention of a file that says itself what it is.
     """
-    return open_model(path, weights=weights).model
+    return open_model(path, weights=weights, convention=convention).model
 
 
-def open_model(path: str | Path, *, weights: str = "ema") -> TrainedModel:
+def open_model(
+    path: str | Path, *, weights: str = "ema", convention: Convention | None = None
+) -> TrainedModel:
     """Return a checkpoint's model with the settings that sampling needs.
 
-    `weights` is ema (the first average), model, or ema:DECAY of a run that keeps several; `path` and errors as in
-    `load_model`, and UsageError for weights that the file does not hold.
+    `weights` is ema (the first average), model, or ema:DECAY of a run that keeps several; `path`, `convention` and
+    errors as in `load_model`, and UsageError for weights that the file does not hold.
     """
     file = Path(path)
     if file.is_dir():
@@ -74,31 +87,36 @@ def open_model(path: str | Path, *, weights: str = "ema") -> TrainedModel:
             raise CheckpointError(f"{file}: there is no checkpoint in this run yet; train it, or name a .pt file")
         file = newest
     stored = load_checkpoint(file, mmap=True)
-    if "pos_embed" in stored:
+    if weights not in stored and (is_sit(stored) or is_sit(stored.get("state_dict"))):
         if weights == "model":
             raise CheckpointError(f"{file}: a bare state dict holds one set of weights; ask for --weights ema")
-        stored = {"ema": stored}
-    state = _weights(stored, weights, file)
-    if not isinstance(state, Mapping) or "pos_embed" not in state:
-        raise CheckpointError(f"{file}: holds no SiT under {weights!r} (found {', '.join(map(str, stored))})")
-
-    args = stored.get("args") or {}
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if "architecture" in stored:
-        config, projectors, encoder_depth = _our_architecture(stored["architecture"])
-        path_name = stored["config"].get("interpolant", {}).get("path", "linear")
-    else:
-        state = {_our_name(name): value for name, value in state.items()}
-        config = _published_config(state, args, file)
-        projectors = _published_projectors(state)
-        encoder_depth = int(args.get("encoder_depth", REPA_ENCODER_DEPTH)) if projectors else None
-        path_name = args.get("path_type", "linear")
+        stored = {"ema": stored if is_sit(stored) else stored["state_dict"]}
+    found = _weights(stored, weights, file)
+    if not is_sit(found):
+        names = found if isinstance(found, Mapping) else stored
+        raise CheckpointError(f"{file}: holds no SiT under {weights!r} (found {listed(names)})")
+    state, prefix = bare_names(found, file)
+    _check_tensors(state, file)
+    assumed = (f"its names without {prefix!r}",) if prefix else ()
+    try:
+        if "architecture" in stored:
+            if convention is not None:
+                raise UsageError("it says itself which way its t runs; leave out --checkpoint-convention")
+            built, config = _ours(stored, state, file), stored["config"]
+        else:
+            built = read_published(state, settings(stored.get("args"), file), file, convention=convention)
+            config = None
+        model = _filled(built, file)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+    steps = stored.get("steps")
     return TrainedModel(
-        model=_filled(config, projectors, encoder_depth, state, file),
+        model=model,
         path=file,
-        steps=stored.get("steps"),
-        interpolant=Interpolant(path=path_name),
-        config=stored.get("config"),
+        steps=steps if type(steps) is int else None,
+        interpolant=Interpolant(path=built.path),
+        config=config,
+        assumed=(*assumed, *built.assumed),
     )
 
 
@@ -118,83 +136,66 @@ def _weights(stored: Mapping[str, Any], weights: str, file: Path) -> Any:
     return averages[decay]
 
 
-def _filled(
-    config: SiTConfig,
-    projectors: list[ProjectorConfig],
-    encoder_depth: int | None,
-    state: Mapping[str, Tensor],
-    file: Path,
-) -> SiT:
-    """Return SiT with the weights of `state`, all of them and no others."""
-    with torch.device("meta"):
-        model = SiT(config, projectors, encoder_depth=encoder_depth)
+def _ours(stored: Mapping[str, Any], state: Mapping[str, Tensor], file: Path) -> Published:
+    """Read the record that `save_checkpoint` leaves of what it saves."""
+    try:
+        record, config = stored["architecture"], stored["config"]
+        built = Published(
+            config=SiTConfig(**record["sit"]),
+            projectors=[ProjectorConfig(**projector) for projector in record["projectors"]],
+            encoder_depth=record["encoder_depth"],
+            state=state,
+            path=config.get("interpolant", {}).get("path", "linear"),
+            assumed=(),
+        )
+        Interpolant(path=built.path)
+    except (UsageError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(damaged(file, f"its record of the model cannot be read ({error})")) from error
+    return built
+
+
+def _check_tensors(state: Mapping[str, Any], file: Path) -> None:
+    """Raise CheckpointError where a weight is no plain tensor of floats, or claims more bytes than the file holds."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{file}: {short(name)} is a {type(value).__name__}; expected a tensor")
+        plain = value.is_floating_point() and value.layout == torch.strided and value.device.type == "cpu"
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{file}: {short(name)} is {value.dtype} {list(value.shape)} on {value.device}, not a plain tensor "
+                f"of floats that the file holds whole"
+            )
+
+
+def _filled(built: Published, file: Path) -> SiT:
+    """Return SiT with the weights of the state, all of them and no others."""
+    config = built.config
+    # Before a module is made of each block that a record claims.
+    blocks = len({name.split(".")[1] for name in built.state if name.startswith("blocks.")})
+    if blocks != config.depth:
+        raise CheckpointError(f"{file}: {config.name} is said to have {config.depth} blocks; the file holds {blocks}")
+    try:
+        with torch.device("meta"):
+            model = SiT(config, built.projectors, encoder_depth=built.encoder_depth)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes past what a tensor may have, or no numbers
+        raise CheckpointError(damaged(file, f"no {config.name} can be of the sizes in its record")) from error
     expected = {name: value.shape for name, value in model.state_dict().items()}
-    found = {name: value.shape for name, value in state.items()}
+    found = {name: value.shape for name, value in built.state.items()}
     differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if differing:
-        name = differing[0]
+        each = "; ".join(
+            f"{short(name)} is {_shape(found.get(name))}, expected {_shape(expected.get(name))}"
+            for name in differing[:3]
+        )
+        looks = listed(found).rpartition("; it looks like ")
         raise CheckpointError(
-            f"{file}: not the weights of {config.name} as SiT, REPA and iREPA publish it: {name} is "
-            f"{_shape(found.get(name))}, expected {_shape(expected.get(name))} ({len(differing)} names differ)"
+            f"{file}: not the weights of {config.name} as SiT, REPA and iREPA publish it: {each} ({len(differing)} "
+            f"names differ)" + (f". It looks like {looks[2]}" if looks[1] else "")
         )
     model.to_empty(device="cpu")
-    model.load_state_dict(state)
+    model.load_state_dict(built.state)
     return model.eval().requires_grad_(False)
 
 
 def _shape(shape: torch.Size | None) -> str:
     return "absent" if shape is None else str(list(shape))
-
-
-def _our_architecture(stored: Mapping[str, Any]) -> tuple[SiTConfig, list[ProjectorConfig], int | None]:
-    projectors = [ProjectorConfig(**settings) for settings in stored["projectors"]]
-    return SiTConfig(**stored["sit"]), projectors, stored["encoder_depth"]
-
-
-def _our_name(name: str) -> str:
-    """Return a parameter's name here: iREPA's code keeps an MLP one level deeper than REPA's."""
-    head, _, rest = name.partition(".projection_layer.")
-    return f"{head}.{rest}" if rest and rest[0].isdecimal() else name
-
-
-def _published_config(state: Mapping[str, Tensor], args: Mapping[str, Any], file: Path) -> SiTConfig:
-    """Read the architecture off the shapes; the heads come from the size of the same depth and width."""
-    try:
-        hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-        num_labels = len(state["y_embedder.embedding_table.weight"])
-    except KeyError as error:
-        raise CheckpointError(f"{file}: not a SiT: it has no {error.args[0]}") from error
-    depth = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("blocks.")), default=-1)
-    size = next((name for name, (d, width, _) in SIZES.items() if (d, width) == (depth, hidden_size)), None)
-    if size is None:
-        raise CheckpointError(
-            f"{file}: depth {depth} and width {hidden_size} are none of the sizes {', '.join(SIZES)}, "
-            f"and shapes do not tell the number of heads"
-        )
-    if args.get("num_classes") == num_labels:
-        raise CheckpointError(f"{file}: trained without label dropout, it has no null class; SiT here needs one")
-    return SiTConfig(
-        name=f"SiT-{size}/{patch_size}",
-        input_size=math.isqrt(state["pos_embed"].shape[1]) * patch_size,
-        patch_size=patch_size,
-        in_channels=in_channels,
-        hidden_size=hidden_size,
-        depth=depth,
-        num_heads=SIZES[size][2],
-        num_classes=num_labels - 1,
-    )
-
-
-def _published_projectors(state: Mapping[str, Tensor]) -> list[ProjectorConfig]:
-    """Tell each projector's kind from its names and the rank of its weight."""
-    projectors = []
-    for index in range(len({name.split(".")[1] for name in state if name.startswith("projectors.")})):
-        last = state.get(f"projectors.{index}.4.weight")
-        only = state.get(f"projectors.{index}.projection_layer.weight")
-        if last is not None:
-            projectors.append(ProjectorConfig(kind="mlp", out_dim=last.shape[0], hidden_dim=last.shape[1]))
-        elif only is not None and only.dim() == 4:
-            projectors.append(ProjectorConfig(kind="conv", out_dim=only.shape[0], kernel_size=only.shape[2]))
-        elif only is not None:
-            projectors.append(ProjectorConfig(kind="linear", out_dim=only.shape[0]))
-    return projectors

@@ -10,7 +10,7 @@ Shapes: B batch, C channels, T = (input_size / patch_size)^2 tokens in row-major
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -31,9 +31,18 @@ SIZES = {
 }
 
 
+Convention = Literal["repa", "sit"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SiTConfig:
-    """The shape of a SiT. `input_size` is the latent's side; `num_classes` does not count the null class."""
+    """The shape of a SiT. `input_size` is the latent's side; `num_classes` does not count the null class.
+
+    The last two fields are for weights that SiT's own code has trained. Its `convention` "sit" has data at t = 1 and
+    noise at t = 0, so these weights know the time 1 - t and answer with the negative of our velocity; the embedding of
+    t is not linear, so no other weights would do it. `learn_sigma` gives it twice the output channels: the first half
+    is the velocity, nothing reads the second. `SiT.forward` obeys both, so that no caller has to.
+    """
 
     name: str
     input_size: int
@@ -44,11 +53,17 @@ class SiTConfig:
     num_heads: int
     num_classes: int
     mlp_ratio: float = 4.0
+    convention: Convention = "repa"
+    learn_sigma: bool = False
 
     def __post_init__(self) -> None:
         for field in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, field) < 1:
                 raise UsageError(f"{self.name}: {field} is {getattr(self, field)}; expected 1 or more")
+        if self.convention not in get_args(Convention):
+            raise UsageError(
+                f"{self.name}: convention is {self.convention!r}; {nearest(str(self.convention), get_args(Convention))}"
+            )
         if self.input_size % self.patch_size:
             raise UsageError(
                 f"{self.name}: patches of {self.patch_size} do not divide latents of {self.input_size}x"
@@ -63,6 +78,11 @@ class SiTConfig:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tokens."""
         return self.input_size // self.patch_size, self.input_size // self.patch_size
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of what the last layer answers."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
 
 
 def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int) -> SiTConfig:
@@ -130,7 +150,7 @@ class SiT(nn.Module):
             self.projectors = nn.ModuleList(
                 make_projector(config.hidden_size, projector, config.grid) for projector in projectors
             )
-            self.final_layer = FinalLayer(config.hidden_size, config.patch_size**2 * config.in_channels)
+            self.final_layer = FinalLayer(config.hidden_size, config.patch_size**2 * config.out_channels)
         if not shapes_only:
             self._allocate()
             self._initialize(seed)
@@ -186,18 +206,23 @@ class SiT(nn.Module):
         x is [B,C,H,W]; t [B] in [0, 1]; y [B] int64 in [0, num_classes], labels already dropped. The velocity is
         [B,C,H,W] and the projections are a tuple of [B,T,E], in the dtype that autocast gives them.
         """
+        data_at_one = self.config.convention == "sit"
         x = self.x_embedder(x) + self.pos_embed
-        conditioning = self.t_embedder(t) + self.y_embedder(y)
+        conditioning = self.t_embedder(1 - t if data_at_one else t) + self.y_embedder(y)
         projections: tuple[Tensor, ...] = ()
         for depth, block in enumerate(self.blocks, start=1):
             x = block(x, conditioning)
             if return_projections and depth == self.encoder_depth:
                 projections = tuple(projector(x) for projector in self.projectors)
         velocity = self._unpatchify(self.final_layer(x, conditioning))
+        if self.config.learn_sigma:
+            velocity = velocity[:, : self.config.in_channels]
+        if data_at_one:
+            velocity = -velocity  # dx/dt = -dx/d(1 - t)
         return (velocity, projections) if return_projections else velocity
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
-        """Put patches [B,T, patch * patch * C], rows, columns, then channels, together to [B,C,H,W]."""
+        """Put patches [B,T, patch * patch * C], rows, columns, then (output) channels, together to [B,C,H,W]."""
         patch = self.config.patch_size
         images = patches.unflatten(1, self.grid).unflatten(-1, (patch, patch, -1))  # [B,h,w,p,p,C]
         return images.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

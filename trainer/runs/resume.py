@@ -12,14 +12,14 @@ asks a GPU for equal bits.
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...cache_specs.errors import JobError, UsageError
 from ...cache_specs.locks import locked
-from ..models.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from ...cache_specs.whole_file import write_whole
+from ..models.checkpoint import FOLDER, CheckpointError, damaged, latest_checkpoint, load_own_checkpoint
 from ..reading.reader import CacheReader
 from .metrics import METRICS_FILE
 from .run import Run
@@ -67,9 +67,7 @@ def check_folder(
     if path is None:
         return None
     # Mapped, not loaded: eight ranks of a machine would each hold all of it, 11 GB for SiT-XL, beside what they copy.
-    stored = load_checkpoint(path, mmap=True)
-    if "config" not in stored:
-        raise CheckpointError(f"{path} is not a checkpoint of repa-train; it cannot be resumed, only sampled from")
+    stored = load_own_checkpoint(path)
     check_same(in_todays_words(stored["config"], source=str(path)), record, where=str(path))
     check_same_data(stored["fingerprints"], reader.fingerprints, where=str(path), cache=str(reader.path))
     if stored["steps"] > record["steps"]:
@@ -79,12 +77,17 @@ def check_folder(
 
 def restore(run: Run, stored: Mapping[str, Any]) -> None:
     """Take model, EMA, optimizer and step from a checkpoint of this very run."""
-    run.model.load_state_dict(stored["model"])
-    run.ema.model.load_state_dict(stored["ema"])
-    for ema in run.more_emas:
-        ema.model.load_state_dict(stored["emas"][str(ema.decay)])
-    run.objective.load_state_dict(stored.get("objective", {}))
-    run.optimizer.load_state_dict(stored["opt"])
+    try:
+        run.model.load_state_dict(stored["model"])
+        run.ema.model.load_state_dict(stored["ema"])
+        for ema in run.more_emas:
+            ema.model.load_state_dict(stored["emas"][str(ema.decay)])
+        run.objective.load_state_dict(stored.get("objective", {}))
+        run.optimizer.load_state_dict(stored["opt"])
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # it may list 1,000 names
+        path = run.folder / FOLDER / f"{stored['steps']:07d}.pt"
+        reason = "its weights or its optimizer's state are not those of the model that its settings describe"
+        raise CheckpointError(damaged(path, reason)) from error
     run.step = stored["steps"]
 
 
@@ -109,12 +112,10 @@ def check_same_data(stored: Mapping[str, str], found: Mapping[str, str], *, wher
 
 
 def write_config(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write config.json whole: a temporary name, then a rename."""
+    """Write config.json; a reader finds it whole."""
     path = folder / CONFIG_FILE
-    temporary = path.with_name(f".{CONFIG_FILE}.partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise JobError(f"{path} cannot be written ({error.strerror}); make room, or choose another --out") from error

@@ -13,6 +13,7 @@ from repa.cache_specs.errors import UsageError
 from repa.cache_specs.tables import encoder_table, resolve_encoder
 from repa.pipeline.models.encoders import load_encoder
 from repa.pipeline.models.mocov3 import mocov3_state_dict
+from repa.pipeline.models.weights import check_weights_file
 
 from .small_encoders import FAMILIES, small_spec
 
@@ -209,3 +210,12 @@ def test_a_file_that_does_not_fit_is_refused_by_names_and_runs_no_code(tmp_path:
         assert text.startswith(f"--weights tiny={tmp_path / name}: does not fit tiny: ")
     assert "blocks.0.norm1.weight" in said["names.pth"]
     assert not (tmp_path / "ran").exists(), "code of a weights file was run"
+
+
+def test_a_pointer_of_git_lfs_is_said_to_be_one(tmp_path):
+    pointer = tmp_path / "weights.pth"
+    pointer.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
+    with pytest.raises(
+        UsageError, match=r"--weights dinov2=.*weights\.pth: it is a Git LFS pointer, not the file of 12"
+    ):
+        check_weights_file("dinov2", pointer)

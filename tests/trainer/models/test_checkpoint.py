@@ -6,13 +6,20 @@ import pickle
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from repa.trainer.models import checkpoint
-from repa.trainer.models.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from repa.trainer.models.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    load_own_checkpoint,
+    save_checkpoint,
+)
 from repa.trainer.models.ema import EMA
 from repa.trainer.models.projector import ProjectorConfig
 from repa.trainer.models.sit import SiT, SiTConfig
@@ -122,6 +129,50 @@ def test_a_failed_sync_is_a_failed_save(tmp_path: Path, monkeypatch):
     assert names(tmp_path) == []
 
 
+class Interrupting:
+    """Stands in a payload, and is interrupted where it is pickled, between two writes."""
+
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("room", [0, 100, 20_000, 60_000, None])
+def test_an_interrupt_is_an_interrupt_and_leaves_the_previous_one_in_force(tmp_path: Path, monkeypatch, room):
+    """PyTorch closes its archive all the same, and says "unexpected pos" of what was cut off."""
+    before = save(tmp_path, 5)
+    contents = before.read_bytes()
+    written, write_all = 0, checkpoint.write_all
+
+    def interrupted(descriptor: int, data: bytes) -> None:
+        nonlocal written
+        if room is not None and written + len(data) > room:
+            write_all(descriptor, memoryview(data)[: room - written])
+            raise KeyboardInterrupt
+        write_all(descriptor, data)
+        written += len(data)
+
+    monkeypatch.setattr(checkpoint, "write_all", interrupted)
+    model, parts = make_model(), {"args": {}, "config": {}, "fingerprints": {}, "keep_last": 1}
+    opt = {"state": torch.zeros(9), "last": Interrupting() if room is None else None}
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, steps=6, model=model, ema=model, opt=opt, **parts)
+    assert names(tmp_path) == ["0000005.pt"]
+    assert before.read_bytes() == contents
+
+
+def test_a_save_goes_through_no_link(tmp_path: Path):
+    others, folder = tmp_path / "others", tmp_path / "checkpoints"
+    others.write_text("of somebody else")
+    folder.mkdir()
+    for name in (".0000006.pt.partial", ".0000007.pt.partial"):  # of this step, and one that is cleared away
+        (folder / name).symlink_to(others)
+    path = save(tmp_path, 6)
+    assert names(tmp_path) == ["0000006.pt"]
+    assert not path.is_symlink()
+    assert load_checkpoint(path)["steps"] == 6
+    assert others.read_text() == "of somebody else"
+
+
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 from pathlib import Path
@@ -206,6 +257,92 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"evil\.pt"):
         load_checkpoint(path)
     assert not witness.exists()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2702012345\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            LFS,
+            r"it is a Git LFS pointer, not the file of 2,702,012,345 bytes that it stands for\. Fetch that",
+        ),
+        (LFS.replace(b"2702012345", b"9" * 6000), "it is a Git LFS pointer, not the file that it stands for"),
+        (b"/annex/objects/SHA256E-s12--ab.pt\n", "it is a git-annex pointer"),
+        (b"\n<!DOCTYPE html><html>Log in", "it is a web page"),
+        (b"", "damaged: .*Fetch or copy it again"),
+        (b"\x80\x02" + b"(" * 99_999, "damaged: it ends early"),
+        (b"\x80\x02K\x01.", "damaged"),
+        (b"PK\x05\x06\xff\xff\x07\x00" + b"\xff" * 14, "damaged"),
+    ],
+)
+def test_what_lies_there_instead_is_said(tmp_path: Path, data: bytes, message: str):
+    path = tmp_path / "a.pt"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"a\.pt: .*{message}") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_archives_that_are_none_or_claim_too_much(tmp_path: Path):
+    path = tmp_path / "a.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", b"")
+    with pytest.raises(CheckpointError, match=r"it is a zip archive, but not one that torch\.save writes"):
+        load_checkpoint(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"")
+        archive.writestr("a/data/0", bytes(99_000_000))
+    with pytest.raises(CheckpointError, match=r"it claims 99,000,000 bytes and has \d\d,\d{3}\."):
+        load_checkpoint(path)
+    with zipfile.ZipFile(path, "w") as archive:  # as torch.jit.save writes
+        for name in ("a/data.pkl", "a/code/__torch__.py", "a/constants.pkl"):
+            archive.writestr(name, b"")
+    with pytest.raises(CheckpointError, match="it is a TorchScript program"):
+        load_checkpoint(path)
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(CheckpointError, match=r"folder\.pt: it is no regular file"):
+        load_checkpoint(tmp_path / "folder.pt")
+
+
+def test_a_pickle_of_nested_lists_is_one_line(tmp_path: Path):
+    """What PyTorch says of it begins with the advice to unpickle without any check."""
+    path = save(tmp_path, 5)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for pickled in (b"\x80\x02" + b"]" * 500_000 + b".", b"\x80\x02\x8c\x01a\x93.", b"\x80\x02U\xffa.", b"."):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members.items():
+                archive.writestr(name, pickled if name.endswith("data.pkl") else data)
+        with pytest.raises(CheckpointError, match=r"0000005\.pt: ") as caught:
+            load_checkpoint(path)
+        assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["config", "fingerprints", "model", "ema", "opt", "steps"])
+def test_a_resume_needs_every_part(tmp_path: Path, part: str):
+    path = save(tmp_path, 5)
+    stored = torch.load(path, weights_only=True)
+    assert load_own_checkpoint(path)["steps"] == 5
+    for value in ([], -1, None):
+        torch.save(stored | {part: value}, path)
+        with pytest.raises(CheckpointError, match=rf"damaged: it holds no {part} that could be resumed\."):
+            load_own_checkpoint(path)
+    del stored["config"]
+    torch.save(stored, path)
+    with pytest.raises(CheckpointError, match="is not a checkpoint of repa-train; it cannot be resumed"):
+        load_own_checkpoint(path)
+
+
+def test_a_folder_with_a_checkpoints_name_is_none(tmp_path: Path):
+    (tmp_path / "checkpoints" / "0000009.pt").mkdir(parents=True)
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path) != save(tmp_path, 5, keep_last=1)
+    assert names(tmp_path) == ["0000005.pt", "0000009.pt"]
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path):

@@ -1,5 +1,6 @@
 """What SiT holds inside, against its own forward pass cut off after a block."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from repa.trainer.reading.reader import CacheReader
 NORM = LatentNorm(scale=(2.0, 1.0, 0.5), bias=(0.1, 0.0, -0.3))
 
 
-@pytest.fixture
-def model(small_sit) -> SiT:
-    model = SiT(sit_config("SiT-Ti/2", input_size=8, in_channels=3, num_classes=3))
+@pytest.fixture(params=["repa", "sit"])
+def model(small_sit, request: pytest.FixtureRequest) -> SiT:
+    config = sit_config("SiT-Ti/2", input_size=8, in_channels=3, num_classes=3)
+    model = SiT(dataclasses.replace(config, convention=request.param))
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -38,7 +40,8 @@ def test_layers_are_the_blocks_outputs_pooled(make_cache, model):
     with torch.no_grad():
         tokens = model.x_embedder(x_t) + model.pos_embed
         labels = torch.from_numpy(written.arrays["label"][rows]).long()
-        conditioning = model.t_embedder(torch.full((5,), 0.3)) + model.y_embedder(labels)
+        t = 0.3 if model.config.convention == "repa" else 0.7
+        conditioning = model.t_embedder(torch.full((5,), t)) + model.y_embedder(labels)
         for depth, block in enumerate(model.blocks, start=1):
             tokens = block(tokens, conditioning)
             torch.testing.assert_close(found[depth], tokens.mean(1), rtol=1e-5, atol=1e-5)

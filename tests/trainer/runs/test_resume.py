@@ -219,6 +219,31 @@ def test_a_full_disk_while_saving_leaves_the_run_resumable(finished, repa_train,
     assert rest.losses() == repa_train(written.path, tmp_path / "whole", "--steps", "9").losses()
 
 
+def test_weights_of_another_shape_are_one_line(finished, repa_train):
+    """PyTorch's own error lists every name."""
+    written, out = finished
+    newest = out / "checkpoints" / "0000006.pt"
+    stored = torch.load(newest, weights_only=True)
+    for part, value in (("model", {name: torch.zeros(1) for name in stored["model"]}), ("opt", {"state": {}})):
+        torch.save(stored | {part: value}, newest)
+        outcome = repa_train(written.path, out, "--resume", "auto", "--steps", "9", "--set", "save_every=3")
+        assert outcome.code == 1
+        assert "0000006.pt: the checkpoint is damaged: its weights or its optimizer's state are not" in outcome.error
+        assert outcome.error.count("\n") == 1
+        assert len(outcome.records) == 6
+
+
+def test_config_json_goes_through_no_link(make_cache, repa_train, tmp_path):
+    others, out = tmp_path / "others", tmp_path / "run"
+    others.write_text("of somebody else")
+    out.mkdir()
+    (out / ".config.json.partial").symlink_to(others)
+    assert repa_train(make_cache().path, out, "--steps", "1").code == 0
+    assert json.loads((out / "config.json").read_text())["steps"] == 1
+    assert others.read_text() == "of somebody else"
+    assert not list(out.glob(".*partial"))
+
+
 @pytest.mark.parametrize("at", [1, 4, 5])
 def test_an_exception_at_any_step_leaves_the_run_resumable(make_cache, repa_train, tmp_path, monkeypatch, at):
     cache, out = make_cache().path, tmp_path / "run"
