@@ -6,24 +6,27 @@ from typing import Any
 import click
 
 from ...cache_specs.errors import one_line_errors
+from .checkpoint import checkpoint_options, open_checkpoint
 from .train import CONTEXT
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("checkpoint", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
+@checkpoint_options
 @click.option("--cache", metavar="DIR|URL", required=True, help="Its latents and its encoder's tokens.")
 @click.option("--encoder", metavar="NAME", help="[default: the only one in the cache]")
 @click.option("--depth", "depths", type=int, multiple=True, help="Block, from 1; repeatable. [default: all]")
-@click.option("--t", "times", type=float, multiple=True, default=[0.5], show_default=True, help="Time; repeatable.")
-@click.option("--num", type=int, default=10_000, show_default=True, help="Images.")
+@click.option(
+    "--time", "--t", "times", type=float, multiple=True, default=[0.5], show_default=True, help="Time; repeatable."
+)
+@click.option("--num-samples", "--num", "num", type=int, default=10_000, show_default=True, help="Images.")
 @click.option("--k", type=int, default=10, show_default=True, help="Neighbours.")
-@click.option("--weights", default="ema", show_default=True, metavar="ema|model|ema:DECAY", help="Which weights.")
+@click.option("--autoencoder", metavar="NAME", help="Of a published checkpoint, which does not say: sd-vae-ft-mse.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 def cknna_command(checkpoint: Path, **options: Any) -> None:
     """Measure whether SiT's layers and an encoder agree on who is near whom (CKNNA, mean-pooled tokens).
 
     \b
-    repa-cknna runs/irepa --cache caches/in1k --encoder dinov2-vit-b --depth 4 --depth 8 --t 0.5
+    repa-cknna runs/irepa --cache caches/in1k --encoder dinov2-vit-b --depth 4 --depth 8 --time 0.5
     """
     with one_line_errors("repa-cknna"):
         _cknna(checkpoint, **options)
@@ -35,7 +38,6 @@ def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any)
     from ..distributed import default_device
     from ..evaluating.reference import Reference
     from ..models.layers import pooled_layers
-    from ..models.pretrained import open_model
     from ..reading.reader import CacheReader
     from ..runs.run import settle_convolutions
     from .borrowed import cknna
@@ -43,8 +45,8 @@ def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any)
     device = options["device"] or default_device()
     if device == "cuda":
         settle_convolutions("fp32")
-    trained = open_model(checkpoint, weights=options["weights"])
-    latents = trained.latents(None)
+    trained = open_checkpoint(checkpoint, options)
+    latents = trained.latents(options["autoencoder"])
     model = trained.model.to(device)
     reader = CacheReader(cache, autoencoder=latents.name, encoder=())
     reference = Reference(cache, autoencoder=latents.name, encoder=encoder, pooling="mean")

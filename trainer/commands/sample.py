@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...cache_specs.errors import one_line_errors
+from .checkpoint import check_name, checkpoint_options, open_checkpoint
 from .train import CONTEXT
 
 if TYPE_CHECKING:
@@ -18,15 +19,14 @@ MOST_LABEL_CHARACTERS = 60  # in a file's name, of which file systems take 255 b
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("checkpoint", metavar="RUN|CHECKPOINT", type=click.Path(path_type=Path))
-@click.option("--num", type=int, default=64, show_default=True, help="Images to draw.")
+@checkpoint_options
+@click.option("--num-samples", "--num", "num", type=int, default=64, show_default=True, help="Images to draw.")
 @click.option("--steps", type=int, default=50, show_default=True, help="Steps of the sampler.")
 @click.option("--sampler", default="euler", show_default=True, metavar="euler|heun|sde")
 @click.option("--cfg-scale", type=float, default=1.0, show_default=True, help="Classifier-free guidance; 1 is none.")
 @click.option("--guidance-low", type=float, default=0.0, show_default=True, help="Guide where t is at least this.")
 @click.option("--guidance-high", type=float, default=1.0, show_default=True, help="Guide where t is at most this.")
 @click.option("--labels", default="random", show_default=True, metavar="random|balanced|0,3,7")
-@click.option("--weights", default="ema", show_default=True, metavar="ema|model|ema:DECAY", help="Which weights.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="The .npz. [default: RUN/samples, named by the request]")
 @click.option("--batch-size", type=int, default=64, show_default=True, help="Images at a time, on each rank.")
@@ -38,9 +38,10 @@ def sample_command(checkpoint: Path, **options: Any) -> None:
     """Draw samples from a run or a checkpoint: an .npz for FID tools (arr_0, uint8 NHWC) and a grid PNG.
 
     \b
-    repa-sample runs/irepa --num 64 --labels balanced
-    repa-sample runs/irepa --num 50000 --sampler sde --steps 250 --cfg-scale 1.8 --guidance-high 0.7
-    torchrun --nproc-per-node 8 --no-python repa-sample runs/irepa --num 50000
+    repa-sample runs/irepa --num-samples 64 --labels balanced
+    repa-sample runs/irepa --num-samples 50000 --sampler sde --steps 250 --cfg-scale 1.8
+    repa-sample SiT-XL-2-256.pt --autoencoder sd-vae-ft-ema --checkpoint-convention sit
+    torchrun --nproc-per-node 8 --no-python -- repa-sample runs/irepa --num-samples 50000
 
     Image i depends on the seed and i only. Interrupted, the same command goes on where it was.
     """
@@ -55,7 +56,6 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
     import torch
 
     from ..evaluating.grids import sheet_of_file
-    from ..models.pretrained import open_model
     from ..objectives.choose import stored_field
     from ..runs.metrics import Progress
     from ..runs.run import settle_convolutions
@@ -64,6 +64,7 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
     from ..sampling.samplers import SamplerConfig
     from .borrowed import load_decoder
 
+    check_name(options["out"] or checkpoint)
     names = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high")
     request = SampleRequest(
         num=options["num"],
@@ -71,7 +72,7 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
         labels=parse_labels(options["labels"]),
         sampler=SamplerConfig(**{name: options[name] for name in names}),
     )
-    trained = open_model(checkpoint, weights=options["weights"])
+    trained = open_checkpoint(checkpoint, options, shown=world.is_main)
     model = trained.model.to(world.device)
     latents = trained.latents(options["autoencoder"])
     decode, decoder = load_decoder(latents, weights=options["autoencoder_weights"], device=str(world.device))

@@ -48,7 +48,7 @@ def train_command(
     \b
     repa-train --cache caches/in1k --model SiT-B/2 --recipe irepa --out runs/irepa
     repa-train --cache caches/in1k --model SiT-B/2 --recipe irepa --out runs/irepa --resume auto
-    torchrun --nproc-per-node 8 --no-python repa-train --cache caches/in1k --model SiT-XL/2 ...
+    torchrun --nproc-per-node 8 --no-python -- repa-train --cache caches/in1k --model SiT-XL/2 ...
 
     Settings: defaults < recipe < --config < --set < the flags above. The resolved ones are printed and stored as
     config.json; SIGTERM saves at the next step.

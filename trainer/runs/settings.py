@@ -40,6 +40,9 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
             if key not in known:
                 raise UsageError(f"{layer.source}: unknown key {key!r}; {nearest(key, known)}")
             merged[key] = _coerce(value, known[key], f"{layer.source}: {key}")
+    for key in ("cache", "out"):
+        if merged.get(key) == "":  # as of a variable that is not set: it would name the working folder
+            raise UsageError(f"{key} is empty; name a folder")
     return _build(RunConfig, merged)
 
 
@@ -177,4 +180,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             pass
     if type(value) is not hint:
         raise UsageError(f"{where} is {value!r}; expected {hint.__name__}")
+    if hint is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # a file's name in other bytes; config.json could not hold it
+            raise UsageError(f"{where} is {value!r}, which is not UTF-8; rename it, or choose another") from None
     return value

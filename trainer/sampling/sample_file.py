@@ -26,6 +26,7 @@ import torch
 
 from ...cache_specs.errors import JobError, UsageError, writing
 from ...cache_specs.fingerprint import weights_digest
+from ...cache_specs.whole_file import new_file, write_whole
 from ..diffusion.latents import LatentNorm
 from ..distributed import Stopped, World
 from ..models.sit import SiT
@@ -125,6 +126,8 @@ def _identity(
         "decoder": decoder,
         **about,
     }
+    if model.config.convention != "repa":  # the same weights, read the other way, draw other images
+        identity["convention"] = model.config.convention
     return json.loads(json.dumps(identity))
 
 
@@ -138,6 +141,8 @@ def _row(model: SiT, norm: LatentNorm, decode: Decoder | None) -> np.ndarray:
 
 def _enter(partial: Path, asked: dict[str, Any], row: np.ndarray, num: int) -> None:
     """Make the folder of an unfinished file, or check that the one there belongs to this request."""
+    if partial.is_symlink():
+        raise UsageError(f"{partial} is a link, which is not followed: remove it, or choose another name")
     request = partial / "request.json"
     if request.exists():
         _check_same(request, asked, partial)
@@ -162,8 +167,8 @@ class _Rows:
             self._header_bytes = file.tell()
         self._shape = shape[1:]
         self._row_bytes = int(np.prod(self._shape)) * self._dtype.itemsize
-        self._images = os.open(partial / "images.npy", os.O_WRONLY)
-        self._done = os.open(partial / "done", os.O_RDWR)
+        self._images = os.open(partial / "images.npy", os.O_WRONLY | os.O_NOFOLLOW)
+        self._done = os.open(partial / "done", os.O_RDWR | os.O_NOFOLLOW)
 
     def close(self) -> None:
         os.close(self._images)
@@ -197,7 +202,7 @@ def _pack(partial: Path, out: Path, asked: dict[str, Any], num: int) -> None:
         raise JobError(f"{out}: {missing} of {num} images are missing, a rank did not finish. Give the command again")
     packed = partial / "packed.npz"
     entry = zipfile.ZipInfo("arr_0.npy", date_time=(1980, 1, 1, 0, 0, 0))  # the same bytes at any time of day
-    with open(packed, "wb") as file:
+    with open(new_file(packed), "wb") as file:
         with (
             open(partial / "images.npy", "rb") as rows,
             zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
@@ -233,6 +238,4 @@ def _check_same(record: Path, asked: dict[str, Any], where: Path) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())

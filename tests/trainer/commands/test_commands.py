@@ -93,6 +93,9 @@ def test_dry_run_writes_nothing(make_cache, repa_train, tmp_path):
         (["--set", "alignment.encoder_depth=3"], 2, "encoder_depth is 3"),
         (["--batch-size", "7", "--set", "accumulation=2"], 2, "not a multiple of accumulation 2"),
         (["--config", "nowhere.yaml"], 2, "nowhere.yaml: No such file"),
+        (["--out", ""], 2, "out is empty; name a folder"),
+        (["--cache", ""], 2, "cache is empty; name a folder"),
+        (["--out", "runs/\udcff"], 2, "flags: out is 'runs/\\udcff', which is not UTF-8; rename it, or choose another"),
     ],
 )
 def test_bad_requests_are_one_line(make_cache, repa_train, tmp_path, arguments, code, message):
@@ -210,6 +213,10 @@ def test_repa_sample_refuses_in_one_line(make_cache, repa_train, tmp_path, capsy
         ((run, "--labels", "some"), "expected random, balanced"),
         ((run, "--cfg-scale", "0.5"), "cfg_scale is 0.5"),
         ((run, "--autoencoder", "pixels"), "says itself whose latents it draws"),
+        ((run, "--checkpoint-convention", "sit"), "it says itself which way its t runs"),
+        ((tmp_path / "\udcff.pt",), "\\udcff.pt': a name that is not UTF-8; rename it, or choose another"),
+        ((run, "--out", tmp_path / "\udcff.npz"), "\\udcff.npz': a name that is not UTF-8"),
+        ((run, "--out", ""), "expected a name that ends in .npz"),
     ):
         code, _, error = run_sample(capsys, *arguments)
         assert code in (1, 2)

@@ -305,6 +305,21 @@ def test_what_is_in_the_way_is_one_line(model: SiT, tmp_path: Path):
             write(model, out)
 
 
+def test_nothing_is_written_through_a_link(model: SiT, tmp_path: Path):
+    others, folder = tmp_path / "others", tmp_path / "samples"
+    (others / "inside").mkdir(parents=True)
+    (others / "request.json").write_text("of somebody else")
+    folder.mkdir()
+    (folder / "a.npz.partial").symlink_to(others)
+    with pytest.raises(UsageError, match=r"a\.npz\.partial is a link, which is not followed: remove it"):
+        write(model, folder / "a.npz")
+    (folder / "a.npz.partial").unlink()
+    (folder / ".a.json.partial").symlink_to(others / "request.json")
+    write(model, folder / "a.npz")
+    assert sorted(os.listdir(folder)) == ["a.json", "a.npz"]
+    assert (others / "request.json").read_text() == "of somebody else"
+
+
 def test_50000_images_need_the_memory_of_a_batch(model: SiT, tmp_path: Path, monkeypatch):
     """The drawing itself is replaced: the file's way to disk is what could grow with the number of images."""
     row = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
