@@ -9,16 +9,12 @@ import contextlib
 import os
 from pathlib import Path
 
+from .partial_files import new_file
+
 
 def partial_of(path: Path) -> Path:
     """Return the name under which `path` is written: hidden, so that no pattern for finished files finds it."""
     return path.with_name(f".{path.name}.partial")
-
-
-def new_file(path: Path) -> int:
-    """Return the descriptor, to read and write, of a new and empty file; what had its name is removed."""
-    path.unlink(missing_ok=True)
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:

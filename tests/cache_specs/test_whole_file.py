@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from repa.cache_specs import whole_file
-from repa.cache_specs.whole_file import new_file, partial_of, write_whole
+from repa.cache_specs.whole_file import partial_of, write_whole
 
 
 def test_it_is_written_again_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -62,22 +62,3 @@ def test_a_link_under_the_partial_name_is_replaced_and_what_it_names_kept(tmp_pa
     assert os.listdir(run) == ["config.json"]
     assert others.exists() != dangling
     assert dangling or others.read_text() == "of somebody else"
-
-
-def test_a_hard_link_and_a_left_over_are_replaced(tmp_path: Path) -> None:
-    others, taken = tmp_path / "others.txt", tmp_path / ".x.partial"
-    others.write_text("of somebody else")
-    os.link(others, taken)
-    os.close(new_file(taken))
-    assert (others.read_text(), taken.read_text()) == ("of somebody else", "")
-    assert not os.path.samefile(others, taken)
-
-
-def test_a_name_taken_between_two_calls_is_not_opened(tmp_path: Path, monkeypatch) -> None:
-    others, taken = tmp_path / "others.txt", tmp_path / ".x.partial"
-    others.write_text("of somebody else")
-    taken.symlink_to(others)
-    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # as where the link is made again at once
-    with pytest.raises(FileExistsError):
-        new_file(taken)
-    assert others.read_text() == "of somebody else"

@@ -39,7 +39,7 @@ def sample_command(checkpoint: Path, **options: Any) -> None:
 
     \b
     repa-sample runs/irepa --num-samples 64 --labels balanced
-    repa-sample runs/irepa --num-samples 50000 --sampler sde --steps 250 --cfg-scale 1.8
+    repa-sample runs/irepa --num-samples 50000 --sampler sde --steps 250 --cfg-scale 1.8 --guidance-high 0.7
     repa-sample SiT-XL-2-256.pt --autoencoder sd-vae-ft-ema --checkpoint-convention sit
     torchrun --nproc-per-node 8 --no-python -- repa-sample runs/irepa --num-samples 50000
 

@@ -6,8 +6,7 @@ changes: noise and labels have streams of their own, and the EMA is only read.
 """
 
 import json
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..sampling.sample import Decoder, SampleRequest
 from ..sampling.sample_file import sample_to_npz
 from ..sampling.samplers import SamplerConfig
 from .frechet import check_number, frechet_distance, precision_recall
+from .grids import pictures_of
 from .reference import Reference
 
 FILE = "evaluation.jsonl"
@@ -140,23 +140,14 @@ class Evaluation:
             )
 
 
-def pictures_of(npz: Path, batch_size: int) -> Iterator[np.ndarray]:
-    """Yield the rows of `arr_0` in batches, in order; np.load would hold all of them."""
-    with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-        for start in range(0, shape[0], batch_size):
-            num = min(batch_size, shape[0] - start)
-            yield np.frombuffer(file.read(num * row_bytes), dtype=dtype).reshape(num, *shape[1:])
-
-
 def read_records(file: Path) -> list[dict[str, Any]]:
     """Return the records of `file`, none where there is no such file. Raises UsageError where it is damaged."""
     try:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is no regular file")
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         return [record for line in lines if (record := json.loads(line))["step"] >= 0]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{file} is damaged ({error!r}); move it away, then continue with --resume auto") from error
 
 

@@ -6,12 +6,13 @@ same images, the same noise and labels from the EMA in eval mode, and draw from 
 
 import io
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ...cache_specs.errors import writing
+from ...cache_specs.errors import UsageError, writing
 from ...cache_specs.whole_file import write_whole
 from ..runs.metrics import RESUME
 from ..runs.run import Run
@@ -61,11 +62,26 @@ def sheet_of_file(npz: Path, *, request: SampleRequest, num_classes: int) -> Pat
 
 def first_rows(npz: Path, num: int) -> np.ndarray:
     """Return rows 0 .. num - 1 of `arr_0`, reading no more than them (np.load would read all)."""
-    with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        num_bytes = num * int(np.prod(shape[1:])) * dtype.itemsize
-        return np.frombuffer(file.read(num_bytes), dtype=dtype).reshape(num, *shape[1:])
+    return next(pictures_of(npz, num))
+
+
+def pictures_of(npz: Path, batch_size: int) -> Iterator[np.ndarray]:
+    """Yield the rows of `arr_0` in batches, in order; np.load would hold all of them.
+
+    Raises UsageError where the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+            for start in range(0, shape[0], batch_size):
+                num = min(batch_size, shape[0] - start)
+                yield np.frombuffer(file.read(num * row_bytes), dtype=dtype).reshape(num, *shape[1:])
+    except (OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UsageError(
+            f"{npz} is damaged ({str(error) or type(error).__name__}); delete it, and it is drawn again"
+        ) from error
 
 
 def write_sheet(images: np.ndarray, path: Path, *, request: SampleRequest, num_classes: int) -> Path:

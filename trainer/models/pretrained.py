@@ -60,9 +60,7 @@ class TrainedModel:
         return LatentSource.published(autoencoder, input_size=shape.input_size, channels=shape.in_channels)
 
 
-def load_model(
-    path: str | Path, *, weights: str = "ema", convention: Convention | None = None
-) -> SiT:
+def load_model(path: str | Path, *, weights: str = "ema", convention: Convention | None = None) -> SiT:
     """Return the SiT of a checkpoint or of a run's newest one, in eval mode on the CPU, float32.
 
     `model(x, t, y)` is the velocity, t = 0 data, whichever `convention` a published file's weights have: "sit" (t = 1
@@ -72,9 +70,7 @@ def load_model(
     return open_model(path, weights=weights, convention=convention).model
 
 
-def open_model(
-    path: str | Path, *, weights: str = "ema", convention: Convention | None = None
-) -> TrainedModel:
+def open_model(path: str | Path, *, weights: str = "ema", convention: Convention | None = None) -> TrainedModel:
     """Return a checkpoint's model with the settings that sampling needs.
 
     `weights` is ema (the first average), model, or ema:DECAY of a run that keeps several; `path`, `convention` and

@@ -31,7 +31,7 @@ def stored_layer(folder: Path) -> Layer | None:
         return None
     try:
         return layer_of(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), source=str(folder))
-    except (OSError, ValueError, AttributeError):  # lost or damaged: every checkpoint has it too
+    except (OSError, ValueError, AttributeError, RecursionError):  # lost or damaged: every checkpoint has it too
         stored = load_checkpoint(newest, mmap=True)
     if not isinstance(stored.get("config"), Mapping):
         raise UsageError(f"{newest} is not a checkpoint of repa-train; it cannot be resumed, only sampled from")

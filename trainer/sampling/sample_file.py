@@ -26,7 +26,8 @@ import torch
 
 from ...cache_specs.errors import JobError, UsageError, writing
 from ...cache_specs.fingerprint import weights_digest
-from ...cache_specs.whole_file import new_file, write_whole
+from ...cache_specs.partial_files import new_file
+from ...cache_specs.whole_file import write_whole
 from ..diffusion.latents import LatentNorm
 from ..distributed import Stopped, World
 from ..models.sit import SiT
@@ -79,7 +80,7 @@ def sample_to_npz(
         if world.is_main:
             _enter(partial, asked, _row(model, norm, decode), request.num)
         world.wait()
-        rows = _Rows(partial)
+        rows = _Rows(partial, request.num)
         stopped = False
         try:
             for first in range(world.rank * batch_size, request.num, world.size * batch_size):
@@ -160,13 +161,19 @@ def _enter(partial: Path, asked: dict[str, Any], row: np.ndarray, num: int) -> N
 class _Rows:
     """The rows of an unfinished file, written in place by any number of processes."""
 
-    def __init__(self, partial: Path) -> None:
-        with open(partial / "images.npy", "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, self._dtype = np.lib.format.read_array_header_1_0(file)
-            self._header_bytes = file.tell()
-        self._shape = shape[1:]
-        self._row_bytes = int(np.prod(self._shape)) * self._dtype.itemsize
+    def __init__(self, partial: Path, num: int) -> None:
+        try:
+            with open(partial / "images.npy", "rb") as file:
+                np.lib.format.read_magic(file)
+                shape, _, self._dtype = np.lib.format.read_array_header_1_0(file)
+                self._header_bytes = file.tell()
+            self._shape = shape[1:]
+            self._row_bytes = int(np.prod(self._shape)) * self._dtype.itemsize
+            sizes = [os.stat(partial / name).st_size for name in ("images.npy", "done")]
+            if shape[0] != num or sizes != [self._header_bytes + num * self._row_bytes, num]:
+                raise ValueError("its files are not of the request's size")
+        except (FileNotFoundError, ValueError) as error:
+            raise UsageError(f"{partial} is damaged ({error}); delete it, then give the same command again") from error
         self._images = os.open(partial / "images.npy", os.O_WRONLY | os.O_NOFOLLOW)
         self._done = os.open(partial / "done", os.O_RDWR | os.O_NOFOLLOW)
 
@@ -219,12 +226,14 @@ def _pack(partial: Path, out: Path, asked: dict[str, Any], num: int) -> None:
 def _check_same(record: Path, asked: dict[str, Any], where: Path) -> None:
     """Raise UsageError where `record`, the request on disk of the samples at `where`, is not what is asked."""
     try:
+        if record.exists() and not record.is_file():
+            raise ValueError("it is no regular file")
         found = json.loads(record.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("not a request")
     except FileNotFoundError:
         found = {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(
             f"{record} cannot be read ({error}), so nobody knows which request {where} belongs to. Choose another "
             f"name, or delete both"

@@ -1,14 +1,16 @@
 """Sheets of samples, and that drawing them leaves a run as it was."""
 
 import errno
+import io
 import os
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from repa.cache_specs.errors import JobError
+from repa.cache_specs.errors import JobError, UsageError
 from repa.trainer.evaluating import grids
 from repa.trainer.models.checkpoint import load_checkpoint
 from repa.trainer.sampling.sample import SampleRequest
@@ -81,3 +83,23 @@ def test_only_the_first_rows_of_a_file_are_read(tmp_path):
     with Image.open(sheet) as opened:
         pixels = np.asarray(opened)
     np.testing.assert_array_equal(pixels[:4, 5:9], rows[3])  # class 0: images 0, 3, 6 in the first row
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "other", "short"])
+def test_a_damaged_file_of_samples_is_one_line(tmp_path, damage):
+    npz, rows = tmp_path / "a.npz", np.arange(7 * 12, dtype=np.uint8).reshape(7, 2, 2, 3)
+    np.savez(npz, arr_0=rows)
+    np.testing.assert_array_equal(np.concatenate(list(grids.pictures_of(npz, 3))), rows)
+    np.testing.assert_array_equal(grids.first_rows(npz, 4), rows[:4])
+    whole = npz.read_bytes()
+    if damage == "other":
+        np.savez(npz, other=rows)
+    elif damage == "short":
+        with zipfile.ZipFile(npz, "w") as archive:
+            data = io.BytesIO()
+            np.save(data, rows)
+            archive.writestr("arr_0.npy", data.getvalue()[:-40])
+    else:
+        npz.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "noise": bytes(99)}[damage])
+    with pytest.raises(UsageError, match=r"a\.npz is damaged \(.*\); delete it, and it is drawn again"):
+        list(grids.pictures_of(npz, 3))

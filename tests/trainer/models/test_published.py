@@ -140,7 +140,7 @@ def test_repa_sample_follows_sits_own_euler(tmp_path: Path, capsys, kind: str):
     sample_command.main(
         [str(file), *arguments, "--out", str(tmp_path / "a.npz"), "--seed", "4", *flags], standalone_mode=False
     )
-    noise = ImageNoise(range(6), 4, (CHANNELS, SIDE, SIDE)).next()
+    noise = ImageNoise(range(6), 4).next((CHANNELS, SIDE, SIDE))
     expected = euler_of_sit(state, noise, torch.tensor([2, 0, 1, 2, 0, 1]), 7)
     assert expected.std() > 1.2 * noise.std()  # the velocities count
     pictures = ((expected.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()

@@ -299,9 +299,28 @@ def test_what_is_in_the_way_is_one_line(model: SiT, tmp_path: Path):
     (tmp_path / "a.npz.partial").mkdir()  # a kill between the last rename and the removal
     write(model, out)
     assert not (tmp_path / "a.npz.partial").exists()
-    for damage in ('{"num": 2', "[]", ""):
+    for damage in ('{"num": 2', "[]", "", "[" * 99_999, '{"num": ' + "9" * 6000 + "}"):
         out.with_suffix(".json").write_text(damage)
         with pytest.raises(UsageError, match=r"a\.json cannot be read .*which request .*a\.npz belongs to"):
+            write(model, out)
+
+
+@pytest.mark.parametrize("name", ["images.npy", "done", "request.json"])
+@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "noise"])
+def test_a_damaged_unfinished_file_is_refused_or_begun_again(model: SiT, tmp_path: Path, name: str, damage: str):
+    whole = write(model, tmp_path / "whole.npz").read_bytes()
+    out = tmp_path / "a.npz"
+    with pytest.raises(Interrupted):
+        write(model, out, decoder=interrupt_after(1))
+    file = tmp_path / "a.npz.partial" / name
+    data = file.read_bytes()
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes({"cut": data[:-3], "longer": data + data, "noise": bytes(9)}[damage])
+    if name == "request.json" and damage == "gone":
+        assert write(model, out).read_bytes() == whole
+    else:
+        with pytest.raises(UsageError, match=r"a\.npz\.partial is damaged .*delete it|request\.json cannot be read"):
             write(model, out)
 
 
