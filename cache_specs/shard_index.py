@@ -72,13 +72,13 @@ def read_index(source: Source, layout: ArrayLayout, *, where: Location | Path | 
 
 
 def stored_chunks(
-    source: Source, layout: ArrayLayout, *, where: Location | Path | str
+    source: Source, layout: ArrayLayout, *, where: Location | Path | str, checksums: bytearray | None = None
 ) -> Iterator[tuple[int, np.ndarray | str | None]]:
     """Yield the chunks of an open shard by number, in their order, in the memory of the largest.
 
     Each comes as its stored bytes [n] uint8 without the checksum, which held, valid until the next is asked for; as
-    None where it is not stored; or as what is wrong with it or with the padding before it. Raises `CacheError` where
-    there is no index to go by.
+    None where it is not stored; or as what is wrong with it or with the padding before it. `checksums` is extended by
+    the stored checksum of each. Raises `CacheError` where there is no index to go by.
     """
     index = read_index(source, layout, where=where)
     absent = index[:, 0] == ABSENT
@@ -92,6 +92,8 @@ def stored_chunks(
         stored = buffer[: gap + length]
         num_read = source.read_into(stored.data, offset - gap)
         data, found = stored[gap:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:].tobytes()
+        if checksums is not None:
+            checksums += found
         if num_read != gap + length or length < CHECKSUM_BYTES or checksum(data) != found:
             yield i, "its checksum does not hold"
         elif stored[:gap].any():

@@ -16,6 +16,8 @@ from ...cache_specs.errors import CacheError, UsageError, nearest
 from ...cache_specs.layout import layer_array
 from ...cache_specs.schema import FEATURES, ComponentSpec, enlarged, stored_layers
 from ...cache_specs.tables import pick_layer, stored_encoder
+from ..store.binding import check_images
+from ..store.records import read_whole_record
 from ..store.rows import ComponentRows
 from ..store.statistics import EPS
 from ..store.store import CacheStore
@@ -65,7 +67,7 @@ class Features:
 
     def valid(self) -> np.ndarray:
         """Return which samples are there, [N] bool."""
-        return self._store.read(f"{self.component.path}/valid", 0, self._store.layout.num_samples)
+        return read_whole_record(self._store, self.component, "valid")
 
     def batches(self, rows: np.ndarray) -> Iterator[TokenBatch]:
         """Yield the tokens of samples `rows` [n], ascending, a bounded batch at a time.
@@ -119,13 +121,15 @@ def open_encoders(path: str | Path, names: Sequence[str]) -> tuple[CacheStore, l
         raise CacheError(
             f"{path} holds no encoder; add one with repa-cache build --cache {path} --data PATH --encoder E"
         )
-    complete = [name for name in present if store.is_complete(f"{FEATURES}/{name}")]
-    if not names and not complete:
-        raise _unfinished(store, present[0])
     if names:
-        return store, [_open(store, name, present) for name in names]
-    whole = [component for name in complete if (component := store.component(f"{FEATURES}/{name}")) is not None]
-    return store, [Features(store, component, layer) for component in whole for layer in stored_layers(component.spec)]
+        opened = [_open(store, name, present) for name in names]
+    else:
+        whole = [component for name in present if (component := _finished(store, name)) is not None]
+        if not whole:
+            raise _unfinished(store, present[0])
+        opened = [Features(store, spec, layer) for spec in whole for layer in stored_layers(spec.spec)]
+    check_images(store, [encoder.component.path for encoder in opened])
+    return store, opened
 
 
 def _open(store: CacheStore, request: str, present: Sequence[str]) -> Features:
@@ -133,11 +137,16 @@ def _open(store: CacheStore, request: str, present: Sequence[str]) -> Features:
     if found is None:
         raise UsageError(f"{store.path} holds no encoder {request!r}; {nearest(request, present)}")
     name, asked = found
-    component = store.component(f"{FEATURES}/{name}")
-    assert component is not None, name
-    if not store.is_complete(component.path):
+    component = _finished(store, name)
+    if component is None:
         raise _unfinished(store, name)
     return Features(store, component, pick_layer(component.path, stored_layers(component.spec), asked))
+
+
+def _finished(store: CacheStore, name: str) -> ComponentSpec | None:
+    """Return an encoder's component, None where it is not complete."""
+    opened = store.opened(f"{FEATURES}/{name}")
+    return opened.spec if opened is not None and opened.complete else None
 
 
 def _unfinished(store: CacheStore, name: str) -> CacheError:

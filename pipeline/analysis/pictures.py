@@ -7,6 +7,7 @@ import torch
 
 from ...cache_specs.errors import CacheError, UsageError, nearest
 from ...cache_specs.schema import LATENTS
+from ..store.binding import check_images
 from ..store.rows import ComponentRows
 from ..store.store import CacheStore
 from .features import Features, sample_id
@@ -47,6 +48,7 @@ def images_of(
         raise UsageError(f"{store.path} has no finished latents {name!r}; {nearest(name, names)}")
     component = store.component(f"{LATENTS}/{name}")
     assert component is not None, name
+    check_images(store, [features.component.path, component.path])
     from ..models.autoencoders import load_autoencoder
 
     moments = torch.from_numpy(ComponentRows(store, component).read("moments", rows)).float()

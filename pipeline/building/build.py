@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from ...cache_specs.errors import JobError, UsageError
 from ..images.manifest import Manifest
+from ..store.binding import bind_ranges, lacks_numbers
 from ..store.complete import complete_component
 from ..store.records import known_bytes
 from ..store.store import CacheStore
@@ -170,7 +171,12 @@ def _complete(
         if lost:
             start, stop = store.layout.sample_range(lost[0])
             unfinished.append(f"{path}: {len(lost)} ranges are missing, first samples {start} to {stop - 1}")
-        elif component is not None and not missing and not store.is_complete(path):
+        elif component is None or missing:
+            continue
+        elif store.is_complete(path):
+            if lacks_numbers(store, component):
+                bind_ranges(store, component)
+        else:
             on_message(f"{path}: every range is there; reading {store.layout.num_ranges} shards to complete it")
             try:
                 report.statistics[path] = complete_component(store, component, options.manifest, reasons)

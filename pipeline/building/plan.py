@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from ...cache_specs.components import read_layout
 from ...cache_specs.errors import UsageError, nearest
 from ...cache_specs.fingerprint import transform_fingerprint
-from ...cache_specs.group import group_attributes
 from ...cache_specs.layout import CROP, DEFAULT_SHARD_SAMPLES, VIEWS, CacheLayout
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.storage import location
 from ...cache_specs.tables import ResolvedModel, autoencoder_table, resolve_autoencoder, resolve_encoder
 from ..images.manifest import Manifest
+from ..store.binding import lacks_numbers
 from ..store.store import CacheStore
 from .encode import ModelRequest
 
@@ -75,8 +76,7 @@ class BuildPlan:
 
 def plan_build(options: BuildOptions) -> BuildPlan:
     """Resolve every name and find what is missing, without loading a model or writing a byte."""
-    attributes = group_attributes(location(options.cache))
-    found = None if attributes is None else CacheLayout.from_attributes(attributes, str(options.cache))
+    found = read_layout(location(options.cache))
     layout = resolve_layout(
         options.manifest,
         found,
@@ -84,9 +84,11 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         shard_samples=options.shard_samples,
         flip=options.flip,
     )
-    _check_imported(options, layout)
-    requests = tuple(_requests(options, layout))
-    missing = missing_ranges(CacheStore(options.cache, layout), requests)
+    # What is on disk is as the cache there says; whether that is what is asked, `create_or_open` finds.
+    store = CacheStore(options.cache, found or layout)
+    _check_imported(options, store)
+    requests = tuple(_requests(options, layout, store))
+    missing = missing_ranges(store, requests)
     return BuildPlan(layout=layout, requests=requests, missing=missing, exists=found is not None)
 
 
@@ -131,10 +133,9 @@ def resolve_layout(
     )
 
 
-def _check_imported(options: BuildOptions, layout: CacheLayout) -> None:
+def _check_imported(options: BuildOptions, store: CacheStore) -> None:
     """Raise `UsageError` where latents were imported that no build can finish, replace or go with."""
-    store = CacheStore(options.cache, layout)
-    for component in _latents(options, layout):
+    for component in _latents(store):
         if component.imported is None:
             continue
         where = f"{options.cache}: {component.path} was imported"
@@ -147,7 +148,7 @@ def _check_imported(options: BuildOptions, layout: CacheLayout) -> None:
             raise UsageError(f"{where}; {keep}, or name another --cache")
 
 
-def _requests(options: BuildOptions, layout: CacheLayout) -> Iterator[ModelRequest]:
+def _requests(options: BuildOptions, layout: CacheLayout, store: CacheStore) -> Iterator[ModelRequest]:
     resolved: list[tuple[str, str, ResolvedModel]] = []
 
     def resolve(resolver: Callable[..., ResolvedModel], name: str) -> ResolvedModel:
@@ -156,7 +157,7 @@ def _requests(options: BuildOptions, layout: CacheLayout) -> Iterator[ModelReque
     autoencoder = options.autoencoder
     begun: list[ComponentSpec] = []
     if autoencoder is None:
-        begun = _latents(options, layout)
+        begun = _latents(store)
         autoencoder = "none" if begun else DEFAULT_AUTOENCODER
     if autoencoder != "none":
         resolved.append((LATENTS, "float16", resolve(resolve_autoencoder, autoencoder)))
@@ -167,7 +168,7 @@ def _requests(options: BuildOptions, layout: CacheLayout) -> Iterator[ModelReque
     for name in options.weights:
         if name not in entries:
             raise UsageError(f"--weights {name}=...: {name} is not asked for; {nearest(name, entries)}")
-    yield from filter(None, (_as_begun(component, options, layout) for component in begun))
+    yield from filter(None, (_as_begun(component, options, store) for component in begun))
     seen = set()
     for kind, dtype, model in resolved:
         if (kind, model.name) in seen:
@@ -185,16 +186,15 @@ def _requests(options: BuildOptions, layout: CacheLayout) -> Iterator[ModelReque
         )
 
 
-def _latents(options: BuildOptions, layout: CacheLayout) -> list[ComponentSpec]:
-    store = CacheStore(options.cache, layout)
+def _latents(store: CacheStore) -> list[ComponentSpec]:
     found = [store.component(path) for path in store.components() if path.startswith(LATENTS)]
     return [component for component in found if component is not None]
 
 
-def _as_begun(component: ComponentSpec, options: BuildOptions, layout: CacheLayout) -> ModelRequest | None:
+def _as_begun(component: ComponentSpec, options: BuildOptions, store: CacheStore) -> ModelRequest | None:
     """Return the request that finishes latents as they were begun, None where they are whole."""
-    store = CacheStore(options.cache, layout)
-    if store.is_complete(component.path) and not store.missing_ranges(component):
+    whole = store.is_complete(component.path) and not store.missing_ranges(component)
+    if whole and (component.imported is not None or not lacks_numbers(store, component)):
         return None
     random_weights = component.spec["random_weights"]
     entry = component.spec["entry"]
@@ -206,7 +206,7 @@ def _as_begun(component: ComponentSpec, options: BuildOptions, layout: CacheLayo
     return ModelRequest(
         kind=LATENTS,
         name=component.name,
-        spec=resolve_autoencoder(entry, resolution=layout.resolution, random_weights=random_weights).spec,
+        spec=resolve_autoencoder(entry, resolution=store.layout.resolution, random_weights=random_weights).spec,
         dtype=component.dtype,
         precision=component.precision,
         compressor=component.compressor,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ...cache_specs.binding import pack_numbers
 from ...cache_specs.encoder_entry import EncoderEntry
 from ...cache_specs.errors import UsageError, nearest
 from ...cache_specs.layout import DEFAULT_SHARD_SAMPLES, VIEWS, ArrayLayout, CacheLayout
@@ -69,9 +70,14 @@ def array_bytes(layout: ArrayLayout) -> int:
 
 
 def component_bytes(kind: str, model: ResolvedModel, cache: CacheLayout) -> dict[str, int]:
-    """Return the bytes of a component's shard files by storage dtype; latents are float16 alone."""
+    """Return the bytes of a component's shards and their numbers by storage dtype; latents are float16 alone."""
     dtypes = STORAGE_DTYPES if kind == FEATURES else STORAGE_DTYPES[:1]
-    return {dtype: sum(map(array_bytes, component_arrays(kind, model.spec, dtype, cache))) for dtype in dtypes}
+    sizes = {}
+    for dtype in dtypes:
+        arrays = component_arrays(kind, model.spec, dtype, cache)
+        numbers = cache.num_ranges * len(pack_numbers([0] * len(arrays)))
+        sizes[dtype] = sum(map(array_bytes, arrays)) + numbers
+    return sizes
 
 
 def sit_gmac(model: str, *, latent_size: int) -> float:

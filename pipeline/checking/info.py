@@ -1,18 +1,20 @@
 """What is in a cache, as text: components, shapes, bytes, fingerprints, and what is still missing."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...cache_specs.group import group_attributes
-from ...cache_specs.layout import BAD_FILES, CacheLayout
-from ...cache_specs.schema import ComponentSpec
+from ...cache_specs.components import Component
+from ...cache_specs.errors import CacheError
+from ...cache_specs.layout import CacheLayout
 from ...cache_specs.sizes import human_bytes
 from ..building.plan import describe
+from ..store.binding import unbound
 from ..store.store import CacheStore
 
 
 def info_lines(path: str | Path) -> Iterator[str]:
-    """Yield the lines of `repa-cache info`; raise `CacheError` where there is no cache."""
+    """Yield the lines of `repa-cache info`; raise `CacheError` where there is none, or it does not hold."""
     store = CacheStore.open(path)
     layout = store.layout
     yield (
@@ -20,19 +22,27 @@ def info_lines(path: str | Path) -> Iterator[str]:
         f"views {' + '.join(layout.views)}, {layout.num_ranges} shards of {layout.shard_samples}"
     )
     yield f"dataset {layout.dataset_fingerprint}"
-    for name in store.components():
-        component = store.component(name)
+    names = store.components()
+    damaged: CacheError | None = None
+    for name in names:
+        try:
+            component = store.opened(name)
+        except CacheError as error:  # the others are told all the same
+            damaged = damaged or error
+            continue
         if component is not None:
             yield ""
             yield from _component_lines(store, component)
-    if not store.components():
+    if damaged is not None:
+        raise damaged
+    if not names:
         yield "no components yet; add one with repa-cache build"
 
 
-def _component_lines(store: CacheStore, component: ComponentSpec) -> Iterator[str]:
-    attributes = group_attributes(store.path / component.path) or {}
+def _component_lines(store: CacheStore, opened: Component) -> Iterator[str]:
+    component, attributes = opened.spec, opened.attributes
     missing = store.missing_ranges(component)
-    complete = store.is_complete(component.path) and not missing
+    complete = opened.complete and not missing
     yield f"{component.path}: {'complete' if complete else 'INCOMPLETE'}"
     yield f"  {component.spec['loader']} {component.spec['model']}, weights {component.weights}, {component.precision}"
     if component.imported is not None:
@@ -45,9 +55,11 @@ def _component_lines(store: CacheStore, component: ComponentSpec) -> Iterator[st
         yield f"  latent mean {_numbers(attributes['latent_mean'])} std {_numbers(attributes['latent_std'])}"
     if "float16_error" in attributes:
         yield f"  float16 moves a channel's mean by at most {attributes['float16_error']:.2g} of its std"
-    if attributes.get(BAD_FILES):
-        yield f"  {len(attributes[BAD_FILES])} bad files left out:"
-        yield from (f"    {sample_id}: {reason}" for sample_id, reason in attributes[BAD_FILES].items())
+    if opened.bad_files:
+        yield f"  {len(opened.bad_files)} bad files left out:"
+        yield from (f"    {sample_id}: {reason}" for sample_id, reason in opened.bad_files.items())
+    if unbound(opened):
+        yield f"  nothing ties its shards to their places: repa-cache bind {shlex.quote(str(store.path))} adds that"
     if not complete:
         if missing:
             samples = _ranges(store.layout, missing)

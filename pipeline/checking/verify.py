@@ -1,12 +1,14 @@
 """Can this cache be trusted? Every file that must be there is, every checksum holds, every value is finite.
 
-A flipped byte anywhere, in data or index, is found and named by sample; the files to delete, and the command that then
-makes them anew, are said at the end.
+A flipped byte anywhere, in data or index, is found and named by sample, and so is a shard that is whole and belongs
+elsewhere; the files to delete, and the command that then makes them anew, are said at the end. Whether the shards of a
+component are its own is checked in verify_binding.py, of numbers that are taken here as chunks are read.
 """
 
 import json
 import math
 import os
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,31 +18,39 @@ from typing import Any
 
 import numpy as np
 
+from ...cache_specs.binding import SHARD_CHECKSUMS, SHARDS_DIGEST, shard_number
+from ...cache_specs.components import Component, check_fingerprint, check_place
 from ...cache_specs.errors import CacheError
-from ...cache_specs.fingerprint import digest, manifest_fingerprint, transform_fingerprint
-from ...cache_specs.group import METADATA, group_attributes
-from ...cache_specs.layout import METADATA_CHUNK, ArrayLayout
+from ...cache_specs.fingerprint import manifest_fingerprint, transform_fingerprint
+from ...cache_specs.group import METADATA, check_digest, group_attributes
+from ...cache_specs.layout import COMPLETE, METADATA_CHUNK, ArrayLayout
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.storage import Location
-from ..store.metadata import DIGEST, component_files, root_files
+from ..store.binding import unbound
+from ..store.metadata import component_files, root_files
 from ..store.shards import iter_chunks
 from ..store.statistics import component_statistics
 from ..store.store import CacheStore
+from .verify_binding import binding_problems, source_problems
 
 
 @dataclass(kw_only=True)
 class VerifyReport:
-    """What was looked at and what is wrong: one line a problem, and the files to delete, which a build makes anew."""
+    """What was looked at and what is wrong: one line a problem, and the files to delete, which a build makes anew.
+
+    `notes` are no problems: what could not be checked, and why.
+    """
 
     num_shards: int = 0
     num_bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     damaged_files: dict[Location, None] = field(default_factory=dict)  # a set in the order in which they were found
 
-    def add(self, problem: str, file: Location) -> None:
-        """Note a problem of one file."""
+    def add(self, problem: str, file: Location | None) -> None:
+        """Note a problem, and the file to delete for it."""
         self.problems.append(problem)
-        if file not in self.damaged_files and file.exists():
+        if file is not None and file not in self.damaged_files and file.exists():
             self.damaged_files[file] = None
 
 
@@ -51,30 +61,32 @@ def verify(path: str | Path | Location, *, on_progress: Callable[[int, int], Non
     """
     store = CacheStore.open(path)
     report = VerifyReport()
-    _check_attributes(report, store.path)
     _check_files(report, store.path, root_files(store.layout))
     sample_ids = _check_samples(report, store)
-    components = list(_readable_components(report, store))
+    opened = list(_readable_components(report, store))
+    components = [component.spec for component in opened]
     arrays = [(component, layout) for component in components for layout in component.arrays(store.layout)]
     num_shards = len(arrays) * store.layout.num_ranges
-    for num_bytes, file, problems in _shard_checks(store, sample_ids, arrays):
+    numbers: dict[str, list[int | None]] = {component.path: [] for component in components}
+    for found in _shard_checks(store, sample_ids, arrays):
         report.num_shards += 1
-        report.num_bytes += num_bytes
-        for problem in problems:
-            report.add(problem, file)
+        report.num_bytes += found.num_bytes
+        for problem in found.problems:
+            report.add(problem, found.file)
+        numbers[found.path].append(found.number)
         on_progress(report.num_shards, num_shards)
+    for component in opened:
+        if unbound(component):
+            bind = f"repa-cache bind {shlex.quote(str(path))}"
+            report.notes.append(f"{component.spec.path}: nothing ties its shards to their places: {bind} adds that")
+            continue
+        for problem, file in binding_problems(store, component, numbers[component.spec.path]):
+            report.add(problem, file)
+    report.problems += source_problems(store, opened, sample_ids)
     if not report.problems:
-        for component in components:
-            report.problems += _check_statistics(store, component)
+        for spec in components:
+            report.problems += _check_statistics(store, spec)
     return report
-
-
-def _check_attributes(report: VerifyReport, group: Location) -> None:
-    attributes = group_attributes(group) or {}
-    expected = attributes.pop(DIGEST, None)
-    if digest(attributes) != expected:
-        file = group / METADATA
-        report.add(f"{file}: the attributes do not match their digest; the file was changed or is damaged", file)
 
 
 def _check_files(report: VerifyReport, folder: Location, expected: Mapping[str, bytes]) -> None:
@@ -118,38 +130,65 @@ def _check_samples(report: VerifyReport, store: CacheStore) -> list[str] | None:
     return ids
 
 
-def _readable_components(report: VerifyReport, store: CacheStore) -> Iterator[ComponentSpec]:
-    """Yield the components whose metadata can be read, with what is wrong in it noted."""
+def _readable_components(report: VerifyReport, store: CacheStore) -> Iterator[Component]:
+    """Yield the components whose metadata can be read, with what is wrong in it noted.
+
+    Attributes that do not hold are left out: nothing is compared with them.
+    """
     for name in [f"{kind}/{name}" for kind in (LATENTS, FEATURES) for name in sorted((store.path / kind).names())]:
         if METADATA in name:  # the kind's own, checked with the root's
             continue
         group = store.path / name
         file = group / METADATA
         try:
-            component = store.component(name)
-            if component is None:
+            attributes = group_attributes(group)
+            if attributes is None:
                 report.add(f"{file}: missing; run the build of {group.name} again", file)
                 continue
-            _check_attributes(report, group)
+            component = ComponentSpec.from_attributes(attributes, str(group))
             expected = component_files(component, store.layout)
         except CacheError as error:
             report.add(str(error), file)
             continue
-        _check_files(report, group, expected)
-        if (group_attributes(group) or {}).get("fingerprint") != component.fingerprint(store.layout):
-            report.add(f"{file}: the fingerprint does not match the spec beside it", file)
-        if not store.is_complete(name):
+        if component.path == name and not attributes.get(COMPLETE):
             report.problems.append(f"{group}: not complete; run the build again to finish it")
-        yield component
+        try:
+            check_digest(attributes, group)
+            check_fingerprint(component, attributes, store.path, store.layout)
+        except CacheError as error:
+            report.add(str(error), file)
+            attributes = {}
+        try:
+            check_place(component, store.path, name)
+        except CacheError as error:
+            if attributes:  # else it may be the name that is damaged
+                report.add(str(error), None)
+            continue
+        numbers = f"{SHARD_CHECKSUMS}/{METADATA}"
+        if SHARDS_DIGEST not in attributes and not (group / numbers).exists():
+            del expected[numbers]  # of an earlier version, or begun by one
+        _check_files(report, group, expected)
+        yield Component(component, attributes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShardCheck:
+    """What a shard is found to be: `number` ties it to its place, None where something is wrong with it."""
+
+    path: str  # the component's
+    file: Location
+    num_bytes: int
+    number: int | None
+    problems: list[str]
 
 
 def _shard_checks(
     store: CacheStore, sample_ids: list[str] | None, arrays: list[tuple[ComponentSpec, ArrayLayout]]
-) -> Iterator[tuple[int, Location, list[str]]]:
+) -> Iterator[_ShardCheck]:
     """Yield what `_check_shard` returns for every shard of `arrays`, in order, checked on every CPU core."""
     cores = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(max_workers=cores) as threads:
-        ahead: deque[Future[tuple[int, Location, list[str]]]] = deque()
+        ahead: deque[Future[_ShardCheck]] = deque()
         for component, layout in arrays:
             for index in range(store.layout.num_ranges):
                 ahead.append(threads.submit(_check_shard, store, sample_ids, component, layout, index))
@@ -161,13 +200,17 @@ def _shard_checks(
 
 def _check_shard(
     store: CacheStore, sample_ids: list[str] | None, component: ComponentSpec, layout: ArrayLayout, index: int
-) -> tuple[int, Location, list[str]]:
+) -> _ShardCheck:
     file = store.path / component.path / layout.name / layout.shard_file(index)
     start, stop = store.layout.sample_range(index)
     where = f"{component.path}/{layout.name}"
+
+    def found(num_bytes: int, problems: list[str], number: int | None = None) -> _ShardCheck:
+        return _ShardCheck(path=component.path, file=file, num_bytes=num_bytes, number=number, problems=problems)
+
     num_bytes = file.size()
     if num_bytes is None:
-        return 0, file, [f"{where}: samples {start} to {stop - 1}: {file.name} is missing"]
+        return found(0, [f"{where}: samples {start} to {stop - 1}: {file.name} is missing"])
 
     def name(chunk: int) -> str:
         if len(layout.inner) == 1:
@@ -178,16 +221,16 @@ def _check_shard(
         return f"{where}: sample {row}{known}, view {store.layout.views[view]}"
 
     rows = layout.num_chunks(stop - start)
-    problems = []
+    problems, checksums = [], bytearray()
     try:
-        for chunk, found in iter_chunks(file, layout, component.compressor, num_chunks=rows):
-            if isinstance(found, str):
-                problems.append(f"{name(chunk)}: {found}")
-            elif chunk < rows and not all_finite(found):
+        for chunk, values in iter_chunks(file, layout, component.compressor, num_chunks=rows, checksums=checksums):
+            if isinstance(values, str):
+                problems.append(f"{name(chunk)}: {values}")
+            elif chunk < rows and not all_finite(values):
                 problems.append(f"{name(chunk)}: values are not finite")
     except CacheError as error:
-        return 0, file, [*problems, f"{where}: samples {start} to {stop - 1}: {error}"]
-    return num_bytes, file, problems
+        return found(0, [*problems, f"{where}: samples {start} to {stop - 1}: {error}"])
+    return found(num_bytes, problems, None if problems else shard_number(checksums))
 
 
 def all_finite(values: np.ndarray) -> bool:

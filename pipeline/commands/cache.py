@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...cache_specs.errors import JobError, UsageError, one_line_errors
+from .bind import bind
 from .build import build, manifest_of, weights_of
 from .encoders import encoders
 from .estimate import estimate
@@ -25,7 +26,7 @@ MAX_LISTED = 20  # damaged files in the line that removes them; verify has named
 
 
 @click.group(
-    commands=(*COMMANDS, build, encoders, estimate, import_command),
+    commands=(*COMMANDS, bind, build, encoders, estimate, import_command),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="repa-cache")
@@ -97,8 +98,8 @@ def verify(
             bar.update(done - bar.n)
 
         report = check(cache, on_progress=progress)
-    for problem in report.problems:
-        click.echo(problem, err=True)
+    for line in (*report.notes, *report.problems):
+        click.echo(line, err=True)
     if report.problems:
         damaged = list(report.damaged_files)
         remove = "aws s3 rm " if cache.startswith("s3://") else "rm "

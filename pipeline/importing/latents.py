@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..store.binding import bind_ranges, lacks_numbers
 from ..store.complete import complete_component
 from ..store.component_writer import ComponentWriter
 from ..store.records import known_bytes
@@ -59,7 +60,9 @@ def run_import(
             report.bad |= bad
             report.num_samples += 0 if bad else stop - start
             on_progress(stop - start)
-        if not report.bad and not store.is_complete(component.path):
+        if lacks_numbers(store, component):
+            bind_ranges(store, component)
+        elif not report.bad and not store.is_complete(component.path):
             report.statistics = complete_component(store, component, plan.source.manifest, {})
     return report
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...cache_specs.components import read_layout
 from ...cache_specs.errors import JobError, UsageError, nearest, reason
-from ...cache_specs.group import group_attributes
 from ...cache_specs.layout import CacheLayout
 from ...cache_specs.outside import read_file
 from ...cache_specs.schema import IMPORTED, LATENTS, UNKNOWN, ComponentSpec
@@ -132,10 +132,9 @@ def plan_import(options: ImportOptions) -> ImportPlan:
         if options.pixel_range is None:
             check_pixel_range(entry, source, look)
     check_statistics(source, look)
-    attributes = group_attributes(location(options.cache))
     layout = resolve_layout(
         source.manifest,
-        None if attributes is None else CacheLayout.from_attributes(attributes, str(options.cache)),
+        read_layout(location(options.cache)),
         resolution=resolution,
         shard_samples=options.shard_samples,
         flip=len(source.views) > 1,

@@ -8,6 +8,7 @@ from ...cache_specs.layout import BAD_FILES
 from ...cache_specs.schema import ComponentSpec
 from ..images.decode import decode_batch
 from ..images.manifest import Manifest
+from .binding import bind_ranges, binding
 from .records import invalid_rows, known_bytes
 from .statistics import component_statistics
 from .store import CacheStore
@@ -24,6 +25,7 @@ def complete_component(
     results = component_statistics(store, component)
     if bad:
         results[BAD_FILES] = bad
+    results |= binding(store, component, bind_ranges(store, component))
     store.complete_component(component, results)
     return results
 

@@ -72,7 +72,9 @@ class ComponentWriter:
             self._writer(name).append(record)
         for writer in self._writers.values():
             writer.close()
-        self._store.commit_range(self.component, self._index, {n: w.path for n, w in self._writers.items()})
+        paths = {name: writer.path for name, writer in self._writers.items()}
+        numbers = {name: writer.number for name, writer in self._writers.items()}
+        self._store.commit_range(self.component, self._index, paths, numbers)
 
     def abandon(self) -> None:
         """Remove what was not committed."""

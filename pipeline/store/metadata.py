@@ -12,18 +12,11 @@ import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from ...cache_specs.fingerprint import digest
-from ...cache_specs.group import METADATA
+from ...cache_specs.binding import checksums_layout
+from ...cache_specs.group import METADATA, with_digest
 from ...cache_specs.layout import METADATA_CHUNK, ArrayLayout, CacheLayout
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from .shards import COMPRESSOR_CONFIGS
-
-DIGEST = "attributes_digest"  # over the other attributes: `verify` finds a changed byte in them
-
-
-def with_digest(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes with their digest after them."""
-    return {**attributes, DIGEST: digest(dict(attributes))}
 
 
 def _render(
@@ -69,6 +62,12 @@ def component_files(
     arrays = {layout.name: _array_options(layout, component.compressor) for layout in component.arrays(cache)}
     # Beside the group's own record: whose shards these are is still known where that one was deleted.
     arrays["valid"]["attributes"] = {"component_fingerprint": component.fingerprint(cache)}
+    numbers = checksums_layout(cache, len(arrays))
+    arrays[numbers.name] = {
+        **_array_options(numbers, "none"),
+        "shards": None,  # a row is a chunk, and a file
+        "attributes": {"arrays": list(arrays)},
+    }
     files = _render({**component.attributes(cache), **(results or {})}, arrays)
     group = files.pop(METADATA)
     return {**files, METADATA: group}

@@ -1,6 +1,7 @@
 """What every component records of a sample beside its values: whether the row holds anything, and its file's size."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -9,20 +10,34 @@ from ...cache_specs.schema import ComponentSpec
 from .shards import read_shard
 from .store import CacheStore
 
+THREADS = 8  # that read small files: from an object store each waits for its answer
+
 
 def read_valid(store: CacheStore, component: ComponentSpec, index: int) -> np.ndarray:
-    """Return `valid` [samples of the range] bool; raise `CacheError` where its shard is damaged.
+    """Return `valid` [samples of the range] bool; raise `CacheError` where its shard is damaged."""
+    return read_record(store, component, "valid", index)
+
+
+def read_record(store: CacheStore, component: ComponentSpec, name: str, index: int) -> np.ndarray:
+    """Return `valid` or `source_bytes` [samples of the range]; raise `CacheError` where the shard is damaged.
 
     The shard is read directly: a reader that opens the array for each of some thousand ranges takes minutes.
     """
-    layout = next(array for array in component.arrays(store.layout) if array.name == "valid")
+    layout = next(array for array in component.arrays(store.layout) if array.name == name)
     path = store.path / component.path / layout.name / layout.shard_file(index)
     start, stop = store.layout.sample_range(index)
     chunks, problems = read_shard(path, layout, component.compressor, num_chunks=1)
     if problems:
         raise CacheError(f"{path}: {problems[0]}; delete this file and run the build again")
-    valid: np.ndarray = chunks.reshape(-1)[: stop - start]
-    return valid
+    values: np.ndarray = chunks.reshape(-1)[: stop - start]
+    return values
+
+
+def read_whole_record(store: CacheStore, component: ComponentSpec, name: str) -> np.ndarray:
+    """Return `valid` or `source_bytes` [N]; raise `CacheError` where a shard is missing or damaged."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        parts = threads.map(lambda index: read_record(store, component, name, index), range(store.layout.num_ranges))
+        return np.concatenate(list(parts))
 
 
 def invalid_rows(store: CacheStore, component: ComponentSpec) -> list[int]:

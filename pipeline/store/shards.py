@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ...cache_specs.binding import shard_number
 from ...cache_specs.layout import ArrayLayout
 from ...cache_specs.partial_files import new_file
 from ...cache_specs.shard_index import ABSENT, CHECKSUM_BYTES, checksum, pack_index, padding, stored_chunks
@@ -69,6 +70,7 @@ class ShardWriter:
         self._entries = np.full((int(np.prod(layout.chunks_per_shard)), 2), ABSENT, dtype=np.uint64)
         self._next = 0
         self._offset = 0
+        self._checksums = bytearray()
         self._pending = bytearray()  # encoded and not yet written, less than WRITE_BYTES between calls
         try:
             self._descriptor = new_file(path)
@@ -86,12 +88,19 @@ class ShardWriter:
             self._pending += bytes(gap)
             self._offset += gap
             self._pending += raw.data if isinstance(raw, np.ndarray) else raw
-            self._pending += checksum(raw)
+            found = checksum(raw)
+            self._pending += found
+            self._checksums += found
             length = len(raw) + CHECKSUM_BYTES
             self._entries[self._next] = (self._offset, length)
             self._offset += length
             self._next += 1
         self._write(len(self._pending) // WRITE_BYTES * WRITE_BYTES)
+
+    @property
+    def number(self) -> int:
+        """What ties the shard to its place (binding.py), of the chunks appended so far."""
+        return shard_number(self._checksums)
 
     def close(self) -> None:
         """Write the index and fsync; the file is then a whole shard under its partial name."""
@@ -125,18 +134,24 @@ class ShardWriter:
 
 
 def iter_chunks(
-    path: Path | Location, layout: ArrayLayout, compressor: str, *, num_chunks: int
+    path: Path | Location,
+    layout: ArrayLayout,
+    compressor: str,
+    *,
+    num_chunks: int,
+    checksums: bytearray | None = None,
 ) -> Iterator[tuple[int, np.ndarray | str]]:
     """Yield the inner chunks of a shard in their order, every checksum checked, in the memory of one.
 
     Each comes as (chunk number, array [*inner chunk without its leading ones]), the array valid until the next is
     asked for, or as (chunk number, what is wrong with it). The first `num_chunks` must be there: those of the samples
-    that exist; the last shard has room for more. Raises `CacheError` where the file or its index cannot be used at all.
+    that exist; the last shard has room for more. `checksums` is extended by those that are stored, of which the shard's
+    number is made. Raises `CacheError` where the file or its index cannot be used at all.
     """
     decode = chunk_decoder(compressor)
     row_shape = layout.inner if len(layout.inner) == 1 else layout.inner[2:]
     with location(path).open() as source:
-        for i, data in stored_chunks(source, layout, where=path):
+        for i, data in stored_chunks(source, layout, where=path, checksums=checksums):
             if data is None:
                 if i < num_chunks:
                     yield i, "it is missing from its shard"

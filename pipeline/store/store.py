@@ -1,20 +1,29 @@
 """The cache as a build sees it: create it, add a component, commit a range, finish.
 
 What is there is the only record (DESIGN: no journal). A range of a component is done when every array has its shard,
-`valid` last. A shard comes in by a rename on disk, by a put in an object store: a kill at any moment leaves either the
-old file or the new one.
+`valid` last; what ties them to their places (binding.py) is written before that. A shard comes in by a rename on disk,
+by a put in an object store: a kill at any moment leaves either the old file or the new one.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 
+from ...cache_specs.binding import SHARD_CHECKSUMS, SHARDS_DIGEST, checksums_layout, pack_numbers
+from ...cache_specs.components import (
+    Component,
+    check_array,
+    check_rows,
+    read_array_metadata,
+    read_component,
+    read_layout,
+)
 from ...cache_specs.errors import CacheError, JobError, UsageError
-from ...cache_specs.group import METADATA, component_names, group_attributes
+from ...cache_specs.group import METADATA, component_names
 from ...cache_specs.layout import COMPLETE, PARTIAL_FOLDER, CacheLayout
 from ...cache_specs.locks import locked
 from ...cache_specs.outside import parse_json
@@ -39,11 +48,11 @@ class CacheStore:
 
     @classmethod
     def open(cls, path: str | Path | Location) -> "CacheStore":
-        """Open an existing cache; raise `CacheError` where there is none."""
-        attributes = group_attributes(location(path))
-        if attributes is None:
+        """Open an existing cache; raise `CacheError` where there is none, or its record does not hold."""
+        layout = read_layout(location(path))
+        if layout is None:
             raise CacheError(f"{path}: no cache here; make one with repa-cache build --cache {path} --data FOLDER")
-        return cls(path, CacheLayout.from_attributes(attributes, str(path)))
+        return cls(path, layout)
 
     @classmethod
     def create_or_open(cls, path: str | Path | Location, layout: CacheLayout, manifest: Manifest) -> "CacheStore":
@@ -54,15 +63,15 @@ class CacheStore:
         """
         store = cls(path, layout)
         with store.lock("cache", wait=True):
-            attributes = group_attributes(store.path)
-            if attributes is None:
+            found = read_layout(store.path)
+            if found is None:
                 foreign = _foreign_entries(store.path)
                 if foreign:
                     raise UsageError(
                         f"--cache {path}: the folder holds other things ({foreign[0]}) and no cache; name a new one"
                     )
             else:
-                _check_same_cache(store.path, CacheLayout.from_attributes(attributes, str(path)), layout)
+                _check_same_cache(store.path, found, layout)
             rows = {"sample_id": manifest.sample_ids, "label": manifest.labels}
             store._write_missing(store.path, root_files(layout, rows))
             return store
@@ -75,10 +84,14 @@ class CacheStore:
 
     # Components
 
+    def opened(self, path: str) -> Component | None:
+        """Return the component at `path` (`features/hog`) as it is on disk, or None; raise where it does not hold."""
+        return read_component(self.path, self.layout, path)
+
     def component(self, path: str) -> ComponentSpec | None:
-        """Return the spec on disk of the component at `path` (`features/hog`), or None."""
-        attributes = group_attributes(self.path / path)
-        return None if attributes is None else ComponentSpec.from_attributes(attributes, str(self.path / path))
+        """Return the spec on disk of the component at `path`, or None; raise as `opened` does."""
+        found = self.opened(path)
+        return None if found is None else found.spec
 
     def components(self) -> list[str]:
         """Return the paths of all components, latents first, by name."""
@@ -91,18 +104,16 @@ class CacheStore:
         `valid` says that they are this component's, and removed where not: they would pass as its own.
         """
         files = component_files(spec, self.layout)
-        found = self.component(spec.path)
+        found = self.opened(spec.path)
         if found is not None:
-            difference = found.difference(spec)
+            difference = found.spec.difference(spec)
             if difference:
                 raise CacheError(
                     f"{self.path}: {spec.path} on disk differs from what is asked: {difference}; "
                     "build it in another cache, or ask for what is there"
                 )
-            if found.fingerprint(self.layout) != (group_attributes(self.path / spec.path) or {}).get("fingerprint"):
-                raise CacheError(
-                    f"{self.path}: {spec.path}: the fingerprint does not match its spec; run repa-cache verify"
-                )
+            if found.complete and SHARDS_DIGEST not in found.attributes:
+                del files[f"{SHARD_CHECKSUMS}/{METADATA}"]  # completed by an earlier version: `bind` adds it
         elif not self._owns_shards(self.path / spec.path, files):
             (self.path / spec.path).delete_tree()
         self._write_missing(self.path / spec.path, files)
@@ -122,6 +133,7 @@ class CacheStore:
     def complete_component(self, spec: ComponentSpec, results: Mapping[str, Any]) -> None:
         """Write `results` and, last, `complete` into the component's attributes, at once."""
         files = component_files(spec, self.layout, {**results, COMPLETE: True})
+        self._write_missing(self.path / spec.path, files)
         (self.path / spec.path / METADATA).write(files[METADATA])
 
     def take_back(self, spec: ComponentSpec, ranges: Iterable[int]) -> None:
@@ -131,7 +143,8 @@ class CacheStore:
             (self.path / spec.path / layout.name / layout.shard_file(index)).delete()
 
     def is_complete(self, path: str) -> bool:
-        return bool((group_attributes(self.path / path) or {}).get(COMPLETE))
+        found = self.opened(path)
+        return found is not None and found.complete
 
     def missing_ranges(self, spec: ComponentSpec) -> list[int]:
         """Return the sample ranges of which some array has no shard."""
@@ -142,13 +155,27 @@ class CacheStore:
         return [k for k in range(self.layout.num_ranges) if k not in done]
 
     def read(self, array: str, start: int, stop: int) -> np.ndarray:
-        """Return rows of `array` (`features/hog/valid`) through zarr, every checksum checked."""
+        """Return rows of `array` (`features/hog/valid`) through zarr, its metadata and every checksum checked."""
         stored = self.path / array
+        self._check_metadata(array)
         try:
             with stored.reading():
                 return np.asarray(zarr.open_array(stored.zarr_store(), mode="r")[start:stop])
         except ZARR_ERRORS as error:
             raise CacheError(f"{self.path / array}: samples {start} to {stop - 1} cannot be read ({error})") from error
+
+    def _check_metadata(self, array: str) -> None:
+        path, _, name = array.rpartition("/")
+        if not path:
+            check_rows(self.path / array, self.layout)
+            return
+        component = self.component(path)
+        if component is None:
+            return  # zarr says that it is missing
+        for layout in component.arrays(self.layout):
+            if layout.name == name:
+                folder = self.path / array
+                check_array(read_array_metadata(folder, layout), folder, layout, component.compressor)
 
     # Partial files and locks
 
@@ -184,14 +211,22 @@ class CacheStore:
                 # A worker of a killed build may write on for a moment; what it adds now is cleared here.
                 clear_folder(self.partial_folder(name))
 
-    def commit_range(self, spec: ComponentSpec, index: int, partials: Mapping[str, Path]) -> None:
-        """Bring finished partial files of one range into place, `valid` last, each folder made durable first."""
+    def write_numbers(self, spec: ComponentSpec, index: int, numbers: Sequence[int]) -> None:
+        """Record what ties the shards of one range to their places, durably: a number an array, in their order."""
+        file = checksums_layout(self.layout, len(numbers)).shard_file(index)
+        (self.path / spec.path / SHARD_CHECKSUMS / file).write(pack_numbers(numbers))
+
+    def commit_range(
+        self, spec: ComponentSpec, index: int, partials: Mapping[str, Path], numbers: Mapping[str, int]
+    ) -> None:
+        """Bring finished partial files of one range into place, `valid` last, all else made durable first."""
         *values, valid = spec.arrays(self.layout)
         group = self.path / spec.path
         for layout in values:
             (group / layout.name / layout.shard_file(index)).take(partials[layout.name])
         for layout in values:
             (group / layout.name).sync()
+        self.write_numbers(spec, index, [numbers[layout.name] for layout in (*values, valid)])
         (group / valid.name / valid.shard_file(index)).take(partials[valid.name])
         (group / valid.name).sync()
 

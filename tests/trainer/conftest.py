@@ -3,6 +3,7 @@
 Nothing of repa.pipeline and nothing of the direct reader is used: two ways to the bytes that must agree.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -80,6 +81,11 @@ def int8_tokens(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     return q.astype(np.int8), scale[..., 0].astype(np.float16), mean[:, :, 0], std[:, :, 0]
 
 
+def with_digest(attributes: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(attributes, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return {**attributes, "attributes_digest": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def write_cache(
     path: Path,
     *,
@@ -102,6 +108,7 @@ def write_cache(
     """Write random rows: latents "toy-ae" of 3 channels and one group an entry of `encoders` (name: dtype)."""
     rng = np.random.default_rng(seed)
     encoders = {"toy": "float16"} if encoders is None else encoders
+    compressor = "zstd" if shards == "zstd" else "none"
     ids = [f"{i % num_classes}/{seed}-{i:05d}.png" for i in range(num_samples)]
     labels = rng.integers(0, num_classes, num_samples).astype(np.int32)
     manifest = manifest_fingerprint(ids, labels.tolist())
@@ -115,8 +122,9 @@ def write_cache(
         manifest_fingerprint=manifest,
         dataset_fingerprint=transform_fingerprint(manifest, resolution=size, crop=CROP, views=views, class_names=names),
     )
-    root = zarr.open_group(path, mode="w", attributes=layout.attributes())
-    root.create_array("label", data=labels, chunks=(7,))
+    root = zarr.open_group(path, mode="w", attributes=with_digest(layout.attributes()))
+    label = {"chunks": (65_536,), "compressors": [ZstdCodec(level=1), Crc32cCodec()]}
+    root.create_array("label", data=labels, **label, config={"write_empty_chunks": True})  # type: ignore[arg-type]  # zarr's overloads
     written = WrittenCache(path, layout, {"label": labels})
 
     moment_channels = 6 if latents == "mean_std" else 3
@@ -135,7 +143,7 @@ def write_cache(
         "latent_size": [size, size],
         "random_weights": False,
     }
-    component = ComponentSpec(kind="latents", name="toy-ae", spec=latent_spec, weights="none")
+    component = ComponentSpec(kind="latents", name="toy-ae", spec=latent_spec, weights="none", compressor=compressor)
     results = {"latent_mean": [0.1, -0.2, 0.3], "latent_std": [1.0, 2.0, 0.5]}
     rows = {"moments": moments}
     parts = [(component, rows, results)]
@@ -145,7 +153,8 @@ def write_cache(
         tokens = 3 * tokens + rng.standard_normal(width).astype(np.float32)
         q, scale, mean, std = int8_tokens(tokens)
         spec = {"entry": "hog", "width": width, "grid": [grid, grid], "cls_token": True, "random_weights": False}
-        component = ComponentSpec(kind="features", name=name, spec=spec, weights="none", dtype=dtype)  # type: ignore[arg-type]  # a test's literal
+        storage: Any = {"dtype": dtype, "compressor": compressor}
+        component = ComponentSpec(kind="features", name=name, spec=spec, weights="none", **storage)
         rows = {
             "patch_tokens": q if dtype == "int8" else tokens,
             "token_scale": scale,
@@ -158,17 +167,19 @@ def write_cache(
     for component, rows, results in parts:
         bad = (invalid or {}).get(component.path, [])
         results = {**results, **({BAD_FILES: {ids[row]: "not an image" for row in bad}} if bad else {})}
-        group = root.create_group(component.path, attributes={**component.attributes(layout), **results})
+        group = root.create_group(component.path)
         valid = np.ones(num_samples, dtype=bool)
         valid[bad] = False
-        rows = {**rows, "valid": valid, "source_bytes": np.arange(num_samples)}
+        rows = {**rows, "valid": valid, "source_bytes": np.where(valid, 1 + np.arange(num_samples), 0)}
         for array in component.arrays(layout):
             data = rows[array.name].astype(array.dtype)
             data[list(zero_rows)] = 1 if array.name == "valid" else 0
             _write_array(group, array, data, shards)
             written.arrays[f"{component.path}/{array.name}"] = data
-        if complete:
-            group.attrs["complete"] = True
+        arrays = [array.name for array in component.arrays(layout)]
+        results |= _write_checksums(written, group, component.path, arrays)
+        finished = {"complete": True} if complete else {}
+        group.attrs.put(with_digest({**component.attributes(layout), **results, **finished}))
     return written
 
 
@@ -205,6 +216,34 @@ def _write_array(group: zarr.Group, layout: ArrayLayout, data: np.ndarray, shard
     np.testing.assert_array_equal(array[...], data)  # as zarr reads it
 
 
+def _write_checksums(written: WrittenCache, group: zarr.Group, path: str, arrays: list[str]) -> dict[str, str]:
+    """Write the number of every shard, from the bytes of its file; return the two digests."""
+    numbers = np.zeros((written.layout.num_ranges, len(arrays)), dtype="<u4")
+    for k, a in np.ndindex(numbers.shape):
+        file = written.shard(f"{path}/{arrays[a]}", k).read_bytes()
+        entries = int(np.prod(np.array(group[arrays[a]].shards) // group[arrays[a]].chunks))  # type: ignore[union-attr]  # an array
+        index = np.frombuffer(file[-4 - 16 * entries : -4], dtype="<u8").reshape(-1, 2)
+        ends = [int(start + length) for start, length in index if start != 2**64 - 1]
+        numbers[k, a] = google_crc32c.value(b"".join(file[end - 4 : end] for end in ends))
+    array = group.create_array(
+        "shard_checksums",
+        shape=numbers.shape,
+        dtype="uint32",
+        chunks=(1, len(arrays)),
+        compressors=[Crc32cCodec()],
+        filters=None,
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        attributes={"arrays": arrays},
+    )
+    array[...] = numbers
+    sources = written.arrays[f"{path}/source_bytes"].astype("<i8")
+    return {
+        "source_bytes_digest": hashlib.sha256(sources.tobytes()).hexdigest(),
+        "shards_digest": hashlib.sha256(numbers.tobytes()).hexdigest(),
+    }
+
+
 def with_checksum(data: bytes) -> bytes:
     return data + google_crc32c.value(data).to_bytes(4, "little")
 
@@ -217,6 +256,19 @@ def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Writte
         return write_cache(tmp_path_factory.mktemp("cache") / "cache", **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def change_attributes() -> Callable[..., None]:
+    """Return a function that gives a group of a cache these attributes, and the digest that goes with them."""
+
+    def change(group: Path, **changes: Any) -> None:
+        metadata = json.loads((group / "zarr.json").read_text())
+        attributes = {key: value for key, value in metadata["attributes"].items() if key != "attributes_digest"}
+        metadata["attributes"] = with_digest({**attributes, **changes})
+        (group / "zarr.json").write_text(json.dumps(metadata))
+
+    return change
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 
 from ...cache_specs.errors import UsageError
-from ...cache_specs.group import group_attributes
 from ...cache_specs.layout import layer_array
-from ...cache_specs.schema import FEATURES, ComponentSpec
+from ...cache_specs.schema import FEATURES
+from ..reading.components import finished_component
 from ..reading.reader import CacheReader
 from ..rows.row_reads import RowReads
 from ..rows.shards import open_array
@@ -32,7 +32,7 @@ class Reference:
         reader = CacheReader(cache, autoencoder=autoencoder, encoder=encoder)
         (features,) = reader.features
         group = reader.path / FEATURES / features.group
-        self.component = ComponentSpec.from_attributes(group_attributes(group) or {}, str(group))
+        self.component = finished_component(reader.path, reader.layout, FEATURES, features.group).spec
         layouts = {layout.name: layout for layout in self.component.arrays(reader.layout)}
         array = layer_array(_ARRAYS[pooling], features.layer)
         if array not in layouts:
@@ -43,7 +43,8 @@ class Reference:
         self.width = features.width
         self.valid_rows = reader.valid_rows
         self._reads = RowReads()
-        self._array = open_array(group, layouts[array], reads=self._reads, check_reads=True)
+        compressor = self.component.compressor
+        self._array = open_array(group, layouts[array], reads=self._reads, check_reads=True, compressor=compressor)
         reader.close()
 
     @property

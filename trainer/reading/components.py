@@ -1,25 +1,26 @@
 """Which components of a cache a run uses: names as the command line gives them, resolved to finished groups."""
 
-from collections.abc import Mapping
-from typing import Any
+import numpy as np
 
+from ...cache_specs import components
+from ...cache_specs.components import Component
 from ...cache_specs.errors import CacheError, UsageError, nearest
-from ...cache_specs.group import METADATA, component_names, group_attributes
-from ...cache_specs.layout import COMPLETE, ArrayLayout, CacheLayout
-from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
+from ...cache_specs.group import METADATA, component_names
+from ...cache_specs.layout import ArrayLayout, CacheLayout
+from ...cache_specs.schema import FEATURES, LATENTS
 from ...cache_specs.storage import Location
 from ...cache_specs.tables import stored_encoder
 
 
 def read_layout(cache: Location) -> CacheLayout:
     """Return which samples a cache holds and how they are cut; raise CacheError where there is no cache."""
-    attributes = group_attributes(cache)
-    if attributes is None:
+    layout = components.read_layout(cache)
+    if layout is None:
         raise CacheError(
             f"{cache}: no cache here. Make one with "
             f"repa-cache build --cache {cache} --data PATH --encoder NAME --autoencoder NAME"
         )
-    return CacheLayout.from_attributes(attributes, str(cache))
+    return layout
 
 
 def choose_component(
@@ -54,20 +55,17 @@ def choose_component(
     )
 
 
-def finished_component(
-    cache: Location, layout: CacheLayout, kind: str, name: str
-) -> tuple[ComponentSpec, Mapping[str, Any]]:
-    """Return the spec and the attributes of a group; raise CacheError where it is not finished, or of other data."""
+def finished_component(cache: Location, layout: CacheLayout, kind: str, name: str) -> Component:
+    """Return a component; raise CacheError where it is not finished, or does not hold (`read_component`)."""
     group = cache / kind / name
-    attributes = group_attributes(group) or {}
-    component = ComponentSpec.from_attributes(attributes, str(group))
-    if attributes.get(COMPLETE) is not True:
+    component = components.read_component(cache, layout, f"{kind}/{name}")
+    if component is None:
+        raise CacheError(f"{group} is gone; build it again")
+    if not component.complete:
         raise CacheError(
-            f"{group} is not complete: its build has not finished. Finish it with {component.build_command(cache)}"
+            f"{group} is not complete: its build has not finished. Finish it with {component.spec.build_command(cache)}"
         )
-    if attributes.get("dataset_fingerprint") != layout.dataset_fingerprint:
-        raise CacheError(f"{group} was made from other data than {cache} says; build it again")
-    return component, attributes
+    return component
 
 
 def check_ranges(valid: Location, layout: ArrayLayout) -> None:
@@ -86,3 +84,14 @@ def check_ranges(valid: Location, layout: ArrayLayout) -> None:
             f"{len(missing)} of {layout.num_shards} ranges of a component that says it is complete. Copy it again from "
             f"where it came from, or delete {valid.parent} and build it again"
         )
+
+
+def read_whole(stored: Location) -> np.ndarray:
+    """Return all of a small array, wherever and however it is stored; raise CacheError where it cannot be read."""
+    import zarr
+
+    try:
+        with stored.reading():
+            return np.asarray(zarr.open_array(stored.zarr_store(), mode="r")[:])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CacheError(f"{stored} cannot be read ({error}); the cache is damaged") from error

@@ -8,7 +8,7 @@ batch's tensors with no copy between (rows/shards.py).
 import hashlib
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...cache_specs.components import Component, check_rows, check_same_images
 from ...cache_specs.errors import CacheError, UsageError
-from ...cache_specs.layout import BAD_FILES, ArrayLayout, layer_array
+from ...cache_specs.layout import ArrayLayout, layer_array
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec, stored_layers
-from ...cache_specs.storage import Location, location
+from ...cache_specs.storage import location
 from ...cache_specs.tables import pick_layer
 from ..rows.direct_array import DirectArray
 from ..rows.row_batch import Batch, FeatureBatch
 from ..rows.row_reads import NUM_THREADS, Buffers, NDArray, RowArray, RowReads
 from ..rows.shards import open_array
-from .components import check_ranges, choose_component, finished_component, read_layout
+from .components import check_ranges, choose_component, finished_component, read_layout, read_whole
 from .specs import FeatureSpec, LatentSpec
 
 
@@ -85,6 +86,7 @@ class CacheReader:
 
         self.fingerprints: dict[str, str] = {"dataset": self.layout.dataset_fingerprint}
         self._valid = np.ones(self.num_samples, dtype=bool)
+        self._components: list[Component] = []
         self.latents, self._moments = self._open_latents(choose_component(self.path, LATENTS, autoencoder)[0])
         names = [encoder] if encoder is None or isinstance(encoder, str) else list(encoder)
         if len(set(names)) != len(names):
@@ -92,6 +94,7 @@ class CacheReader:
         imported = self.latents.without_images
         groups = [choose_component(self.path, FEATURES, name, without_images=imported) for name in names]
         opened = [self._open_features(*group) for group in groups]
+        check_same_images(self.path, self._components, self._read_record)
         self.features = tuple(spec for spec, _ in opened)
         self._feature_arrays = [arrays for _, arrays in opened]
 
@@ -202,25 +205,30 @@ class CacheReader:
         memory = self._memory[batch] = _Memory(batch.rows.numpy(), batch.labels.numpy(), buffers)
         return memory
 
-    def _open(self, kind: str, name: str) -> tuple[ComponentSpec, Mapping[str, Any], dict[str, RowArray]]:
+    def _open(self, kind: str, name: str) -> tuple[Component, dict[str, RowArray]]:
         """Open a finished component, AND its `valid` into ours and note its fingerprint."""
-        component, attributes = finished_component(self.path, self.layout, kind, name)
-        group = self.path / kind / name
+        component = finished_component(self.path, self.layout, kind, name)
+        self._components.append(component)
         arrays = {
-            layout.name: open_array(group, layout, reads=self._reads, check_reads=self._check_reads)
-            for layout in component.arrays(self.layout)
+            layout.name: self._open_array(component.spec, layout)
+            for layout in component.spec.arrays(self.layout)
             if layout.name != "source_bytes"
         }
         valid = arrays.pop("valid")
-        check_ranges(group / "valid", valid.layout)
-        if attributes.get(BAD_FILES):  # else every row is valid, and thousands of small files need not be opened
-            self._valid &= self._read_valid(group / "valid", valid)
-        self.fingerprints[f"{kind}/{name}"] = str(attributes["fingerprint"])
-        return component, attributes, arrays
+        check_ranges(self.path / kind / name / "valid", valid.layout)
+        if component.bad_files:  # else every row is valid, and thousands of small files need not be opened
+            self._valid &= self._read_record(component.spec.path, "valid")
+        self.fingerprints[f"{kind}/{name}"] = str(component.attributes["fingerprint"])
+        return component, arrays
+
+    def _open_array(self, component: ComponentSpec, layout: ArrayLayout) -> RowArray:
+        group, compressor = self.path / component.path, component.compressor
+        return open_array(group, layout, reads=self._reads, check_reads=self._check_reads, compressor=compressor)
 
     def _open_latents(self, name: str) -> tuple[LatentSpec, RowArray]:
-        component, attributes, arrays = self._open(LATENTS, name)
-        mean, std = attributes.get("latent_mean"), attributes.get("latent_std")
+        opened, arrays = self._open(LATENTS, name)
+        component = opened.spec
+        mean, std = opened.attributes.get("latent_mean"), opened.attributes.get("latent_std")
         spec = LatentSpec(
             name=name,
             spec=component.spec,
@@ -234,7 +242,8 @@ class CacheReader:
         return spec, arrays["moments"]
 
     def _open_features(self, group: str, asked: int | None) -> tuple[FeatureSpec, dict[str, RowArray]]:
-        component, _, arrays = self._open(FEATURES, group)
+        opened, arrays = self._open(FEATURES, group)
+        component = opened.spec
         stored = stored_layers(component.spec)
         layer = pick_layer(f"{self.path}/{FEATURES}/{group}", stored, asked)
         spec = FeatureSpec(
@@ -248,29 +257,23 @@ class CacheReader:
         picked = {name: arrays.get(layer_array(name, layer)) for name in self._fields}
         return spec, {name: array for name, array in picked.items() if array is not None}
 
-    def _read_valid(self, stored: Location, array: RowArray) -> NDArray:
-        """Return whether each sample is valid [N] bool."""
+    def _read_record(self, path: str, name: str) -> NDArray:
+        """Return `valid` [N] bool or `source_bytes` [N] int64 of an opened component."""
+        (component,) = [opened.spec for opened in self._components if opened.spec.path == path]
+        (layout,) = [layout for layout in component.arrays(self.layout) if layout.name == name]
+        array = self._open_array(component, layout)
         if not isinstance(array, DirectArray):
-            return self._read_whole(stored).astype(bool)
+            return read_whole(self.path / path / name).astype(layout.dtype)
         (num,), (shard,) = array.layout.shape, array.layout.shard  # a shard is one inner chunk
         starts = np.arange(0, num, shard)
-        out = np.zeros((len(starts), shard), dtype=bool)
+        out = np.zeros((len(starts), shard), dtype=layout.dtype)
         self._reads.read(self._reads.prepare([(array, out)]), starts, np.zeros_like(starts))
         return out.reshape(-1)[:num]
 
-    def _read_whole(self, stored: Location) -> NDArray:
-        """Return all of a small array, wherever and however it is stored."""
-        import zarr
-
-        try:
-            with stored.reading():
-                return np.asarray(zarr.open_array(stored.zarr_store(), mode="r")[:])
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CacheError(f"{stored} cannot be read ({error}); the cache is damaged") from error
-
     def _read_labels(self) -> NDArray:
         stored = self.path / "label"
-        labels = self._read_whole(stored).astype(np.int64)
+        check_rows(stored, self.layout)
+        labels = read_whole(stored).astype(np.int64)
         if labels.shape != (self.num_samples,) or labels.min() < 0 or labels.max() >= self.num_classes:
             raise CacheError(
                 f"{stored} is {list(labels.shape)} with labels up to {labels.max()}; expected "

@@ -2,12 +2,12 @@
 
 From a bucket a global shuffle pays a request a row, every epoch; a copy pays for each byte once and is then read at the
 speed of the disk. The copy is a cache itself, below DIR in a folder named by the data's fingerprint: other runs find
-there what they need, and add components. A shard is copied to a temporary name, every checksum in it is compared, and a
-rename makes it one of the copy, so that after a kill the next run goes on with what is missing.
+there what they need, and add components. A shard is copied to a temporary name, every checksum in it is compared, and
+its number, which says that it is the one that belongs there (binding.py); a rename makes it one of the copy, so that
+after a kill the next run goes on with what is missing.
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,17 +15,21 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from ...cache_specs.binding import shard_number
+from ...cache_specs.components import Component, check_array, check_same_images, read_array_metadata
 from ...cache_specs.errors import CacheError, JobError, UsageError
 from ...cache_specs.group import METADATA
 from ...cache_specs.layout import ArrayLayout, CacheLayout
 from ...cache_specs.locks import locked
 from ...cache_specs.partial_files import clear_folder, new_file
-from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
+from ...cache_specs.schema import FEATURES, LATENTS
 from ...cache_specs.shard_index import stored_chunks
 from ...cache_specs.sizes import human_bytes
 from ...cache_specs.storage import LocalPath, Location, disk_error, location, write_bytes
-from ..rows.shards import in_checked_shards
 from .components import choose_component, finished_component, read_layout
+from .staged_records import copy_numbers, copy_record, copy_root, is_copied, numbers_layout
 
 NUM_COPIES = 8  # files at a time: one request alone does not fill a network
 PIECE_BYTES = 8 * 2**20
@@ -34,11 +38,15 @@ ATTEMPTS = 2  # a copy whose checksums do not hold may be the network's fault; t
 
 @dataclass(frozen=True, kw_only=True)
 class _Shard:
-    """A shard to copy: its name in the component's group, its size, and its array's layout."""
+    """A shard to copy: its name in the component's group, its size, its array's layout, and its place.
+
+    The place is its range and its array's number among the component's.
+    """
 
     name: str
     num_bytes: int
     layout: ArrayLayout
+    place: tuple[int, int]
 
 
 def stage_cache(
@@ -63,15 +71,17 @@ def stage_cache(
     layout = read_layout(source)
     asked = [(LATENTS, autoencoder), *((FEATURES, name) for name in ([None] if encoders is None else encoders))]
     groups = [(kind, choose_component(source, kind, name)[0]) for kind, name in asked]
-    components = [finished_component(source, layout, kind, name)[0] for kind, name in dict.fromkeys(groups)]
+    components = [finished_component(source, layout, kind, name) for kind, name in dict.fromkeys(groups)]
+    # By their digests; where sizes themselves have to be read, the reader of the copy compares them.
+    check_same_images(source, components, lambda path, array: np.zeros(1, dtype=np.int64))
     target = _stage_folder(source, folder) / layout.dataset_fingerprint[:16]
-    if not _is_copied(source / METADATA, target / METADATA):
+    if not is_copied(source / METADATA, target / METADATA):
         with _alone(target, "cache", on_message):
-            _copy_root(source, target)
+            copy_root(source, target)
     wanted = [component for component in components if not _is_whole(source, target, layout, component)]
     _check_room(target, [shard for component in wanted for shard in _missing(source, target, layout, component)])
     for component in wanted:
-        with _alone(target, component.path, on_message) as partials:
+        with _alone(target, component.spec.path, on_message) as partials:
             if not _is_whole(source, target, layout, component):
                 _copy_component(source, target, layout, component, partials, on_progress, on_message)
     return target.path
@@ -106,50 +116,14 @@ def _alone(target: LocalPath, name: str, on_message: Callable[[str], None]) -> I
         yield partials
 
 
-def _copy_root(source: Location, target: LocalPath) -> None:
-    """Copy what belongs to no component, the root's own record last."""
-    for name in ("sample_id", "label"):
-        _copy_small(source / name, target / name)
-    for kind in (LATENTS, FEATURES):
-        _copy_record(source / kind / METADATA, target / kind / METADATA)
-    _copy_record(source / METADATA, target / METADATA)
-
-
-def _copy_small(source: Location, target: LocalPath) -> None:
-    for name in sorted(source.names()):
-        data = (source / name).read() if (source / name).size() is not None else None
-        if data is None:
-            _copy_small(source / name, target / name)
-        elif not (target / name).exists():
-            (target / name).write(data)
-
-
-def _copy_record(source: Location, target: LocalPath) -> None:
-    """Copy a metadata file, or see that the one there is the same."""
-    data, there = source.read(), target.read()
-    if there is None and data is not None:
-        target.write(data)
-    elif there != data:
-        raise CacheError(
-            f"{target} is not what {source} is: the copy is of another build; remove {target.parent}, or name another "
-            "--stage"
-        )
-
-
-def _is_copied(source: Location, target: LocalPath) -> bool:
-    """Say whether a record is there, and so all that is copied before it; raise where it is another build's."""
-    if not target.exists():
-        return False
-    _copy_record(source, target)
-    return True
-
-
-def _is_whole(source: Location, target: LocalPath, layout: CacheLayout, component: ComponentSpec) -> bool:
+def _is_whole(source: Location, target: LocalPath, layout: CacheLayout, component: Component) -> bool:
     """Say whether a component is copied and still there: scratch disks remove files that are old; raise as above."""
-    copy = target / component.path
-    return _is_copied(source / component.path / METADATA, copy / METADATA) and all(
+    path = component.spec.path
+    copy = target / path
+    arrays = [*component.spec.arrays(layout), *numbers_layout(layout, component)]
+    return is_copied(source / path / METADATA, copy / METADATA) and all(
         (copy / array.name).names().issuperset({METADATA, *map(array.shard_file, range(layout.num_ranges))})
-        for array in component.arrays(layout)
+        for array in arrays
     )
 
 
@@ -157,15 +131,15 @@ def _copy_component(
     source: Location,
     target: LocalPath,
     layout: CacheLayout,
-    component: ComponentSpec,
+    component: Component,
     partials: Path,
     on_progress: Callable[[int, int], None],
     on_message: Callable[[str], None],
 ) -> None:
-    group, copy = source / component.path, target / component.path
-    arrays = component.arrays(layout)
+    group, copy = source / component.spec.path, target / component.spec.path
+    arrays = component.spec.arrays(layout)
     for array in arrays:
-        _copy_record(group / array.name / METADATA, copy / array.name / METADATA)
+        copy_record(group / array.name / METADATA, copy / array.name / METADATA)
     missing = list(_missing(source, target, layout, component))
     total = sum(shard.num_bytes for shard in missing)
     if missing:
@@ -178,7 +152,8 @@ def _copy_component(
     on_progress(done, total)
     with ThreadPoolExecutor(NUM_COPIES, thread_name_prefix="stage") as threads:
         try:
-            copies = threads.map(lambda shard: _copy_shard(group, copy, shard, partials), missing)
+            numbers = copy_numbers(group, copy, layout, component, threads)
+            copies = threads.map(lambda shard: _copy_shard(group, copy, shard, partials, numbers), missing)
             for shard, _ in zip(missing, copies, strict=True):
                 done += shard.num_bytes
                 on_progress(done, total)
@@ -187,33 +162,22 @@ def _copy_component(
             raise
     for array in arrays:
         (copy / array.name).sync()
-    _copy_record(group / METADATA, copy / METADATA)
+    copy_record(group / METADATA, copy / METADATA)
 
 
-def _check_shards(array: Location, layout: ArrayLayout) -> None:
-    try:
-        checked = in_checked_shards(json.loads((array / METADATA).read() or b""), layout)
-    except (ValueError, LookupError, TypeError) as error:
-        raise CacheError(f"{array / METADATA} cannot be read ({error!r}); the cache is damaged") from error
-    if not checked:
-        raise CacheError(
-            f"{array}: not in shards with checksums as repa-cache build writes them, so a copy could not be verified; "
-            "train from it as it is, without --stage"
-        )
-
-
-def _missing(source: Location, target: LocalPath, layout: CacheLayout, component: ComponentSpec) -> Iterator[_Shard]:
+def _missing(source: Location, target: LocalPath, layout: CacheLayout, component: Component) -> Iterator[_Shard]:
     """Yield the shards of a component that are not in the copy; raise CacheError where the source is not as ours."""
-    group, copy = source / component.path, target / component.path
-    for array in component.arrays(layout):
-        _check_shards(group / array.name, array)
-        there, sizes = (copy / array.name).names(), (group / array.name).sizes()
-        for name in map(array.shard_file, range(layout.num_ranges)):
+    group, copy = source / component.spec.path, target / component.spec.path
+    for column, array in enumerate(component.spec.arrays(layout)):
+        folder = group / array.name
+        check_array(read_array_metadata(folder, array), folder, array, component.spec.compressor)
+        there, sizes = (copy / array.name).names(), folder.sizes()
+        for index, name in enumerate(map(array.shard_file, range(layout.num_ranges))):
             if name in there:
                 continue
             if name not in sizes:
-                raise CacheError(f"{group / array.name / name}: missing; run the build of {group} again")
-            yield _Shard(name=f"{array.name}/{name}", num_bytes=sizes[name], layout=array)
+                raise CacheError(f"{folder / name}: missing; run the build of {group} again")
+            yield _Shard(name=f"{array.name}/{name}", num_bytes=sizes[name], layout=array, place=(index, column))
 
 
 def _check_room(target: LocalPath, shards: Sequence[_Shard]) -> None:
@@ -226,13 +190,13 @@ def _check_room(target: LocalPath, shards: Sequence[_Shard]) -> None:
         )
 
 
-def _copy_shard(group: Location, copy: LocalPath, shard: _Shard, partials: Path) -> None:
-    """Copy one shard, compare every checksum in it, and rename it into place."""
+def _copy_shard(group: Location, copy: LocalPath, shard: _Shard, partials: Path, numbers: np.ndarray | None) -> None:
+    """Copy one shard, compare every checksum in it and its number, and rename it into place."""
     source, partial = group / shard.name, partials / shard.name.replace("/", ".")
     try:
         for attempt in range(1, ATTEMPTS + 1):
             _download(source, partial)
-            problem = _problem(partial, shard, source)
+            problem = _problem(partial, shard, source, None if numbers is None else int(numbers[shard.place]))
             if problem is None:
                 break
             if attempt == ATTEMPTS:
@@ -263,15 +227,18 @@ def _download(source: Location, partial: Path) -> None:
         raise disk_error(partial, error) from error
 
 
-def _problem(partial: Path, shard: _Shard, source: Location) -> str | None:
-    """Return what is wrong with a copied shard, None where every checksum holds."""
+def _problem(partial: Path, shard: _Shard, source: Location, number: int | None) -> str | None:
+    """Return what is wrong with a copied shard, None where every checksum holds, and it has this number."""
+    checksums = bytearray()
     with LocalPath(partial).open() as opened:
         if opened.num_bytes != shard.num_bytes:
             return f"{opened.num_bytes} bytes came, {shard.num_bytes} were listed"
         try:
-            for i, chunk in stored_chunks(opened, shard.layout, where=source):
+            for i, chunk in stored_chunks(opened, shard.layout, where=source, checksums=checksums):
                 if isinstance(chunk, str):
                     return f"chunk {i}: {chunk}"
         except CacheError as error:
             return str(error).removeprefix(f"{source}: ")
+    if number is not None and shard_number(checksums) != number:
+        return "it is whole, and is not the shard that was written here"
     return None

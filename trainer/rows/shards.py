@@ -1,50 +1,38 @@
 """Which way an array is read: by DirectArray where its shards are ours, raw and local, else by LibraryArray."""
 
-import json
 from typing import Any
 
 import numpy as np
 
+from ...cache_specs.components import CRC32C, KEY_ENCODING, LITTLE, check_array, read_array_metadata
 from ...cache_specs.errors import CacheError
-from ...cache_specs.group import METADATA
 from ...cache_specs.layout import ArrayLayout
 from ...cache_specs.storage import LocalPath, Location
 from .direct_array import DirectArray
 from .library_array import LibraryArray
 from .row_reads import RowArray, RowReads
 
-LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
-CRC32C = {"name": "crc32c"}
-KEY_ENCODING = {"name": "default", "configuration": {"separator": "."}}
 
-
-def open_array(group: Location, layout: ArrayLayout, *, reads: RowReads, check_reads: bool) -> RowArray:
+def open_array(
+    group: Location, layout: ArrayLayout, *, reads: RowReads, check_reads: bool, compressor: str | None = None
+) -> RowArray:
     """Open array `layout.name` of a component's group, by the direct path where its shards are stored raw.
 
-    Raises CacheError where the array is missing or is not what the cache's contract says.
+    `compressor` is the component's; with None any chunks and codecs will do. Raises CacheError where the array is
+    missing or is not what the cache's contract says.
     """
     folder = group / layout.name
+    metadata = read_array_metadata(folder, layout)
+    if compressor is not None:
+        check_array(metadata, folder, layout, compressor)
     try:
-        metadata = json.loads((folder / METADATA).read() or b"")
-        found = (tuple(metadata["shape"]), metadata["data_type"])
         codecs = [(codec["name"], codec.get("configuration", {})) for codec in metadata["codecs"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{folder / METADATA} cannot be read ({error}); the cache is damaged") from error
-    if found != (layout.shape, layout.dtype):
-        raise CacheError(
-            f"{folder} is {found[1]} {list(found[0])}; by the cache's attributes it should be {layout.dtype} "
-            f"{list(layout.shape)}: the cache is damaged"
-        )
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CacheError(f"{folder}: its codecs cannot be read ({error}); the cache is damaged") from error
     raw, checksummed = _stored_raw(metadata, codecs, layout)
     if raw and isinstance(folder, LocalPath):
         return DirectArray(folder.path, layout, checksummed=checksummed, files=reads.files, check_reads=check_reads)
     return LibraryArray(folder, layout, in_shard_files=_in_shard_files(metadata, layout))
-
-
-def in_checked_shards(metadata: dict[str, Any], layout: ArrayLayout) -> bool:
-    """Say whether an array is in shards as the contract has them, each chunk with its crc32c, compressed or not."""
-    codecs = [(codec["name"], codec.get("configuration", {})) for codec in metadata["codecs"]]
-    return _in_our_shards(metadata, codecs, layout) and codecs[0][1]["codecs"][-1] == CRC32C
 
 
 def _in_shard_files(metadata: dict[str, Any], layout: ArrayLayout) -> bool:

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import zarr
 from PIL import Image
 
+from repa.cache_specs.group import DIGEST, with_digest
 from repa.pipeline.analysis.features import choose_rows, open_encoders
 from repa.pipeline.analysis.intervals import FEWEST, mean_estimate
 from repa.pipeline.analysis.masks import MaskFolder
@@ -245,7 +247,9 @@ def test_a_value_that_is_not_finite_is_named_by_sample(cache: Path, repa_cache: 
 
 def test_an_unfinished_encoder_is_not_measured(cache: Path, repa_cache: Callable[..., Any]) -> None:
     file = cache / "features" / "hog-grid8" / "zarr.json"
-    file.write_text(file.read_text().replace('"complete": true', '"complete": false'))
+    metadata = json.loads(file.read_text())
+    attributes = {key: value for key, value in metadata["attributes"].items() if key not in ("complete", DIGEST)}
+    file.write_text(json.dumps({**metadata, "attributes": with_digest(attributes)}))
     outcome = repa_cache("metrics", cache, "--encoder", "hog-grid8")
     assert outcome.code == 1
     assert "features/hog-grid8 is not complete; finish it with repa-cache build" in outcome.err

@@ -40,6 +40,7 @@ def test_bytes_are_those_of_the_files_of_a_build(
             files = sum(file.stat().st_size for file in (tmp_path / "c" / path / array.name).glob("c.*"))
             assert array_bytes(array) == files, array.name
             expected += files
+        expected += sum(file.stat().st_size for file in (tmp_path / "c" / path / "shard_checksums").glob("c.*"))
         resolve = resolve_encoder if component.kind == "features" else resolve_autoencoder
         request = "hog:grid=4" if component.kind == "features" else "pixels"
         found = component_bytes(component.kind, resolve(request, resolution=16), store.layout)

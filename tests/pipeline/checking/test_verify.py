@@ -61,11 +61,15 @@ def test_a_flipped_bit_in_any_file_is_found(cache: Path, tmp_path: Path) -> None
     folders: dict[Path, list[Path]] = {}
     for file in sorted(file for file in copy.rglob("*") if file.is_file()):
         folders.setdefault(file.parent if file.name != "zarr.json" else file, []).append(file)
-    assert len(folders) == 2 * (14 + 2) + 6  # arrays: data and metadata; groups
+    assert len(folders) == 2 * (14 + 3 + 2) + 6  # arrays: data and metadata; groups
     for files in folders.values():
         file = rng.choice(files)  # one shard of each array, and every zarr.json
         data = file.read_bytes()
-        for offset in (rng.randrange(len(data)), rng.randrange(len(data)), len(data) - 1 - rng.randrange(60)):
+        for offset in (
+            rng.randrange(len(data)),
+            rng.randrange(len(data)),
+            len(data) - 1 - rng.randrange(min(60, len(data))),
+        ):
             file.write_bytes(data[:offset] + bytes([data[offset] ^ 1 << rng.randrange(8)]) + data[offset + 1 :])
             assert problems_of(copy), (file, offset, data[offset], file.read_bytes()[offset])
         file.write_bytes(data)
@@ -143,6 +147,8 @@ DAMAGED = [
     "features/hog-grid4/patch_tokens/c.2.0.0.0",
     "features/hog-grid4-int8/valid/c.0",
     "features/hog-grid4-int8/token_scale/zarr.json",
+    "features/hog-grid4-int8/shard_checksums/c.1.0",
+    "latents/pixels/shard_checksums/zarr.json",
     "latents/pixels/zarr.json",
     "features/zarr.json",
     "sample_id/c/0",
@@ -223,7 +229,7 @@ def test_a_build_refuses_a_changed_attribute(cache: Path, tmp_path: Path, build:
     file.write_text(file.read_text().replace('"bilinear"', '"bicubic"'))
     outcome = build(cache.parent / "images", copy)
     assert outcome.code == 1
-    assert "interpolation: found bicubic, asked bilinear" in outcome.err
+    assert f"{file}: the attributes do not match their digest; the file was changed or is damaged" in outcome.err
 
 
 def test_what_verify_and_info_say_can_be_typed_as_it_stands(

@@ -1,0 +1,33 @@
+"""repa-cache bind: what ties shards to their places, for components that were built before there was such a thing."""
+
+import click
+
+from ...cache_specs.errors import JobError
+
+
+@click.command()
+@click.argument("cache", metavar="DIR|URL")
+def bind(cache: str) -> None:
+    """Tie the shards of components of an earlier version to their places, as they lie there now.
+
+    \b
+    repa-cache bind caches/in1k
+
+    Reads every shard of those components once and changes none; training and verify then notice a shard that was
+    replaced by another. Stopped, the same command goes on where it was. Copies that --stage made are to be made anew.
+    """
+    from tqdm import tqdm
+
+    from ..checking.bind import bind_cache
+
+    with tqdm(unit=" shards", disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        problems = list(bind_cache(cache, on_message=lambda line: bar.write(line), on_progress=progress))
+    for problem in problems:
+        click.echo(problem, err=True)
+    if problems:
+        raise JobError(f"{cache}: {len(problems)} components were not bound; repa-cache verify names what is damaged")
