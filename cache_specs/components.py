@@ -15,10 +15,10 @@ import numpy as np
 
 from .binding import SOURCE_DIGEST
 from .errors import CacheError
+from .files.outside import parse_json
 from .fingerprint import transform_fingerprint
 from .group import METADATA, check_digest, group_attributes
 from .layout import BAD_FILES, COMPLETE, FORMAT, METADATA_CHUNK, ArrayLayout, CacheLayout
-from .outside import parse_json
 from .schema import ComponentSpec
 from .storage import Location
 

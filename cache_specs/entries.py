@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from .errors import UsageError, nearest, reason
+from .files.outside import MOST_SETTINGS_BYTES, parse_yaml, read_text
 from .fingerprint import digest
-from .outside import MOST_SETTINGS_BYTES, parse_yaml, read_text
 
 ENDINGS = (".yaml", ".yml")
 SOURCE = ".py"

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import CacheError
+from .files.outside import parse_json
 from .fingerprint import digest
-from .outside import parse_json
 from .storage import Location
 
 METADATA = "zarr.json"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CacheError, UsageError
-from .outside import MOST_METADATA_BYTES
+from .files.outside import MOST_METADATA_BYTES
 
 SCHEMES = ("s3", "gs", "az")
 MAX_RETRIES = 4

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from .errors import CacheError, UsageError
+from .files.outside import MOST_METADATA_BYTES, open_regular, read_file, regular_files
+from .files.partial_files import new_file
 from .layout import PARTIAL_FOLDER
-from .outside import MOST_METADATA_BYTES, open_regular, read_file, regular_files
-from .partial_files import new_file
 
 
 class Source(Protocol):

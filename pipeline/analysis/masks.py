@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ...cache_specs.errors import UsageError, reason
-from ...cache_specs.outside import read_file
+from ...cache_specs.files.outside import read_file
 from ..images.formats import open_picture
 from ..images.manifest import MOST_IMAGE_BYTES
 

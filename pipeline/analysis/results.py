@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...cache_specs.errors import UsageError, nearest, reason
-from ...cache_specs.outside import MOST_SETTINGS_BYTES, MOST_TABLE_BYTES, parse_json, read_file, read_text
+from ...cache_specs.files.outside import MOST_SETTINGS_BYTES, MOST_TABLE_BYTES, parse_json, read_file, read_text
 from .measure import ALL_CLASSES, CSV_HEADER, METRICS
 
 EVALUATION_FILE = "evaluation.jsonl"  # of a run

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ...cache_specs.errors import reason
-from ...cache_specs.outside import UnfitFileError
+from ...cache_specs.files.outside import UnfitFileError
 from .formats import lacking_format, open_picture
 from .manifest import ImageSource
 

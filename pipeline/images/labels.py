@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...cache_specs.errors import UsageError, nearest
-from ...cache_specs.outside import MOST_TABLE_BYTES, parse_json, read_file, read_text
+from ...cache_specs.files.outside import MOST_TABLE_BYTES, parse_json, read_file, read_text
 
 _Label = TypeVar("_Label")
 

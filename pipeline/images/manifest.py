@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 
 from ...cache_specs.errors import UsageError
+from ...cache_specs.files.outside import GIB, read_file
 from ...cache_specs.fingerprint import manifest_fingerprint
-from ...cache_specs.outside import GIB, read_file
 from .formats import IMAGE_SUFFIXES
 from .labels import labels_from_csv, labels_from_edm, labels_from_folders
 

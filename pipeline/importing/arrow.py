@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...cache_specs.errors import UsageError, reason
-from ...cache_specs.layout import VIEWS
-from ...cache_specs.outside import (
+from ...cache_specs.files.outside import (
     MOST_SETTINGS_BYTES,
     MOST_TABLE_BYTES,
     open_regular,
@@ -21,6 +20,7 @@ from ...cache_specs.outside import (
     read_file,
     read_text,
 )
+from ...cache_specs.layout import VIEWS
 from ..images.labels import MAX_CLASSES, whole_number
 from ..images.manifest import Manifest, scan_folder
 from .source import BadLatent, Kind, manifest_without_images

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from ...cache_specs.errors import UsageError, reason
-from ...cache_specs.outside import MOST_TABLE_BYTES, open_regular, read_file
+from ...cache_specs.files.outside import MOST_TABLE_BYTES, open_regular, read_file
 from ..images.labels import edm_labels
 from ..images.manifest import walk_files
 from .source import BadLatent

@@ -12,8 +12,8 @@ from typing import Any
 
 from ...cache_specs.components import read_layout
 from ...cache_specs.errors import JobError, UsageError, nearest, reason
+from ...cache_specs.files.outside import read_file
 from ...cache_specs.layout import CacheLayout
-from ...cache_specs.outside import read_file
 from ...cache_specs.schema import IMPORTED, LATENTS, UNKNOWN, ComponentSpec
 from ...cache_specs.storage import location
 from ...cache_specs.tables import AutoencoderEntry, autoencoder_table

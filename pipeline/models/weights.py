@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ...cache_specs.errors import UsageError
+from ...cache_specs.files.impostors import impostor
 from ...cache_specs.fingerprint import weights_digest
-from ...cache_specs.impostors import impostor
 
 NO_WEIGHTS = "none"
 RANDOM_SEED = 0  # random weights are the same on every worker, and say what they are in the group's name

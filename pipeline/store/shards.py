@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ...cache_specs.binding import shard_number
+from ...cache_specs.files.partial_files import new_file
 from ...cache_specs.layout import ArrayLayout
-from ...cache_specs.partial_files import new_file
 from ...cache_specs.shard_index import ABSENT, CHECKSUM_BYTES, checksum, pack_index, padding, stored_chunks
 from ...cache_specs.storage import Location, disk_error, location, write_bytes
 

@@ -23,11 +23,11 @@ from ...cache_specs.components import (
     read_layout,
 )
 from ...cache_specs.errors import CacheError, JobError, UsageError
+from ...cache_specs.files.locks import locked
+from ...cache_specs.files.outside import parse_json
+from ...cache_specs.files.partial_files import clear_folder
 from ...cache_specs.group import METADATA, component_names
 from ...cache_specs.layout import COMPLETE, PARTIAL_FOLDER, CacheLayout
-from ...cache_specs.locks import locked
-from ...cache_specs.outside import parse_json
-from ...cache_specs.partial_files import clear_folder
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.storage import LocalPath, Location, location
 from ..images.manifest import KnownSamples, Manifest

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ...cache_specs.errors import JobError, UsageError
-from ...cache_specs.whole_file import write_whole
+from ...cache_specs.files.whole_file import write_whole
 from ..distributed import Stopped
 from ..runs.config import RunConfig
 from ..runs.run import Run

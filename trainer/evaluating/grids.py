@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ...cache_specs.errors import UsageError, writing
-from ...cache_specs.whole_file import write_whole
+from ...cache_specs.files.whole_file import write_whole
 from ..runs.metrics import RESUME
 from ..runs.run import Run
 from ..sampling.sample import Decoder, SampleRequest, draw_samples, labels_of, save_grid

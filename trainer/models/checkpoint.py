@@ -32,9 +32,9 @@ from typing import Any
 import torch
 
 from ...cache_specs.errors import RepaError
-from ...cache_specs.impostors import impostor
-from ...cache_specs.partial_files import new_file
-from ...cache_specs.whole_file import partial_of, sync_folder, write_all
+from ...cache_specs.files.impostors import impostor
+from ...cache_specs.files.partial_files import new_file
+from ...cache_specs.files.whole_file import partial_of, sync_folder, write_all
 from .sit import SiT
 
 FOLDER = "checkpoints"

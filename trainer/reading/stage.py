@@ -20,10 +20,10 @@ import numpy as np
 from ...cache_specs.binding import shard_number
 from ...cache_specs.components import Component, check_array, check_same_images, read_array_metadata
 from ...cache_specs.errors import CacheError, JobError, UsageError
+from ...cache_specs.files.locks import locked
+from ...cache_specs.files.partial_files import clear_folder, new_file
 from ...cache_specs.group import METADATA
 from ...cache_specs.layout import ArrayLayout, CacheLayout
-from ...cache_specs.locks import locked
-from ...cache_specs.partial_files import clear_folder, new_file
 from ...cache_specs.schema import FEATURES, LATENTS
 from ...cache_specs.shard_index import stored_chunks
 from ...cache_specs.sizes import human_bytes

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...cache_specs.outside import open_regular
+from ...cache_specs.files.outside import open_regular
 
 # A quarter of what the process may hold, of which a batch may take half again: there may be two readers, and other
 # files are opened too. The usual limit is 1,024; repa-train raises it as far as it may (`raise_limit`).

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from ...cache_specs.errors import JobError, writing
-from ...cache_specs.whole_file import write_all
+from ...cache_specs.files.whole_file import write_all
 
 Record = Mapping[str, float | int]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ...cache_specs.errors import JobError, UsageError
-from ...cache_specs.locks import locked
-from ...cache_specs.whole_file import write_whole
+from ...cache_specs.files.locks import locked
+from ...cache_specs.files.whole_file import write_whole
 from ..models.checkpoint import FOLDER, CheckpointError, damaged, latest_checkpoint, load_own_checkpoint
 from ..reading.reader import CacheReader
 from .metrics import METRICS_FILE

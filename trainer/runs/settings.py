@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from ...cache_specs.errors import UsageError, nearest, reason
-from ...cache_specs.outside import MOST_SETTINGS_BYTES, parse_yaml, read_text
+from ...cache_specs.files.outside import MOST_SETTINGS_BYTES, parse_yaml, read_text
 from ...cache_specs.sizes import parse_bytes
 from .config import MAY_CHANGE, Bytes, RunConfig
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...cache_specs.errors import UsageError, nearest
-from ...cache_specs.whole_file import write_whole
+from ...cache_specs.files.whole_file import write_whole
 from ..diffusion.latents import LatentNorm
 from ..models.sit import SiT
 from ..objectives.objective import Field

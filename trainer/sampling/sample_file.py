@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from ...cache_specs.errors import JobError, UsageError, writing
+from ...cache_specs.files.partial_files import new_file
+from ...cache_specs.files.whole_file import write_whole
 from ...cache_specs.fingerprint import weights_digest
-from ...cache_specs.partial_files import new_file
-from ...cache_specs.whole_file import write_whole
 from ..diffusion.latents import LatentNorm
 from ..distributed import Stopped, World
 from ..models.sit import SiT

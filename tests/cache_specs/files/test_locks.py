@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from repa.cache_specs.errors import CacheError
-from repa.cache_specs.locks import locked
+from repa.cache_specs.files.locks import locked
 
 
 def test_who_does_not_wait_is_told_and_nothing_stays(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from repa.cache_specs.errors import CacheError
-from repa.cache_specs.locks import locked
-from repa.cache_specs.partial_files import clear_folder, new_file
+from repa.cache_specs.files.locks import locked
+from repa.cache_specs.files.partial_files import clear_folder, new_file
 from repa.cache_specs.storage import location
 
 

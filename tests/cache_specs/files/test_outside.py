@@ -10,7 +10,7 @@ import pytest
 import zarr
 
 from repa.cache_specs.errors import CacheError, UsageError
-from repa.cache_specs.outside import (
+from repa.cache_specs.files.outside import (
     MOST_YAML_VALUES,
     UnfitFileError,
     open_regular,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from repa.cache_specs import whole_file
-from repa.cache_specs.whole_file import partial_of, write_whole
+from repa.cache_specs.files import whole_file
+from repa.cache_specs.files.whole_file import partial_of, write_whole
 
 
 def test_it_is_written_again_and_leaves_nothing_beside_it(tmp_path: Path) -> None:

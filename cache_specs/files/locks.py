@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import CacheError
+from ..errors import CacheError
 
 MOST_TRIES = 1000  # at a folder that others remove and make: some tries a race; what never succeeds is no race
 

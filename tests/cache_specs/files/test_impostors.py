@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from repa.cache_specs.impostors import impostor
+from repa.cache_specs.files.impostors import impostor
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2702012345\n"
 
