@@ -3,3 +3,16 @@
 `repa.pipeline` turns images into a cache, `repa.cache_specs` says what a cache is, `repa.kernels` holds the
 alignment op, `repa.trainer` trains and samples SiT from a cache.
 """
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("repa-cache")
+        except PackageNotFoundError:  # a checkout that is on the path and not installed
+            return "unknown"
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

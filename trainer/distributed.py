@@ -7,6 +7,7 @@ averaged over ranks by DistributedDataParallel; everything else that crosses ran
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -139,47 +140,75 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """SIGTERM as a question asked once a step: `due()` is true on every rank at the same step.
+    """SIGTERM, Ctrl-C and the clock as questions asked once a step: every rank gets the same answer at the same step.
 
     With several ranks the answer is that of the step before: its reduction ran while this step did, so nobody waits.
-    Where one of them fails, torchrun sends SIGTERM to the others within a tenth of a second: the handler then stays, so
-    that they can still print why they stop.
+    The first Ctrl-C is a request like SIGTERM, and says so; the second raises KeyboardInterrupt. Where a rank fails,
+    torchrun sends SIGTERM to the others within a tenth of a second: the handler then stays, so that they can still
+    print why they stop.
+
+    save_after_s  seconds after the last save at which rank 0's clock asks for another; None: never
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(
+        self, world: World, *, save_after_s: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._world = world
+        self._save_after_s = save_after_s
+        self._clock = clock
+        self._saved_at = clock()
         self._asked = False
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
         self._pending: tuple[Any, Tensor] | None = None
+        self._outdated = False  # whether the reduction under way was asked before the last save
         # The device's group must not wait for this one, nor the host for the device.
         self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if world.size > 1 else None
 
     def __enter__(self) -> Self:
-        self._previous = signal.signal(signal.SIGTERM, self._ask)
+        handlers: tuple[tuple[signal.Signals, Callable[[int, FrameType | None], None]], ...] = (
+            (signal.SIGTERM, self._ask),
+            (signal.SIGINT, self._interrupt),
+        )
+        for number, handler in handlers:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # a shell's background job ignores interrupts
+                self._previous[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or self._world.size == 1:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            if kind is None or self._world.size == 1 or number == signal.SIGINT:
+                signal.signal(number, handler)
 
-    def due(self) -> bool:
-        """Say whether to save and stop at this step."""
+    def due(self) -> tuple[bool, bool]:
+        """Say whether to stop at this step, and whether to save at it."""
+        overdue = (
+            self._save_after_s is not None
+            and self._world.is_main
+            and self._clock() - self._saved_at >= self._save_after_s
+        )
         if self._world.size == 1:
-            return self._asked
-        finished, asked = self._pending, torch.tensor([float(self._asked)])
+            return self._asked, overdue
+        finished, asked = self._pending, torch.tensor([float(self._asked), float(overdue)])
         work = dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = (work, asked)
         if finished is None:
-            return False
+            return False, False
         finished[0].wait()
-        return bool(finished[1].item())
+        stop, save = (bool(value) for value in finished[1].tolist())
+        save, self._outdated = save and not self._outdated, False
+        return stop, save
+
+    def saved(self) -> None:
+        """Start the clock anew; every rank calls this at the step that is saved."""
+        self._saved_at = self._clock()
+        self._outdated = self._pending is not None
 
     def asked(self) -> bool:
-        """Say whether this rank has got the signal, for what is done beside the steps."""
+        """Say whether this rank has got a signal, for what is done beside the steps."""
         return self._asked
 
     def agreed(self) -> bool:
-        """Say on every rank whether one of them has got the signal, once all have come here."""
+        """Say on every rank whether one of them has got a signal, once all have come here."""
         if self._world.size == 1:
             return self._asked
         asked = torch.tensor([float(self._asked)])
@@ -188,3 +217,11 @@ class StopRequest:
 
     def _ask(self, _signal: int, _frame: FrameType | None) -> None:
         self._asked = True
+
+    def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        if self._world.is_main:
+            # Not print: the signal may have come while the stream's buffer was being written.
+            os.write(2, b"\nstopping: the next step is saved. Ctrl-C again aborts\n")

@@ -1,5 +1,6 @@
 """`repa-train`: parse, resolve the settings, call one function. torch is imported when it runs, not for its help."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,11 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.option("--autoencoder", metavar="NAME", help="Latents to train on. [default: the only ones in the cache]")
 @click.option("--model", metavar="SiT-B/2", help="SiT-{Ti,S,B,L,XL}/patch.")
 @click.option("--recipe", metavar="NAME", help="sit, repa, irepa or irepa-release (trainer/runs/recipes.yaml).")
-@click.option("--steps", type=int, help="Optimizer steps in all. [default: 400000]")
+@click.option("--steps", help="Optimizer steps in all. [default: 400000]")
 @click.option("--batch-size", type=int, help="Samples a step, over all ranks. [default: 256]")
+@click.option("--lr", type=float, help="optimizer.learning_rate [default: 1e-4]")
+@click.option("--gamma", help="alignment.gamma, 0 to 1 or none. [default: the recipe's]")
+@click.option("--seed", type=int, help="Of weights, order and noise. [default: 0]")
 @click.option("--out", metavar="RUN", help="Folder of the run: config, metrics, checkpoints, grids.")
 @click.option("--config", "files", multiple=True, type=click.Path(path_type=Path), help="YAML file of settings.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting; wins over --config.")
@@ -31,62 +35,80 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.option("--check-reads", is_flag=True, default=None, help="Verify the checksum of every row that is read.")
 @click.option("--compile", is_flag=True, default=None, help="Compile the model (torch.compile).")
 @click.option(
-    "--resume", type=click.Choice(["auto"]), help="Continue the run in --out, or start it where there is none."
+    "--resume",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[auto|RUN]",
+    help="Continue the run in --out, or start it where there is none; or continue RUN, with its own settings.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--dry-run", is_flag=True, help="Check settings, cache and --out; say what would run; write nothing.")
+@click.option("--verbose", is_flag=True, help="Print every setting, not only those that differ from the recipe's.")
+@click.option("--settings", is_flag=True, help="Show all settings, their defaults and meanings, and exit.")
 def train_command(
     files: tuple[Path, ...],
     assignments: tuple[str, ...],
     resume: str | None,
     device: str | None,
     dry_run: bool,
+    verbose: bool,
+    settings: bool,
     **flags: Any,
 ) -> None:
     """Train SiT from a cache, aligned with the encoders whose tokens it holds.
 
     \b
     repa-train --cache caches/in1k --model SiT-B/2 --recipe irepa --out runs/irepa
-    repa-train --cache caches/in1k --model SiT-B/2 --recipe irepa --out runs/irepa --resume auto
+    repa-train --resume runs/irepa
     torchrun --nproc-per-node 8 --no-python -- repa-train --cache caches/in1k --model SiT-XL/2 ...
 
-    Settings: defaults < recipe < --config < --set < the flags above. The resolved ones are printed and stored as
-    config.json; SIGTERM saves at the next step.
+    Settings: defaults < recipe < --config < --set < the flags above; --settings shows them all. What is resolved is
+    stored as config.json. Ctrl-C and SIGTERM save at the next step; a second Ctrl-C aborts.
     """
     with one_line_errors("repa-train"):
+        if settings:
+            from ..runs.catalogue import as_text
+
+            click.echo(as_text())
+            return
         from ..distributed import default_device, join
 
-        config = resolve_flags(files, assignments, flags, resume=resume == "auto")
+        config = resolve_flags(files, assignments, flags, resume=resume)
         with join(device or default_device()) as world:
             if dry_run:
-                _explain(config, world, resume=resume == "auto")
+                _explain(config, world, resume=resume is not None, verbose=verbose)
             else:
-                _train(config, world, resume=resume == "auto")
+                _train(config, world, resume=resume is not None, verbose=verbose)
 
 
 def resolve_flags(
-    files: tuple[Path, ...], assignments: tuple[str, ...], flags: dict[str, Any], *, resume: bool = False
+    files: tuple[Path, ...], assignments: tuple[str, ...], flags: dict[str, Any], *, resume: str | None = None
 ) -> "RunConfig":
     """Return the settings of a command line; the recipe and the model may stand in any of its sources.
 
-    At a resume the run's own stand in for defaults and recipe.
+    At a resume, of --out where it is `auto` and else of the run that it names, the run's own settings stand in for
+    defaults and recipe.
     """
     from ..runs.settings import Layer, file_layer, recipe_layer, required, resolve, set_layer
-    from ..runs.stored import stored_layer
+    from ..runs.stored import named_run, stored_layer
 
-    given = {key: value for key, value in flags.items() if value not in (None, ())}
+    names = {"lr": "optimizer.learning_rate", "gamma": "alignment.gamma"}
+    given = {names.get(key, key): value for key, value in flags.items() if value not in (None, ())}
+    if resume not in (None, "auto"):
+        given = named_run(Path(resume), given)
     sources = [*map(file_layer, files), set_layer(assignments), Layer(source="flags", values=given)]
-    own = stored_layer(Path(required("out", sources))) if resume else None
+    own = None if resume is None else stored_layer(Path(required("out", sources)))
     if own is None:
         own = recipe_layer(required("recipe", sources), required("model", sources))
     return resolve([own, *sources])
 
 
-def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
+def _train(config: "RunConfig", world: "World", *, resume: bool, verbose: bool) -> None:
     from ..evaluating.grids import draw_training_grid
     from ..rows.open_files import raise_limit
+    from ..runs.describe import describe
     from ..runs.resume import enter_folder
-    from ..runs.run import describe, latent_source, prepare
+    from ..runs.run import latent_source, prepare
     from ..training.loop import train
     from .borrowed import load_decoder, load_evaluation
 
@@ -103,10 +125,14 @@ def _train(config: "RunConfig", world: "World", *, resume: bool) -> None:
     evaluation = load_evaluation(run) if config.evaluation.every else None
     with enter_folder(run, resume=resume):
         if world.is_main:
-            click.echo(describe(run.config, run.reader, run.norm, world))
+            click.echo(describe(run.config, run.reader, run.norm, world, step=run.step, verbose=verbose))
         train(run, draw_grid=lambda run: draw_training_grid(run, decode), evaluation=evaluation)
     if world.is_main:
-        click.echo(f"{run.folder}: {run.step} of {run.config.steps} steps done")
+        done = f"{run.folder}: {run.step} of {run.config.steps} steps done"
+        rest = (
+            "" if run.step >= run.config.steps else f"; go on with repa-train --resume {shlex.quote(str(run.folder))}"
+        )
+        click.echo(f"{done}{rest}")
 
 
 def _staged(config: "RunConfig", world: "World") -> tuple["RunConfig", Path]:
@@ -126,24 +152,26 @@ def _staged(config: "RunConfig", world: "World") -> tuple["RunConfig", Path]:
     return stage(config, on_progress=tell, on_message=lambda line: click.echo(line) if world.is_main else None)
 
 
-def _explain(config: "RunConfig", world: "World", *, resume: bool) -> None:
-    described, step = _checked(config, world, resume=resume)
+def _explain(config: "RunConfig", world: "World", *, resume: bool, verbose: bool) -> None:
+    described, step = _checked(config, world, resume=resume, verbose=verbose)
     if world.is_main:
         click.echo(described)
         click.echo(f"start: step {step}")
         click.echo("dry run: nothing was trained or written")
 
 
-def _checked(config: "RunConfig", world: "World", *, resume: bool) -> tuple[str, int]:
+def _checked(config: "RunConfig", world: "World", *, resume: bool, verbose: bool = False) -> tuple[str, int]:
     """Check settings, cache and folder, writing nothing; return what would run, and from which step on."""
+    from ..runs.describe import describe
     from ..runs.parts import latent_norm
     from ..runs.resume import check_folder
-    from ..runs.run import describe, open_cache, record
+    from ..runs.run import open_cache, record
 
     config, reader = open_cache(config, world)
     norm = latent_norm(config, reader)
     stored = check_folder(Path(config.out), record(config, reader, norm), reader, resume=resume)
-    return describe(config, reader, norm, world), stored["steps"] if stored else 0
+    step = stored["steps"] if stored else 0
+    return describe(config, reader, norm, world, step=step, verbose=verbose), step
 
 
 def train() -> None:

@@ -25,8 +25,8 @@ class Interpolant:
     `lognormal` draws the noise-to-data ratio sigma/alpha = exp(N(0, 1)), EDM's habit with mean 0 and deviation 1.
     """
 
-    path: PathName = "linear"
-    time_distribution: TimeDistribution = "uniform"
+    path: PathName = "linear"  # between data and noise
+    time_distribution: TimeDistribution = "uniform"  # of t in training
 
     def __post_init__(self) -> None:
         _one_of("interpolant.path", self.path, get_args(PathName))

@@ -38,6 +38,7 @@ from ...cache_specs.files.whole_file import partial_of, sync_folder, write_all
 from .sit import SiT
 
 FOLDER = "checkpoints"
+EMA_FOLDER = "ema"
 
 
 class CheckpointError(RepaError, RuntimeError):
@@ -63,13 +64,49 @@ def save_checkpoint(
     model and ema are the bare modules, not their DDP or compiled wrappers. `args` adds to what the model says of
     itself. Raises CheckpointError where the bytes cannot be written; the checkpoints before it are then untouched.
     """
-    folder = run / FOLDER
-    path = folder / f"{steps:07d}.pt"
-    partial = partial_of(path)
     payload = {
         "model": model.state_dict(),
-        "ema": ema.state_dict(),
+        **_averages(ema, emas or {}),
         "opt": dict(opt),
+        **_about(ema, steps, args, config, fingerprints),
+    }
+    if objective:
+        payload["objective"] = dict(objective)
+    path = run / FOLDER / f"{steps:07d}.pt"
+    before = latest_checkpoint(run)
+    _save(payload, path, f"{before.name} stays in force" if before else "there is none before it")
+    for old in _checkpoints(run)[:-keep_last]:
+        old.unlink(missing_ok=True)  # the user may tidy up too
+    return path
+
+
+def save_ema(
+    run: Path,
+    *,
+    steps: int,
+    ema: SiT,
+    emas: Mapping[str, SiT],
+    args: Mapping[str, Any],
+    config: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+) -> Path:
+    """Write RUN/ema/<steps>.pt, the averages alone, to sample from; raises as `save_checkpoint`."""
+    path = run / EMA_FOLDER / f"{steps:07d}.pt"
+    payload = {**_averages(ema, emas), **_about(ema, steps, args, config, fingerprints)}
+    _save(payload, path, "the checkpoints of the run are whole")
+    return path
+
+
+def _averages(ema: SiT, others: Mapping[str, SiT]) -> dict[str, Any]:
+    states = {decay: average.state_dict() for decay, average in others.items()}
+    return {"ema": ema.state_dict()} | ({"emas": states} if states else {})
+
+
+def _about(
+    model: SiT, steps: int, args: Mapping[str, Any], config: Mapping[str, Any], fingerprints: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what a file says of its weights: enough to build the model and to know what it was trained on."""
+    return {
         "args": _published_args(model) | dict(args),
         "steps": steps,
         "architecture": {
@@ -80,10 +117,11 @@ def save_checkpoint(
         "config": dict(config),
         "fingerprints": dict(fingerprints),
     }
-    if emas:
-        payload["emas"] = {decay: average.state_dict() for decay, average in emas.items()}
-    if objective:
-        payload["objective"] = dict(objective)
+
+
+def _save(payload: dict[str, Any], path: Path, kept: str) -> None:
+    """Write a file whole or not at all; raise CheckpointError, which says what is `kept`, where it cannot be."""
+    folder, partial = path.parent, partial_of(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(partial_of(Path("*.pt")).name):  # of a save that was killed
@@ -95,15 +133,10 @@ def save_checkpoint(
                 partial.unlink(missing_ok=True)
             raise
     except OSError as error:
-        before = latest_checkpoint(run)
-        kept = f"{before.name} stays in force" if before else "there is none before it"
         raise CheckpointError(
-            f"{path}: the checkpoint of step {steps} could not be written: {error.strerror or error}; {kept}. "
-            f"Make room or mend the folder, then continue with --resume auto"
+            f"{path}: the checkpoint of step {payload['steps']} could not be written: {error.strerror or error}; "
+            f"{kept}. Make room or mend the folder, then continue with --resume auto"
         ) from error
-    for old in _checkpoints(run)[:-keep_last]:
-        old.unlink(missing_ok=True)  # the user may tidy up too
-    return path
 
 
 def latest_checkpoint(run: Path) -> Path | None:

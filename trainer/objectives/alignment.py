@@ -20,11 +20,11 @@ class AlignmentConfig:
     """How block `encoder_depth` of SiT is held to the encoders' tokens (REPA, arXiv 2410.06940; iREPA, 2512.10794)."""
 
     projector: Literal["none", "mlp", "conv", "linear"] = "mlp"  # none: no alignment, no encoder is read
-    hidden_dim: int = 2048  # mlp
-    kernel_size: int = 3  # conv
-    encoder_depth: int = 8
+    hidden_dim: int = 2048  # of the projector mlp
+    kernel_size: int = 3  # of the projector conv
+    encoder_depth: int = 8  # block after which the projectors read, from 1
     gamma: float | None = None  # strength of the spatial normalisation of the target; null for none
-    proj_coeff: float = 0.5
+    proj_coeff: float = 0.5  # weight of the alignment loss
     stop_step: int | None = None  # from this step on neither aligned nor read; null: never stopped
 
     def __post_init__(self) -> None:

@@ -6,6 +6,8 @@ thread was at work. The quotient of bytes and the last is what the thread could 
 
 from dataclasses import dataclass
 
+from ...cache_specs.sizes import human_bytes
+
 WARM_UP_STEPS = 20  # compilation, first touches of files and memory: not counted
 MEASURED_STEPS = 50
 DATA_BOUND = 0.05  # of the time spent waiting for data; below it there is little to win
@@ -65,19 +67,19 @@ class Speed:
 
     def _verdict(self) -> str:
         measured = self._measured
-        share, found = measured.waited_s / measured.seconds, measured.num_bytes / 1e9
-        wait, used, possible = 100 * share, found / measured.seconds, found / max(measured.reading_s, 1e-9)
+        share = measured.waited_s / measured.seconds
+        wait, used = 100 * share, f"{human_bytes(round(measured.num_bytes / measured.seconds))}/s"
+        # Below a thousandth of the time, what a thread could read is a quotient of noise.
+        known = measured.reading_s >= 1e-3 * measured.seconds
+        possible = f"{human_bytes(round(measured.num_bytes / measured.reading_s))}/s" if known else "far more"
         if share <= DATA_BOUND:
-            return (
-                f"bound by the model: {wait:.1f} % of the time waits for data ({used:.2g} of {possible:.2g} GB/s that "
-                f"reading makes)"
-            )
+            return f"bound by the model: {wait:.1f} % of the time waits for data ({used} read, {possible} possible)"
         remedies = [] if self._staged else ["stage the cache on a local disk (--stage DIR)"]
         remedies.append("read less (int8 tokens, fewer encoders)")
         # A thread that is always at work would not read more with more room to put it.
         if not self._deepest and measured.reading_s < READS_ALWAYS * measured.seconds:
             remedies.append("raise --prefetch-bytes")
         return (
-            f"bound by data: {wait:.0f} % of the time waits for it, at {used:.2g} GB/s ({possible:.2g} while it is "
-            f"read); {' or '.join(remedies)}"
+            f"bound by data: {wait:.0f} % of the time waits for it, at {used} ({possible} while it is read); "
+            f"{' or '.join(remedies)}"
         )

@@ -23,11 +23,11 @@ PRECISIONS = ("auto", "fp32", "bf16")
 class GridConfig:
     """Sample grids drawn from the EMA while training; `every` 0 draws none."""
 
-    every: int = 0
-    num: int = 16
-    sampler: SamplerName = "euler"
-    steps: int = 50
-    cfg_scale: float = 1.0
+    every: int = 0  # steps between two sheets; 0: none
+    num: int = 16  # samples on a sheet
+    sampler: SamplerName = "euler"  # as repa-sample --sampler
+    steps: int = 50  # of the sampler
+    cfg_scale: float = 1.0  # of classifier-free guidance; 1: none
     autoencoder_weights: str | None = None  # local weights of the decoder; null: the hub's
 
     def __post_init__(self) -> None:
@@ -40,18 +40,18 @@ class GridConfig:
 class EvaluationConfig:
     """Comparisons of the EMA's samples with the data while training; `every` 0 makes none."""
 
-    every: int = 0
+    every: int = 0  # steps between two comparisons; 0: none
     num: int = 5000  # samples, more than the encoder is wide
     num_real: int = 50_000  # images of the cache, or all of them where there are fewer
     encoder: str | None = None  # null: the run's own, or the only one in the cache
     pooling: Literal["mean", "cls"] = "mean"  # of patch tokens, or the class token
     neighbours: int = 3  # of precision and recall
-    sampler: SamplerName = "euler"
-    steps: int = 50
-    cfg_scale: float = 1.0
-    batch_size: int = 64
+    sampler: SamplerName = "euler"  # as repa-sample --sampler
+    steps: int = 50  # of the sampler
+    cfg_scale: float = 1.0  # of classifier-free guidance; 1: none
+    batch_size: int = 64  # samples drawn at a time
     encoder_weights: str | None = None  # local weights; null: the hub's
-    autoencoder_weights: str | None = None
+    autoencoder_weights: str | None = None  # local weights of the decoder; null: the hub's
     inception_weights: str | None = None  # for FID and Inception score by torch-fidelity; null: neither
     inception_data: str | None = None  # the images of FID, as in repa-cache build --data; null: Inception score only
 
@@ -66,32 +66,35 @@ class EvaluationConfig:
 class RunConfig:
     """A training run. Defaults are SiT's and REPA's published ones."""
 
-    recipe: str
+    recipe: str  # which row of recipes.yaml the settings begin from
     objective: str = "velocity"  # the method behind the recipe
-    cache: str
-    out: str
+    cache: str  # folder or URL of the cache
+    out: str  # folder of the run
     model: str  # SiT-{Ti,S,B,L,XL}/patch
     autoencoder: str | None = None  # null: the only one in the cache
     encoders: tuple[str, ...] = ()  # empty: the only one in the cache, or none with alignment.projector=none
-    steps: int = 400_000
+    steps: int = 400_000  # optimizer steps in all
     batch_size: int = 256  # samples an optimizer step, over all ranks and micro-batches
     accumulation: int = 1  # micro-batches an optimizer step
-    seed: int = 0
+    seed: int = 0  # of weights, order and noise
     shuffle: Shuffle = "global"  # or blocks: shards in random order, shuffled within a window of shuffle_window
-    shuffle_window: int = DEFAULT_WINDOW
+    shuffle_window: int = DEFAULT_WINDOW  # shards, of shuffle=blocks
     precision: str = "auto"  # fp32 | bf16 of the passes; parameters and EMA stay float32. auto: bf16 on CUDA only
-    compile: bool = False
-    latent_norm: Literal["fixed", "channel"] = "fixed"
-    label_dropout: float = 0.1
+    compile: bool = False  # torch.compile the model
+    latent_norm: Literal["fixed", "channel"] = "fixed"  # the published scale, or the cache's statistics by channel
+    flip: bool = True  # train on the mirrored view too, where the cache has it
+    label_dropout: float = 0.1  # share of samples trained without their label, for guidance
     ema_decay: tuple[float, ...] = (0.9999,)  # one or more averages; samples come from the first
     interpolant: Interpolant = field(default_factory=Interpolant)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    log_every: int = 50
-    save_every: int = 10_000
-    keep_last: int = 2
+    log_every: int = 50  # steps between two lines of the log
+    save_every: int = 10_000  # steps between two checkpoints
+    save_minutes: float | None = 15.0  # at the latest so long after the last checkpoint; null: by steps alone
+    keep_last: int = 2  # checkpoints to resume from
+    keep_every: int | None = None  # steps between two copies of the EMA alone that stay, RUN/ema; null: none
     stage: str | None = None  # folder of a local copy of what the run reads, made before the first step
     check_reads: bool = False  # verify the crc32c of every row that is read
     prefetch_bytes: Bytes = Bytes(512_000_000)  # of micro-batches read ahead, a rank; at least one is
@@ -101,6 +104,10 @@ class RunConfig:
         for name in (*counts, "prefetch_bytes"):
             at_least(name, getattr(self, name), 1)
         at_least("seed", self.seed, 0)
+        if self.keep_every is not None:
+            at_least("keep_every", self.keep_every, 1)
+        if self.save_minutes is not None and not self.save_minutes > 0:
+            raise UsageError(f"save_minutes is {self.save_minutes}; expected a number above 0, or null")
         if self.precision == "fp16":
             raise UsageError(
                 "precision is fp16: under the published loss most of the alignment's gradient underflows to zero there "
@@ -136,7 +143,8 @@ class RunConfig:
 
 # A resume may differ in these. `cache` is where the data lies; what it holds is compared by fingerprint.
 MAY_CHANGE = frozenset(
-    {"steps", "log_every", "save_every", "keep_last", "stage", "check_reads", "prefetch_bytes", "cache", "out"}
+    {"steps", "log_every", "save_every", "save_minutes", "keep_last", "keep_every"}
+    | {"stage", "check_reads", "prefetch_bytes", "cache", "out"}
     | {f"grid.{item.name}" for item in fields(GridConfig)}
     | {f"evaluation.{item.name}" for item in fields(EvaluationConfig)}
 )

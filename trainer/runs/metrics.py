@@ -1,16 +1,18 @@
 """What a run reports: metrics.jsonl with each step exactly once, TensorBoard beside it, a line or a bar on the screen.
 
 A record is one step: {"step": 1, "denoising_loss": ..., "alignment_loss": ..., "grad_norm": ...}, losses averaged
-over micro-batches and ranks. The last step of each log also carries, for the time since the last one (less what saving,
-grids and evaluation took) and all ranks together, samples_per_s, read_gb_per_s (10^9 bytes that the reader returned, a
-second) and data_wait, the share of it that the slowest rank waited for data.
+over micro-batches and ranks. The last step of each log also carries wall_s, the seconds that the run has trained, over
+all its sessions; and for the time since the last one (less what saving, grids and evaluation took) and all ranks
+together, samples_per_s, read_gb_per_s (10^9 bytes that the reader returned, a second) and data_wait, the share of it
+that the slowest rank waited for data.
 """
 
 import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -24,19 +26,21 @@ TENSORBOARD_FOLDER = "tensorboard"
 RESUME = "continue with --resume auto"
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 MOST_LINE_BYTES = 1 << 20  # of the file: a longer one is none of ours
+LINE_EVERY_S = 60.0  # where there is no terminal to draw a bar on
 
 
 class MetricsFile:
     """metrics.jsonl of a run, continued after step `done`: later lines are cut, as their steps will run again.
 
-    A file that was lost begins anew at step `done` + 1, and says so. Raises JobError where a line up to `done` is
-    missing or damaged, or the disk refuses a write.
+    A file that was lost begins anew at step `done` + 1, and says so. `wall_s` is what the last line with one says, 0
+    where none does. Raises JobError where a line up to `done` is missing or damaged, or the disk refuses a write.
     """
 
     def __init__(self, folder: Path, *, done: int) -> None:
         self.path = folder / METRICS_FILE
         if self.path.is_symlink() or self.path.is_fifo():
             raise JobError(f"{self.path} is a link or a pipe, not a file of the run; remove it, then {RESUME}")
+        self.wall_s = 0.0
         with writing(self.path, then=RESUME):
             first, end = self._lines_of(done) if self.path.exists() else (done + 1, 0)
             # Unbuffered: what a full disk refused must not be tried again when the file is closed.
@@ -76,6 +80,8 @@ class MetricsFile:
                         f"Restore the file, or move it away: a new one then begins at step {done + 1}"
                     )
                 end += len(line)
+                if b'"wall_s"' in line:
+                    self.wall_s = float(json.loads(line)["wall_s"])
         return first, end
 
 
@@ -138,10 +144,22 @@ class TensorBoard:
 
 
 class Progress:
-    """A bar on a terminal (where tqdm is installed), a line a log elsewhere."""
+    """A bar on a terminal (where tqdm is installed); elsewhere a line at the first log, each minute, and at the end."""
 
-    def __init__(self, *, done: int, total: int, unit: str = "step", shown: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        done: int,
+        total: int,
+        unit: str = "step",
+        shown: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._total = total
+        self._unit = unit
+        self._clock = clock
+        self._began = self._shown_at = (clock(), done)
+        self._first = True
         self._bar: Any = None
         if shown and sys.stderr.isatty():
             try:
@@ -162,15 +180,44 @@ class Progress:
             self._bar.update(num)
 
     def say(self, line: str) -> None:
-        """Print a line of its own."""
-        if self._bar is not None:
-            self._bar.write(line)
-        else:
-            print(line, flush=True)
+        """Print a line of its own, not onto the bar."""
+        say(line)
 
     def log(self, record: Record) -> None:
-        values = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "step")
+        """Show the losses of a logged step, the rate and the time left."""
+        losses = "  ".join(
+            f"{name.removesuffix('_loss')} {value:.4f}" for name, value in record.items() if name.endswith("_loss")
+        )
         if self._bar is not None:
-            self._bar.set_postfix_str(values)
-        else:
-            print(f"step {record['step']}/{self._total}  {values}", flush=True)
+            self._bar.set_postfix_str(losses)
+            return
+        now, step = self._clock(), int(record["step"])
+        due = self._first or step == self._total or now - self._shown_at[0] >= LINE_EVERY_S
+        if not due:
+            return
+        since, before = self._began if self._first else self._shown_at
+        rate = (step - before) / max(now - since, 1e-9)
+        self._first, self._shown_at = False, (now, step)
+        left = "" if step == self._total else f", {human_seconds((self._total - step) / rate)} left"
+        speed = f"{record['samples_per_s']:.4g} samples/s" if "samples_per_s" in record else f"{rate:.3g}/s"
+        print(f"step {step}/{self._total}  {losses}  {speed}{left}", flush=True)
+
+
+def say(line: str) -> None:
+    """Print a line; above the bar, where there is one on this terminal."""
+    if sys.stderr.isatty() and "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(line)
+    else:
+        print(line, flush=True)
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration in the two units that matter: 40 s, 12 min, 3 h 20 min, 4 d 7 h."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -30,15 +30,15 @@ class OptimizerConfig:
     counted from the run's first step, and stays there: a horizon of its own, since `steps` may grow.
     """
 
-    learning_rate: float = 1e-4
-    warmup_steps: int = 0
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    decay_steps: int | None = None  # of a linear or cosine schedule
-    final_fraction: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    learning_rate: float = 1e-4  # of AdamW
+    warmup_steps: int = 0  # steps over which it rises from 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # what it does after them
+    decay_steps: int | None = None  # step at which a linear or cosine schedule ends
+    final_fraction: float = 0.0  # of the rate that a linear or cosine schedule leaves
+    beta1: float = 0.9  # of AdamW's first moment
+    beta2: float = 0.999  # of its second
+    eps: float = 1e-8  # of AdamW's denominator
+    weight_decay: float = 0.0  # decoupled, of AdamW
     clip: float | None = 1.0  # largest norm of all gradients together; null: not clipped
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ def make_objective(config: RunConfig, reader: CacheReader, norm: LatentNorm, dev
         latent_shape=(reader.latents.channels, *reader.latents.size),
         latent_kind=reader.latents.kind,
         norm=norm,
-        num_views=len(reader.views),
+        num_views=len(reader.views) if config.flip else 1,
         features=reader.features,
         null_label=reader.num_classes,
         label_dropout=config.label_dropout,

@@ -12,6 +12,7 @@ asks a GPU for equal bits.
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from ...cache_specs.files.locks import locked
 from ...cache_specs.files.whole_file import write_whole
 from ..models.checkpoint import FOLDER, CheckpointError, damaged, latest_checkpoint, load_own_checkpoint
 from ..reading.reader import CacheReader
+from .history import start_of
 from .metrics import METRICS_FILE
 from .run import Run
-from .settings import differences
+from .settings import FINGERPRINTS, HISTORY, differences, used
 from .stored import CONFIG_FILE, in_todays_words
 
 LOCK_FOLDER = ".training"  # there while a process trains
@@ -46,7 +48,7 @@ def enter_folder(run: Run, *, resume: bool) -> Iterator[None]:
             restore(run, stored)
         run.world.wait()  # every rank has looked before rank 0 writes
         if run.world.is_main:
-            write_config(run.folder, run.record())
+            write_config(run)
         yield
 
 
@@ -96,8 +98,8 @@ def check_same(stored: Mapping[str, Any], asked: Mapping[str, Any], *, where: st
     changed = differences(stored, asked)
     if changed:
         raise UsageError(
-            f"{where} was made with other settings: {'; '.join(changed)}. Repeat the run's own settings "
-            f"(config.json in its folder has them), or start another run with another --out"
+            f"{where} was made with other settings: {'; '.join(changed)}. Go on with its own by repa-train --resume "
+            f"{shlex.quote(str(Path(where).parent.parent))}, or start another run with another --out"
         )
 
 
@@ -111,11 +113,23 @@ def check_same_data(stored: Mapping[str, str], found: Mapping[str, str], *, wher
         )
 
 
-def write_config(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write config.json; a reader finds it whole."""
-    path = folder / CONFIG_FILE
+def write_config(run: Run) -> None:
+    """Write config.json: the settings in force, what the cache made of them, what is trained on, and how it came."""
+    path = run.folder / CONFIG_FILE
+    record = used(run.record())
+    record[FINGERPRINTS] = run.reader.fingerprints
+    record[HISTORY] = [*_history(path), start_of(run.step, run.world)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        run.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     except OSError as error:
         raise JobError(f"{path} cannot be written ({error.strerror}); make room, or choose another --out") from error
+
+
+def _history(path: Path) -> list[Any]:
+    """Return the starts that config.json holds already; none where it is new, lost or of an older version."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))[HISTORY]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return found if isinstance(found, list) else []

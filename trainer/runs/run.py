@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from ...cache_specs.errors import UsageError
 from ...cache_specs.schema import FEATURES, LATENTS
-from ...cache_specs.sizes import human_bytes
 from ...cache_specs.storage import location
 from ..diffusion.latents import LatentNorm, LatentSource
 from ..distributed import World, wrap
@@ -25,7 +23,6 @@ from ..models.sit import SiT
 from ..objectives.objective import Field, Objective
 from ..reading.batches import Batches
 from ..reading.components import choose_component
-from ..reading.prefetch import batches_ahead
 from ..reading.reader import CacheReader
 from ..reading.stage import stage_cache
 from .config import RunConfig
@@ -39,7 +36,7 @@ from .parts import (
     resolve_precision,
     settle_convolutions,
 )
-from .stored import RESOLVED
+from .settings import RESOLVED
 
 
 @dataclass(kw_only=True)
@@ -195,25 +192,4 @@ def prepare(config: RunConfig, world: World, *, copy: Path | None = None) -> Run
         batches=make_batches(config, reader, world, objective),
         norm=norm,
         aligned=bool(model.projectors),
-    )
-
-
-def describe(config: RunConfig, reader: CacheReader, norm: LatentNorm, world: World) -> str:
-    """Return the settings as YAML, and in a few lines what they amount to."""
-    with torch.device("meta"):
-        model = build_model(config, reader)
-    total, in_projectors = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.projectors))
-    batches = make_batches(config, reader, world, make_objective(config, reader, norm, torch.device("cpu")))
-    row_bytes = batches.row_bytes()
-    ahead = batches_ahead(config.prefetch_bytes, batches.num_bytes)
-    over = "; one alone is more than prefetch_bytes" if batches.num_bytes > config.prefetch_bytes else ""
-    shown = record(config, reader, norm)
-    del shown["resolved"]["class_names"]
-    settings = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=110)
-    return (
-        f"{settings}"
-        f"model: {config.model}, {total - in_projectors:.1f} M parameters; projectors {in_projectors:.1f} M\n"
-        f"data: {len(reader.valid_rows)} of {reader.num_samples} samples, {len(reader.views)} view(s), "
-        f"{row_bytes / 1024:.1f} KiB a sample, {row_bytes * config.batch_size / 2**20:.2f} MiB a step\n"
-        f"read ahead: {ahead} x {human_bytes(batches.num_bytes)} on every rank{over}"
     )

@@ -4,6 +4,7 @@ A key is the dotted path of a field (`optimizer.learning_rate`); a YAML file may
 keys. Unknown keys are errors that show the nearest known one.
 """
 
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,11 @@ from ...cache_specs.errors import UsageError, nearest, reason
 from ...cache_specs.files.outside import MOST_SETTINGS_BYTES, parse_yaml, read_text
 from ...cache_specs.sizes import parse_bytes
 from .config import MAY_CHANGE, Bytes, RunConfig
+
+RESOLVED = "resolved"  # what the cache made of a run's settings
+HISTORY = "history"  # when, by what command and version a run was started and resumed
+FINGERPRINTS = "fingerprints"  # of what it was trained on
+NOT_SETTINGS = frozenset({RESOLVED, HISTORY, FINGERPRINTS})  # stand in config.json beside the settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +44,42 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
     for layer in layers:
         for key, value in layer.values.items():
             if key not in known:
-                raise UsageError(f"{layer.source}: unknown key {key!r}; {nearest(key, known)}")
+                raise UsageError(f"{layer.source}: unknown key {key!r}; {_meant(key, known)}")
             merged[key] = _coerce(value, known[key], f"{layer.source}: {key}")
     for key in ("cache", "out"):
         if merged.get(key) == "":  # as of a variable that is not set: it would name the working folder
             raise UsageError(f"{key} is empty; name a folder")
     return _build(RunConfig, merged)
+
+
+# What people call settings elsewhere.
+SYNONYMS = {
+    "lr": "optimizer.learning_rate",
+    "coeff": "alignment.proj_coeff",
+    "depth": "alignment.encoder_depth",
+    "ema": "ema_decay",
+    "epochs": "steps",
+    "max_steps": "steps",
+    "batch": "batch_size",
+    "grad_clip": "optimizer.clip",
+    "max_grad_norm": "optimizer.clip",
+    "warmup": "optimizer.warmup_steps",
+    "cfg_prob": "label_dropout",
+    "checkpointing_steps": "save_every",
+    "gradient_accumulation_steps": "accumulation",
+    "mixed_precision": "precision",
+    "enc_type": "encoders",
+}
+
+
+def _meant(key: str, known: Mapping[str, Any]) -> str:
+    """Say which setting an unknown key was probably meant for: a synonym, the end of a dotted key, or the nearest."""
+    last = key.rpartition(".")[2].replace("-", "_").lower()
+    ends = [name for name in known if name.rpartition(".")[2] == last]
+    if last in SYNONYMS:
+        ends = [SYNONYMS[last]]
+    hint = f"did you mean {' or '.join(map(repr, ends))}? " if ends else f"{nearest(key, known)}. "
+    return f"{hint}repa-train --settings shows all {len(known)}"
 
 
 def required(key: str, layers: Sequence[Layer]) -> str:
@@ -83,6 +119,8 @@ def file_layer(path: Path) -> Layer:
         raise UsageError(f"--config {path}: {reason(error)}") from error
     except ValueError as error:
         raise UsageError(f"--config {path} is not YAML: {reason(error)}") from error
+    if isinstance(loaded, dict):
+        loaded = {key: value for key, value in loaded.items() if key not in NOT_SETTINGS}
     if not isinstance(loaded or {}, dict):
         raise UsageError(f"--config {path} holds a {type(loaded).__name__}; expected keys and values")
     return Layer(source=f"--config {path}", values=flatten(loaded or {}))
@@ -104,12 +142,31 @@ def set_layer(assignments: Sequence[str]) -> Layer:
 
 def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Say, field by field, where a resume asks for another run than the stored one: `key: stored 1, asked 2`."""
-    before, now = flatten(stored), flatten(asked)
+    before, now = flatten(used(stored)), flatten(used(asked))
     return [
         f"{key}: stored {before.get(key)!r}, asked {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if key not in MAY_CHANGE and before.get(key) != now.get(key)
     ]
+
+
+def used(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration as nested dicts without the settings that its others leave without effect."""
+    kept = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    alignment = kept.get("alignment")
+    if isinstance(alignment, dict):
+        projector = alignment.get("projector")
+        if projector == "none":
+            kept["alignment"] = {"projector": "none"}
+        for name, kind in (("hidden_dim", "mlp"), ("kernel_size", "conv")):
+            if projector != kind:
+                alignment.pop(name, None)
+    if kept.get("shuffle") == "global":
+        kept.pop("shuffle_window", None)
+    for section in ("grid", "evaluation"):
+        if isinstance(kept.get(section), dict) and not kept[section].get("every"):
+            kept[section] = {"every": 0}
+    return kept
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -157,11 +214,13 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     """Return `value` as the field's type, refusing what would change its meaning."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
-        if value is None:
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and str not in arguments):
             return None
         (hint,) = (argument for argument in arguments if argument is not types.NoneType)
         return _coerce(value, hint, where)
     if origin is Literal:
+        if isinstance(value, str) and value.lower() in arguments:
+            value = value.lower()
         if value not in arguments:
             raise UsageError(f"{where} is {value!r}; {nearest(str(value), map(str, arguments))}")
         return value
@@ -172,6 +231,14 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, str):
             return parse_bytes(value, where=where)
         hint = int
+    if hint is int and isinstance(value, str | float):
+        # YAML 1.1 reads 1e5 as text.
+        try:
+            whole = float(value)
+        except ValueError:
+            whole = math.nan
+        if whole.is_integer():
+            return int(whole)
     if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-4, without a dot, as text.
         try:

@@ -12,13 +12,13 @@ from typing import Any
 
 from ...cache_specs.errors import UsageError
 from ..models.checkpoint import latest_checkpoint, load_checkpoint
-from .settings import Layer, flatten, resolve
+from .settings import NOT_SETTINGS, RESOLVED, Layer, flatten, resolve
 
 CONFIG_FILE = "config.json"
-RESOLVED = "resolved"  # what the cache made of the settings: beside them in the file, none of them
 
 RENAMED: dict[str, str] = {}  # by dotted key: what it is called now
-NEUTRAL: dict[str, Any] = {}  # of later settings whose default does something: the value that does nothing
+# Of later settings whose default does something, the value that does nothing.
+NEUTRAL: dict[str, Any] = {"save_minutes": None}
 
 
 def stored_layer(folder: Path) -> Layer | None:
@@ -38,9 +38,23 @@ def stored_layer(folder: Path) -> Layer | None:
     return layer_of(stored["config"], source=str(newest))
 
 
+def named_run(run: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags of `--resume RUN`: the given ones, and the run's folder as --out.
+
+    Raises UsageError where there is nothing to resume, or --out names another folder.
+    """
+    if latest_checkpoint(run) is None:
+        raise UsageError(
+            f"--resume {run}: there is no checkpoint in it. Name the folder of a run, or start one with --out"
+        )
+    if "out" in given and Path(given["out"]) != run:
+        raise UsageError(f"--resume {run} goes on in its own folder, and --out names {given['out']}; leave --out away")
+    return {**given, "out": str(run)}
+
+
 def layer_of(config: Mapping[str, Any], *, source: str) -> Layer:
     """Return a stored configuration as settings by dotted key, translated."""
-    values = flatten({key: value for key, value in config.items() if key != RESOLVED})
+    values = flatten({key: value for key, value in config.items() if key not in NOT_SETTINGS})
     return Layer(source=source, values=NEUTRAL | {RENAMED.get(key, key): value for key, value in values.items()})
 
 

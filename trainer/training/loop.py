@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...cache_specs.errors import JobError
 from ..distributed import StopRequest, averaging, settle_buckets
-from ..models.checkpoint import save_checkpoint
+from ..models.checkpoint import save_checkpoint, save_ema
 from ..reading.prefetch import ReadAhead, batches_ahead
 from ..runs.run import Run
 from .reporter import Reporter, StepResult
@@ -63,7 +63,7 @@ def train_step(run: Run, ahead: ReadAhead) -> StepResult:
 def train(
     run: Run, *, draw_grid: Callable[[Run], object] | None = None, evaluation: "Evaluation | None" = None
 ) -> None:
-    """Train from `run.step` to `config.steps`, or to the step after a SIGTERM; save, and leave metrics behind.
+    """Train from `run.step` to `config.steps`, or to the step after a SIGTERM or Ctrl-C; save, and leave metrics.
 
     `draw_grid` is called on rank 0 every `grid.every` steps, `evaluation` on every rank every `evaluation.every` steps,
     once they are saved: it may take so long that it is killed, or stopped, and a resume then begins with it. Both must
@@ -74,11 +74,12 @@ def train(
     run.follow_alignment()
     settle(run)
     saved = run.step
+    save_after_s = None if config.save_minutes is None else 60 * config.save_minutes
     depth = batches_ahead(config.prefetch_bytes, run.batches.num_bytes)
     with (
         ReadAhead(run.batches, first=run.step, last=config.steps, depth=depth, device=world.device) as ahead,
         Reporter(run, ahead) as reporter,
-        StopRequest(world) as stop,
+        StopRequest(world, save_after_s=save_after_s) as stop,
     ):
         stopped = False
         if evaluation is not None and evaluation.missing(run):
@@ -90,9 +91,11 @@ def train(
                 settle(run)
             reporter.add(train_step(run, ahead))
 
-            last = stop.due() or run.step == config.steps
+            asked, overdue = stop.due()
+            last = asked or run.step == config.steps
             evaluate = evaluation is not None and run.step % config.evaluation.every == 0
-            save = last or evaluate or run.step % config.save_every == 0
+            keep = config.keep_every is not None and run.step % config.keep_every == 0
+            save = last or evaluate or keep or overdue or run.step % config.save_every == 0
             grid = config.grid.every > 0 and run.step % config.grid.every == 0
             if save or grid or run.step % config.log_every == 0:
                 bad = reporter.log()
@@ -105,6 +108,9 @@ def train(
             if save:
                 save_state(run)
                 saved = run.step
+                stop.saved()
+            if keep and world.is_main:
+                save_average(run)
             try:
                 if grid and draw_grid is not None and world.is_main:
                     draw_grid(run)
@@ -162,3 +168,16 @@ def save_state(run: Run) -> None:
             fingerprints=run.reader.fingerprints,
             keep_last=run.config.keep_last,
         )
+
+
+def save_average(run: Run) -> None:
+    """Save the EMA alone, to stay: what a curve over training samples from, a quarter of a checkpoint's bytes."""
+    save_ema(
+        run.folder,
+        steps=run.step,
+        ema=run.ema.model,
+        emas={str(ema.decay): ema.model for ema in run.more_emas},
+        args=run.config.plain(),
+        config=run.record(),
+        fingerprints=run.reader.fingerprints,
+    )

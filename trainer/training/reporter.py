@@ -45,6 +45,7 @@ class Reporter:
         )
         self._steps: list[StepResult] = []
         self._last_log = (0.0, 0.0, 0.0)
+        self._entered = 0.0
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -56,6 +57,7 @@ class Reporter:
                 self._progress = opened.enter_context(Progress(done=run.step, total=run.config.steps))
                 self._open = opened.pop_all()
         self._last_log = self._now()
+        self._entered = self._last_log[0]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,7 +91,8 @@ class Reporter:
                 break
             records.append({"step": step, **named})
         if world.is_main and records:
-            records[-1] |= self._speed.record(interval)
+            wall_s = self._file.wall_s + self._clock() - self._entered
+            records[-1] |= {"wall_s": wall_s, **self._speed.record(interval)}
             self._file.write(records)
             self._board.write(records)
             self._progress.log(records[-1])

@@ -1,0 +1,69 @@
+"""What a run will do, in a few lines, before it does it: what differs from the recipe, model, data, where it writes."""
+
+import textwrap
+
+import torch
+import yaml
+
+from ...cache_specs.sizes import human_bytes
+from ..diffusion.latents import LatentNorm
+from ..distributed import World
+from ..reading.prefetch import batches_ahead
+from ..reading.reader import CacheReader
+from .config import RunConfig
+from .parts import build_model, make_batches, make_objective
+from .run import record
+from .settings import RESOLVED, Layer, flatten, recipe_layer, resolve, used
+
+WIDTH = 80
+# Said in lines of their own, or chosen by the cache and the machine.
+SAID_ELSEWHERE = frozenset({"recipe", "cache", "out", "model", "autoencoder", "encoders", "steps", "precision"})
+
+
+def describe(
+    config: RunConfig, reader: CacheReader, norm: LatentNorm, world: World, *, step: int = 0, verbose: bool = False
+) -> str:
+    """Return what goes on from `step`, in lines of at most 80 columns; `verbose` puts every setting before it."""
+    with torch.device("meta"):
+        model = build_model(config, reader)
+    total, in_projectors = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.projectors))
+    batches = make_batches(config, reader, world, make_objective(config, reader, norm, torch.device("cpu")))
+    row_bytes = batches.row_bytes()
+    ahead = batches_ahead(config.prefetch_bytes, batches.num_bytes)
+    over = "; one alone is more than prefetch_bytes" if batches.num_bytes > config.prefetch_bytes else ""
+    encoders = f", aligned with {', '.join(config.encoders)}" if config.encoders else ""
+    num_views = len(reader.views) if config.flip else 1
+    minutes = "" if config.save_minutes is None else f" or {config.save_minutes:g} minutes"
+    lines = [
+        f"recipe: {config.recipe}{_changes(config)}",
+        f"model: {config.model}, {total - in_projectors:.1f} M parameters; projectors {in_projectors:.1f} M; "
+        f"{config.precision} on {world.device.type}" + (f", {world.size} ranks" if world.size > 1 else ""),
+        f"data: {config.cache}, {config.autoencoder}{encoders}",
+        f"data: {len(reader.valid_rows)} of {reader.num_samples} samples, {num_views} view(s), "
+        f"{row_bytes / 1024:.1f} KiB a sample, {row_bytes * config.batch_size / 2**20:.2f} MiB a step",
+        f"read ahead: {ahead} x {human_bytes(batches.num_bytes)} on every rank{over}",
+        f"out: {config.out}, steps {step + 1} to {config.steps}, a checkpoint every {config.save_every} steps{minutes}",
+    ]
+    if verbose:
+        shown = record(config, reader, norm)
+        del shown[RESOLVED]["class_names"]
+        lines.insert(0, yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=WIDTH).rstrip())
+    fold = textwrap.TextWrapper(WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if "\n" in line else fold.fill(line) for line in lines)
+
+
+def _changes(config: RunConfig) -> str:
+    """Return the settings that are not the recipe's own, with those."""
+    needed = Layer(source="", values={"cache": config.cache, "out": config.out, "model": config.model})
+    recipe = flatten(used(resolve([recipe_layer(config.recipe, config.model), needed]).plain()))
+    found = flatten(used(config.plain()))
+    changed = [
+        f"{key} {_plain(value)} ({_plain(recipe.get(key))})"
+        for key, value in found.items()
+        if key not in SAID_ELSEWHERE and value != recipe.get(key)
+    ]
+    return f", with {', '.join(changed)}" if changed else ""
+
+
+def _plain(value: object) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
