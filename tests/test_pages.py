@@ -77,7 +77,7 @@ def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) ->
         given = dict(command.make_context(name, list(arguments)).params)
         if name == "repa-train":
             files, assignments = given.pop("files"), given.pop("assignments")
-            for key in ("resume", "device", "dry_run"):
+            for key in ("resume", "device", "dry_run", "verbose", "settings"):
                 given.pop(key)
             resolve_flags(files, assignments, given)
 

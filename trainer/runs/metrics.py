@@ -196,11 +196,11 @@ class Progress:
         if not due:
             return
         since, before = self._began if self._first else self._shown_at
-        rate = (step - before) / max(now - since, 1e-9)
         self._first, self._shown_at = False, (now, step)
-        left = "" if step == self._total else f", {human_seconds((self._total - step) / rate)} left"
-        speed = f"{record['samples_per_s']:.4g} samples/s" if "samples_per_s" in record else f"{rate:.3g}/s"
-        print(f"step {step}/{self._total}  {losses}  {speed}{left}", flush=True)
+        speed = f"  {record['samples_per_s']:.4g} samples/s" if "samples_per_s" in record else ""
+        if step < self._total and step > before and now > since:
+            speed += f"  {human_seconds((self._total - step) * (now - since) / (step - before))} left"
+        print(f"step {step}/{self._total}  {losses}{speed}", flush=True)
 
 
 def say(line: str) -> None:

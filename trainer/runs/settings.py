@@ -144,9 +144,9 @@ def differences(stored: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str
     """Say, field by field, where a resume asks for another run than the stored one: `key: stored 1, asked 2`."""
     before, now = flatten(used(stored)), flatten(used(asked))
     return [
-        f"{key}: stored {before.get(key)!r}, asked {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if key not in MAY_CHANGE and before.get(key) != now.get(key)
+        f"{key}: stored {before[key]!r}, asked {now[key]!r}"
+        for key in sorted(before.keys() & now.keys())  # one that has no effect in either follows from another
+        if key not in MAY_CHANGE and before[key] != now[key]
     ]
 
 

@@ -57,7 +57,7 @@ def test_training_needs_no_optional_library(make_cache, tmp_path):
 
 def test_the_resolved_settings_are_printed_and_stored(make_cache, repa_train, tmp_path):
     out = tmp_path / "run"
-    outcome = repa_train(make_cache().path, out, "--steps", "1", "--set", "latent_norm=channel")
+    outcome = repa_train(make_cache().path, out, "--steps", "1", "--set", "latent_norm=channel", "--verbose")
     stored = json.loads((out / "config.json").read_text())
     assert stored["recipe"] == "irepa"
     assert stored["encoders"] == ["toy"]
@@ -120,7 +120,10 @@ def test_the_flags_of_reading_reach_the_run(make_cache, repa_train, tmp_path):
 
     other = ("--shuffle", "global", "--set", "shuffle_window=16")
     resumed = repa_train(written.path, out, "--steps", "4", "--resume", "auto", *other)
-    assert "shuffle: stored 'blocks', asked 'global'; shuffle_window: stored 2, asked 16" in resumed.error
+    assert "shuffle: stored 'blocks', asked 'global'. Go on with its own by repa-train --resume" in resumed.error
+    other = ("--set", "shuffle_window=16")
+    resumed = repa_train(written.path, out, "--steps", "4", "--resume", "auto", *other)
+    assert "shuffle_window: stored 2, asked 16" in resumed.error
     shard = written.shard("latents/toy-ae/moments", 0)
     shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
     for checked in ((), ("--check-reads",)):

@@ -152,5 +152,5 @@ def test_tensorboard_holds_the_scalars_and_is_not_needed(tmp_path, monkeypatch, 
 def test_without_a_terminal_a_log_is_a_line(capsys):
     with Progress(done=0, total=8) as progress:
         progress.advance(1)
-        progress.log({"step": 1, "denoising_loss": 0.25})
-    assert capsys.readouterr().out == "step 1/8  denoising_loss 0.25\n"
+        progress.log({"step": 1, "denoising_loss": 0.25, "samples_per_s": 32.0})
+    assert capsys.readouterr().out.startswith("step 1/8  denoising 0.2500  32 samples/s")

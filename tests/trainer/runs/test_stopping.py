@@ -175,7 +175,7 @@ def test_without_a_terminal_there_is_a_line_at_first_each_minute_and_at_the_end(
             progress.log({"step": step, "denoising_loss": 0.5, "grad_norm": 1.0, "samples_per_s": 1280.0})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["50/1000", "350/1000", "650/1000", "950/1000", "1000/1000"]
-    assert lines[1] == "step 350/1000  denoising 0.5000  1280 samples/s, 2 min left"
+    assert lines[1] == "step 350/1000  denoising 0.5000  1280 samples/s  2 min left"
     assert "left" not in lines[-1]
 
 
