@@ -7,8 +7,9 @@ what was expected and the next step.
 import contextlib
 import difflib
 import errno
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 
@@ -34,6 +35,8 @@ class JobError(RepaError, RuntimeError):
 
 MAX_LISTED = 40  # known names in one line of an error: a run's settings, not every encoder
 
+# Control characters, what turns the direction of writing, separators of lines, and bytes that were no UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 MAX_REASON = 300  # characters of what a library says
 
 
@@ -61,6 +64,22 @@ def at_least(name: str, value: int, least: int) -> None:
         raise UsageError(f"{name} is {value}; expected {least} or more")
 
 
+def printable(text: str) -> str:
+    """Return `text` with what a terminal would obey, or could not print, escaped: names of files may hold anything."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise `UsageError` for an empty argument: as a path it would name the working folder."""
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if argument == "" or (option.startswith("--") and equals and not value):
+            before = option or (arguments[place - 1] if place else "the first argument")
+            raise UsageError(
+                f"{before}: an empty value follows, as of a variable that is not set; give one, or leave it out"
+            )
+
+
 @contextlib.contextmanager
 def writing(path: Path, *, then: str) -> Iterator[None]:
     """Turn an OSError into a JobError that says what could not be written, and what to do: mend it, `then` this."""
@@ -76,8 +95,9 @@ def writing(path: Path, *, then: str) -> Iterator[None]:
 def one_line_errors(command: str) -> Iterator[None]:
     """Print a `RepaError` as one line on stderr and exit with its code; leave every other error its traceback."""
     try:
+        check_arguments(sys.argv[1:])
         yield
     except RepaError as error:
-        text = " ".join(str(error).split("\n"))
+        text = printable(" ".join(str(error).split("\n")))
         print(f"{command}: {text}", file=sys.stderr)
         sys.exit(error.exit_code)

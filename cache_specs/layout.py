@@ -24,6 +24,7 @@ DEFAULT_SHARD_SAMPLES = 256
 
 # What is believed of a file's numbers: more is damage, and would be waited for or allocated.
 MOST_SAMPLES = 10**9  # of a cache
+MOST_SHARD_SAMPLES = 2**20  # of a shard, whose index is held in memory
 MOST_SIDE = 2**16  # of an image in pixels, of a grid in tokens
 MOST_WIDTH = 2**16  # channels of a token or a latent
 MOST_LAYERS = 1000  # of one encoder
@@ -90,8 +91,10 @@ class CacheLayout:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise UsageError("a cache needs at least one sample")
-        if self.shard_samples < 1:
-            raise UsageError(f"--shard-samples {self.shard_samples}: expected at least 1")
+        if not 1 <= self.shard_samples <= MOST_SHARD_SAMPLES:
+            raise UsageError(
+                f"--shard-samples {self.shard_samples}: expected at least 1, and at most {MOST_SHARD_SAMPLES}"
+            )
         if self.views not in (VIEWS[:1], VIEWS):
             raise UsageError(f"views {self.views}: expected {VIEWS[:1]} or {VIEWS}")
 
@@ -144,7 +147,7 @@ class CacheLayout:
                 crop=str(attributes["crop"]),
                 views=tuple(attributes["views"]),
                 class_names=class_names,
-                shard_samples=whole(attributes["shard_samples"], "shard_samples", most=MOST_SAMPLES),
+                shard_samples=whole(attributes["shard_samples"], "shard_samples", most=MOST_SHARD_SAMPLES),
                 manifest_fingerprint=str(attributes["manifest_fingerprint"]),
                 dataset_fingerprint=str(attributes["dataset_fingerprint"]),
             )

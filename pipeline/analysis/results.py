@@ -148,7 +148,9 @@ def _number(text: str, file: Path, encoder: str, column: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UsageError(f"{file}: {encoder}: {column} is {text!r}; expected a number, or nothing where there is none")
+        raise UsageError(
+            f"{file}: {encoder}: {column} is {text[:40]!r}; expected a number, or nothing where there is none"
+        )
     return value
 
 

@@ -19,6 +19,7 @@ from ..store.store import CacheStore
 from .encode import ModelRequest
 
 DEFAULT_RESOLUTION = 256
+MOST_RESOLUTION = 2**14
 DEFAULT_AUTOENCODER = "sd-vae-ft-mse"
 
 
@@ -52,8 +53,10 @@ class BuildOptions:
             raise UsageError(f"--threads {self.threads}: expected at least 1")
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"--workers {self.workers}: expected 0 (this process) or more")
-        if self.resolution is not None and self.resolution < 8:
-            raise UsageError(f"--resolution {self.resolution}: expected at least 8 pixels")
+        if self.resolution is not None and not 8 <= self.resolution <= MOST_RESOLUTION:
+            raise UsageError(
+                f"--resolution {self.resolution}: expected at least 8 pixels, and at most {MOST_RESOLUTION}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,8 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     )
     # What is on disk is as the cache there says; whether that is what is asked, `create_or_open` finds.
     store = CacheStore(options.cache, found or layout)
+    if found is None:
+        store.check_orphans()
     _check_imported(options, store)
     requests = tuple(_requests(options, layout, store))
     missing = missing_ranges(store, requests)

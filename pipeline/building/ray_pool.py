@@ -8,7 +8,6 @@ import math
 import os
 import socket
 import sys
-import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +16,13 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from ...cache_specs.errors import JobError
+from ...cache_specs.errors import JobError, reason
 from ...cache_specs.layout import CacheLayout
 from ...cache_specs.schema import ComponentSpec
 from ..images.decode import DecodedBatch, decode_batch
 from .encode import RangeResult, Worker
 from .job import JobOptions, RangeWork
+from .ray_start import driver_folder, give_token, nothing_left, session_folder, take_back_sigterm, terminated_quietly
 
 RANGES_IN_FLIGHT = 3  # a worker: one being committed, one being encoded, one being decoded
 CONNECT_TIMEOUT_S = 10
@@ -77,11 +77,13 @@ class RayPool:
         self._stack.close()
 
     def _start(self, stack: contextlib.ExitStack) -> None:
+        if self._address is None:
+            give_token()
         import ray
 
         # Ray puts the driver's folder first on its workers' path, where a checkout's `kernels` would shadow the
         # published package of that name: start it from an empty one.
-        empty = stack.enter_context(tempfile.TemporaryDirectory(prefix="repa-cache-"))
+        empty = stack.enter_context(driver_folder())
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -94,16 +96,25 @@ class RayPool:
                 "num_gpus": gpus,
                 "object_store_memory": object_store_bytes(self._options.layout, workers),
             }
+            sessions = stack.enter_context(session_folder())
+            if sessions is not None:
+                settings["_temp_dir"] = str(sessions)
         else:
             _check_reachable(self._address)
             settings["address"] = self._address
-        with contextlib.chdir(empty):
-            try:
+        stack.enter_context(terminated_quietly())
+        try:
+            with contextlib.chdir(empty), nothing_left():
                 ray.init(**settings)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                what = f"--address {self._address}: Ray could not be reached" if self._address else "Ray did not start"
-                raise JobError(f"{what} ({error})") from error
-            stack.callback(ray.shutdown)
+        except Exception as error:  # a raylet that was lost, a folder that cannot be written: Ray has no class for it
+            if self._address:
+                raise JobError(f"--address {self._address}: Ray could not be reached ({reason(error)})") from error
+            raise JobError(
+                f"Ray did not start ({reason(error)}); run the same command again, or encode in this process with "
+                "--workers 0"
+            ) from error
+        stack.callback(ray.shutdown)
+        take_back_sigterm()
         # Asked of the cluster: the driver's own machine may be a head node without a GPU.
         gpus = int(ray.cluster_resources().get("GPU", 0))
         self._device = self._options.device or ("cuda" if gpus else "cpu")

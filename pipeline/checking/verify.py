@@ -5,7 +5,6 @@ elsewhere; the files to delete, and the command that then makes them anew, are s
 component are its own is checked in verify_binding.py, of numbers that are taken here as chunks are read.
 """
 
-import json
 import math
 import os
 import shlex
@@ -21,6 +20,7 @@ import numpy as np
 from ...cache_specs.binding import SHARD_CHECKSUMS, SHARDS_DIGEST, shard_number
 from ...cache_specs.components import Component, check_fingerprint, check_place
 from ...cache_specs.errors import CacheError
+from ...cache_specs.files.outside import parse_json
 from ...cache_specs.fingerprint import manifest_fingerprint, transform_fingerprint
 from ...cache_specs.group import METADATA, check_digest, group_attributes
 from ...cache_specs.layout import COMPLETE, METADATA_CHUNK, ArrayLayout
@@ -32,6 +32,8 @@ from ..store.shards import iter_chunks
 from ..store.statistics import component_statistics
 from ..store.store import CacheStore
 from .verify_binding import binding_problems, source_problems
+
+CONSOLIDATED = "consolidated_metadata"  # key of Zarr's own for a copy of the metadata of all arrays below
 
 
 @dataclass(kw_only=True)
@@ -92,15 +94,20 @@ def verify(path: str | Path | Location, *, on_progress: Callable[[int, int], Non
 def _check_files(report: VerifyReport, folder: Location, expected: Mapping[str, bytes]) -> None:
     """Compare metadata files with what they must hold; the folder's own attributes have a digest instead."""
     for name, text in expected.items():
-        file, wanted = folder / name, json.loads(text)
+        file, wanted = folder / name, parse_json(text)
         try:
-            found = json.loads(file.read() or b"")
+            found = parse_json(file.read() or b"")
         except (CacheError, ValueError) as error:
             report.add(f"{file}: cannot be read ({error})", file)
             continue
         if name == METADATA and isinstance(found, dict):
             wanted["attributes"] = found.get("attributes")
-        if found != wanted:
+        if isinstance(found, dict) and found != wanted and {**wanted, CONSOLIDATED: found.get(CONSOLIDATED)} == found:
+            report.add(
+                f"{file}: holds a copy of all other metadata, by zarr.consolidate_metadata, which no build keeps true",
+                file,
+            )
+        elif found != wanted:
             report.add(f"{file}: not the metadata of this array or group; the file was changed or is damaged", file)
 
 

@@ -3,6 +3,7 @@
 import click
 
 from ...cache_specs.errors import JobError
+from .said import say
 
 
 @click.command()
@@ -28,6 +29,6 @@ def bind(cache: str) -> None:
 
         problems = list(bind_cache(cache, on_message=lambda line: bar.write(line), on_progress=progress))
     for problem in problems:
-        click.echo(problem, err=True)
+        say(problem, err=True)
     if problems:
         raise JobError(f"{cache}: {len(problems)} components were not bound; repa-cache verify names what is damaged")

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...cache_specs.errors import JobError, UsageError
+from ...cache_specs.errors import JobError, UsageError, printable
 from ...cache_specs.schema import COMPRESSORS, PRECISIONS, STORAGE_DTYPES
+from .said import say
 
 if TYPE_CHECKING:
     from ..building.build import BuildReport
@@ -60,9 +61,9 @@ def build(
 
     manifest = manifest_of(data, labels, allow_empty=allow_empty, known=known_samples(asked["cache"]))
     if manifest.left_out:
-        click.echo(f"{manifest.where}: {manifest.left_out} files without an image ending are left out", err=True)
+        say(f"{manifest.where}: {manifest.left_out} files without an image ending are left out", err=True)
     if manifest.further:
-        click.echo(
+        say(
             f"{manifest.where}: {manifest.further} further images are not in {asked['cache']}, which keeps its own; "
             "for all of them name another --cache",
             err=True,
@@ -83,11 +84,11 @@ def build(
     def advance(samples: int) -> None:
         bar.update(samples)
 
-    def say(line: str) -> None:
-        bar.write(line, file=sys.stderr)
+    def say_above(line: str) -> None:
+        bar.write(printable(line), file=sys.stderr)
 
     try:
-        report = run_build(options, on_start=start, on_progress=advance, on_message=say)
+        report = run_build(options, on_start=start, on_progress=advance, on_message=say_above)
     finally:
         bar.close()
     _print_report(options, report)
@@ -126,7 +127,7 @@ def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:
     from ..building.plan import describe
 
     layout = plan.layout
-    click.echo(
+    say(
         f"{options.cache}: {'an existing' if plan.exists else 'a new'} cache of {layout.num_samples} samples, "
         f"{len(layout.class_names)} classes, {layout.resolution} px, views {' + '.join(layout.views)}"
     )
@@ -134,25 +135,25 @@ def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:
     for request in plan.requests:
         component = request.component("")
         missing = len(plan.missing[component.path])
-        click.echo(f"{component.path}: {missing} of {layout.num_ranges} ranges to encode")
+        say(f"{component.path}: {missing} of {layout.num_ranges} ranges to encode")
         for name, shape, size in describe(component, layout):
             total += size
-            click.echo(f"  {name:<13} {shape:<32} {human_bytes(size)}")
-    click.echo(f"{human_bytes(total)} in all; nothing was written")
+            say(f"  {name:<13} {shape:<32} {human_bytes(size)}")
+    say(f"{human_bytes(total)} in all; nothing was written")
 
 
 def _print_report(options: "BuildOptions", report: "BuildReport") -> None:
     if report.num_images:
         rate = report.num_images / max(report.seconds, 1e-9)
-        click.echo(f"encoded {report.num_images} images in {report.seconds:.1f} s ({rate:.1f} images/s)")
+        say(f"encoded {report.num_images} images in {report.seconds:.1f} s ({rate:.1f} images/s)")
     for path in report.completed:
-        click.echo(f"{path}: complete")
+        say(f"{path}: complete")
         error = report.statistics[path].get("float16_error")
         if isinstance(error, float):
             advice = "; --dtype int8 would be nearer" if error > 0.01 else ""
-            click.echo(f"  float16 moves a channel's mean by at most {error:.2g} of its std{advice}")
+            say(f"  float16 moves a channel's mean by at most {error:.2g} of its std{advice}")
     if not report.num_images and not report.completed:
-        click.echo(f"{options.cache}: everything asked for is there and complete")
+        say(f"{options.cache}: everything asked for is there and complete")
     bad, passing = len(report.unusable), len(report.passing)
     if passing:
         raise JobError(
@@ -166,4 +167,4 @@ def _print_report(options: "BuildOptions", report: "BuildReport") -> None:
             "or add --skip-bad to leave them out"
         )
     if bad:
-        click.echo(f"{bad} bad images were left out (--skip-bad); training does not see them")
+        say(f"{bad} bad images were left out (--skip-bad); training does not see them")

@@ -18,6 +18,7 @@ from .encoders import encoders
 from .estimate import estimate
 from .imports import import_command
 from .metrics import COMMANDS, ENTRY
+from .said import say
 
 if TYPE_CHECKING:
     from ..images.manifest import ImageSource
@@ -58,7 +59,7 @@ def info(cache: str) -> None:
     from ..checking.info import info_lines
 
     for line in info_lines(cache):
-        click.echo(line)
+        say(line)
 
 
 @cli.command()
@@ -99,7 +100,7 @@ def verify(
 
         report = check(cache, on_progress=progress)
     for line in (*report.notes, *report.problems):
-        click.echo(line, err=True)
+        say(line, err=True)
     if report.problems:
         damaged = list(report.damaged_files)
         remove = "aws s3 rm " if cache.startswith("s3://") else "rm "
@@ -109,9 +110,7 @@ def verify(
         way_out = f"delete the damaged files{more} and run the build again: {remove}{files}"
         way_out = way_out if files else "run the build again"
         raise JobError(f"{cache}: {len(report.problems)} problems in {report.num_shards} shards; {way_out}")
-    click.echo(
-        f"{cache}: {report.num_shards} shards, {human_bytes(report.num_bytes)}: all there, checksums and values hold"
-    )
+    say(f"{cache}: {report.num_shards} shards, {human_bytes(report.num_bytes)}: all there, checksums and values hold")
     if num is not None and data is not None:
         options = {"weights": weights_of(weights), "device": device or _default_device(), "entries": entries}
         _recompute(cache, num, data, options)
@@ -124,14 +123,14 @@ def _recompute(cache: str, num: int, data: str, options: dict[str, Any]) -> None
     for agreement in recompute(cache, _source(data), num=num, **options):
         problems += agreement.problems
         if agreement.left_out:
-            click.echo(f"{agreement.path}: not encoded again: {agreement.left_out}")
+            say(f"{agreement.path}: not encoded again: {agreement.left_out}")
         if agreement.cosines:
-            click.echo(
+            say(
                 f"{agreement.path}: {agreement.num_samples} samples encoded again, cosine to what is stored: "
                 f"mean {agreement.mean:.6f}, min {agreement.min:.6f}"
             )
     for problem in problems:
-        click.echo(problem, err=True)
+        say(problem, err=True)
     if problems:
         raise JobError(
             f"{cache}: {len(problems)} differences between the images in {data} and what is stored; put the old files "
@@ -150,5 +149,5 @@ def main() -> None:
         except click.exceptions.Exit as error:
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):
-            click.echo("stopped; the same command goes on where it was", err=True)
+            say("stopped; the same command goes on where it was", err=True)
             sys.exit(130)

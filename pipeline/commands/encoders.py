@@ -2,6 +2,8 @@
 
 import click
 
+from .said import say
+
 
 @click.command()
 def encoders() -> None:
@@ -13,4 +15,4 @@ def encoders() -> None:
     from ...cache_specs.tables import encoder_table_lines
 
     for line in encoder_table_lines():
-        click.echo(line)
+        say(line)

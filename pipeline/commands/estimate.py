@@ -6,6 +6,7 @@ import click
 
 from ...cache_specs.errors import UsageError
 from ...cache_specs.schema import FEATURES, LATENTS, PRECISIONS
+from .said import say
 
 if TYPE_CHECKING:
     from ...cache_specs.tables import ResolvedModel
@@ -64,12 +65,12 @@ def estimate(
     rates = _measure(models, resolution, batch_size, precision, device) if probe else {}
     costs = model_costs(models, layout, rates)
     for line in cost_lines(costs, layout):
-        click.echo(line)
+        say(line)
     if model is not None and sit is not None:
-        click.echo(speedup_line(model, sit, costs))
+        say(speedup_line(model, sit, costs))
     if limit is not None:
         for line in budget_lines(limit, costs):
-            click.echo(line)
+            say(line)
 
 
 def _measure(
@@ -83,7 +84,7 @@ def _measure(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"resolution": resolution, "batch_size": batch_size, "precision": precision, "device": device}
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
-    click.echo(f"forwards measured on {device}{threads}, {precision}, batches of {batch_size}, one device")
+    say(f"forwards measured on {device}{threads}, {precision}, batches of {batch_size}, one device")
     return {
         model.name: measure(kind, model, **options)  # type: ignore[arg-type]  # mixed values of keywords
         for kind, model in models

@@ -7,6 +7,7 @@ import click
 
 from ...cache_specs.errors import JobError
 from ...cache_specs.schema import COMPRESSORS
+from .said import say
 
 if TYPE_CHECKING:
     from ..importing.latents import ImportReport
@@ -50,7 +51,7 @@ def import_command(dry_run: bool, pixel_range: str | None, **asked: Any) -> None
     plan = plan_import(options)
     _print_plan(options, plan)
     if dry_run:
-        click.echo("nothing was written")
+        say("nothing was written")
         return
     with tqdm(unit=" samples", disable=None) as bar:
 
@@ -74,22 +75,22 @@ def _print_plan(options: "ImportOptions", plan: "ImportPlan") -> None:
     source, layout = plan.source, plan.layout
     what = "moments" if plan.reading.kind == "moments" else "sampled latents"
     images = f"images in {source.image_root}" if source.image_root else "no images"
-    click.echo(
+    say(
         f"{options.data}: {layout.num_samples} samples in the layout {source.layout}, {what} "
         f"{list(plan.reading.shape[1:])}, {len(layout.class_names)} classes, {images}"
     )
-    click.echo(f"latents of {plan.look.num} of them: mean {numbers(plan.look.mean)}, std {numbers(plan.look.std)}")
+    say(f"latents of {plan.look.num} of them: mean {numbers(plan.look.mean)}, std {numbers(plan.look.std)}")
     if plan.warning is not None:
-        click.echo(f"warning: {plan.warning}", err=True)
-    click.echo(f"{options.cache}: {plan.component.path}, {layout.resolution} px, views {' + '.join(layout.views)}")
+        say(f"warning: {plan.warning}", err=True)
+    say(f"{options.cache}: {plan.component.path}, {layout.resolution} px, views {' + '.join(layout.views)}")
     for name, shape, size in describe(plan.component, layout):
-        click.echo(f"  {name:<13} {shape:<32} {human_bytes(size)}")
+        say(f"  {name:<13} {shape:<32} {human_bytes(size)}")
 
 
 def _print_report(options: "ImportOptions", plan: "ImportPlan", report: "ImportReport") -> None:
     manifest = plan.source.manifest
     for row in sorted(report.bad)[:MAX_LISTED]:
-        click.echo(f"bad latents: {manifest.sample_ids[row]}: {report.bad[row]}", err=True)
+        say(f"bad latents: {manifest.sample_ids[row]}: {report.bad[row]}", err=True)
     if report.bad:
         raise JobError(
             f"{len(report.bad)} of {len(manifest)} samples could not be used (the first {MAX_LISTED} are listed "
@@ -97,8 +98,8 @@ def _print_report(options: "ImportOptions", plan: "ImportPlan", report: "ImportR
             "command again"
         )
     if report.statistics:
-        click.echo(f"imported {report.num_samples} samples; {plan.component.path}: complete")
+        say(f"imported {report.num_samples} samples; {plan.component.path}: complete")
     else:
-        click.echo(f"{options.cache}: {plan.component.path} is there and complete")
+        say(f"{options.cache}: {plan.component.path} is there and complete")
     if plan.source.image_root is None:
-        click.echo("without images no encoder's tokens can be added: train from it with --recipe sit")
+        say("without images no encoder's tokens can be added: train from it with --recipe sit")

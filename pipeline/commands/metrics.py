@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...cache_specs.errors import UsageError
+from .said import say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,17 +67,17 @@ def metrics(
             found = measure(encoder, rows, gamma=gamma, mask=mask, on_progress=bar.update)
         measured.append(found)
         labels[encoder.name] = labels_of(store, found.rows)
-        click.echo(_headline(encoder, found.rows, store))
+        say(_headline(encoder, found.rows, store))
         for line in table(found):
-            click.echo(line)
+            say(line)
         if 1 < len(names) <= MAX_CLASSES:
             for line in class_table(found, labels[encoder.name], names):
-                click.echo(line)
+                say(line)
         elif len(names) > MAX_CLASSES:
-            click.echo(f"  {len(names)} classes: --csv FILE has them")
+            say(f"  {len(names)} classes: --csv FILE has them")
     if csv_file is not None:
         write_csv(csv_file, measured, labels, names)
-        click.echo(f"every figure: {csv_file}")
+        say(f"every figure: {csv_file}")
 
 
 def _headline(encoder: "Features", rows: "np.ndarray", store: "CacheStore") -> str:
@@ -129,7 +130,7 @@ def show(cache: str, encoder: str, samples: int, gamma: float, out: Path, **pict
     warning = " (UNTRAINED)" if features.random_weights else ""
     warning += f" ({features.enlarged})" if features.enlarged else ""
     draw(panels, out, title=f"{features.name}{warning}", gamma=gamma)
-    click.echo(f"{out}: {len(rows)} samples of {cache}, features/{features.name}{warning}")
+    say(f"{out}: {len(rows)} samples of {cache}, features/{features.name}{warning}")
 
 
 @click.command()
@@ -155,23 +156,23 @@ def probe(cache: str, encoders: tuple[str, ...], num: int, folds: int, neighbour
     rows = choose_rows(opened, num)
     usable = probeable(rows, labels_of(store, rows), store.layout.class_names, folds)
     for words in usable.left_out:
-        click.echo(f"left out, fewer images than {folds} folds: {words}", err=True)
+        say(f"left out, fewer images than {folds} folds: {words}", err=True)
     figures = []
     for encoder in opened:
-        click.echo(_headline(encoder, usable.rows, store))
+        say(_headline(encoder, usable.rows, store))
         kinds = {"mean-pooled": encoder.pooled} | ({"cls": encoder.cls} if encoder.has_cls else {})
         for kind, read in kinds.items():
             features = read(usable.rows)
             for found in accuracies(features, usable.labels, name=kind, folds=folds, neighbours=neighbours):
                 words = f"  ({found.words})" if found.words else ""
-                click.echo(f"  {found.classifier:<13}{kind:<12}{found.mean:.4f} +- {found.spread:.4f}{words}")
+                say(f"  {found.classifier:<13}{kind:<12}{found.mean:.4f} +- {found.spread:.4f}{words}")
                 figures.append(csv_row(encoder.name, "", ALL_CLASSES, found.metric, found.estimate()))
         if "cls" not in kinds:
-            click.echo("  cls: the encoder has none")
-        click.echo(f"  always the largest class: {usable.most_frequent:.4f}")
+            say("  cls: the encoder has none")
+        say(f"  always the largest class: {usable.most_frequent:.4f}")
     if csv_file is not None:
         write_rows(csv_file, figures)
-        click.echo(f"every figure: {csv_file}")
+        say(f"every figure: {csv_file}")
 
 
 @click.command()
@@ -197,10 +198,10 @@ def cknna(cache: str, encoders: tuple[str, ...], num: int, k: int) -> None:
         raise UsageError(f"{cache}: CKNNA is between two encoders; found only {opened[0].name}")
     rows = choose_rows(opened, num)
     pooled = [torch.from_numpy(encoder.pooled(rows)) for encoder in opened]
-    click.echo(f"{store.path}: CKNNA with k = {k} on {len(rows)} images")
+    say(f"{store.path}: CKNNA with k = {k} on {len(rows)} images")
     for i, j in itertools.combinations(range(len(opened)), 2):
         words = "  UNTRAINED WEIGHTS: no result" if opened[i].random_weights or opened[j].random_weights else ""
-        click.echo(f"  {opened[i].name} and {opened[j].name}: {align(pooled[i], pooled[j], k):.4f}{words}")
+        say(f"  {opened[i].name} and {opened[j].name}: {align(pooled[i], pooled[j], k):.4f}{words}")
 
 
 @click.command()
@@ -227,13 +228,13 @@ def correlate(sources: tuple[str, ...], metrics_files: tuple[Path, ...], quality
 
     results = join([Path(source) for source in sources], metrics_files, quality)
     for note in results.notes:
-        click.echo(note, err=True)
+        say(note, err=True)
     found = compute(results)
     for line in lines(found, results):
-        click.echo(line)
+        say(line)
     figure(found, results, out)
     tables = write_tables(found, results, out)
-    click.echo(f"{out}; {', '.join(map(str, tables))}")
+    say(f"{out}; {', '.join(map(str, tables))}")
 
 
 COMMANDS: tuple[click.Command, ...] = (metrics, probe, cknna, correlate, show)

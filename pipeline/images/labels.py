@@ -52,6 +52,12 @@ def labels_from_folders(
                 "so its class, is lost; unpack the data again with a tool that makes folders of \\, or name labels "
                 "with --labels FILE.csv"
             )
+        try:
+            root.name.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"--data {root}: the folder's name, that of its one class, is not UTF-8; rename it"
+            ) from None
         return [0] * len(images), [root.name or "images"]
     classes = [path.partition("/")[0] for path in images]
     found = set(classes)

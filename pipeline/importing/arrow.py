@@ -112,6 +112,8 @@ def _columns(file: Path) -> list[tuple[Any, np.ndarray | None]]:
         os.close(open_regular(file))
         with pa.memory_map(str(file)) as source:
             batches = list(pa.ipc.open_stream(source))
+        for batch in batches:
+            batch.validate()  # that its buffers are as long as they say
     except (OSError, pa.ArrowException) as error:
         raise UsageError(
             f"--data {file}: not a whole Arrow file ({reason(error)}); copy or download it again"

@@ -5,6 +5,7 @@ posterior, one an image and view, not moments: training sees the same noise at e
 and its place in it; which image it was, the files do not say.
 """
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,12 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from ...cache_specs.errors import UsageError
+from ...cache_specs.errors import UsageError, reason
+from ...cache_specs.files.outside import open_regular
 from ...cache_specs.layout import VIEWS
 from .source import BadLatent, Kind, manifest_without_images
 
 TENSORS = ("latents", "latents_flip")
 STATISTICS = "latents_stats.pt"
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # dtypes of labels
 
 
 class SampledSource:
@@ -39,11 +42,12 @@ class SampledSource:
         present: set[tuple[str, ...]] = set()
         for name in names:
             try:
+                os.close(open_regular(folder / name))
                 # One handle a file: it maps the file, and threads may share it.
                 handle = safe_open(folder / name, framework="pt").__enter__()
             except Exception as error:  # the library's own class, and OSError
                 raise UsageError(
-                    f"--data {folder / name}: not a whole safetensors file ({error}); copy or download it again"
+                    f"--data {folder / name}: not a whole safetensors file ({reason(error)}); copy or download it again"
                 ) from error
             keys = set(handle.keys())
             tensors = tuple(tensor for tensor in TENSORS if tensor in keys)
@@ -53,11 +57,16 @@ class SampledSource:
                     "views, latents_flip"
                 )
             present.add(tensors)
-            found = handle.get_tensor("labels")
-            if found.ndim != 1 or found.is_floating_point():
+            try:
+                found = handle.get_tensor("labels")
+            except Exception as error:  # the library's own class, and what torch says of a dtype that it has not
+                raise UsageError(f"--data {folder / name}: its labels cannot be read ({reason(error)})") from error
+            if found.ndim != 1 or found.dtype not in WHOLE:
                 raise UsageError(
                     f"--data {folder / name}: labels are {found.dtype} {list(found.shape)}; expected whole numbers [n]"
                 )
+            if not len(found):
+                raise UsageError(f"--data {folder / name}: no rows in it; copy or download it again, or remove it")
             for tensor in tensors:
                 shape = handle.get_slice(tensor).get_shape()
                 if len(shape) != 4 or shape[0] != len(found):
@@ -82,7 +91,7 @@ class SampledSource:
         try:
             views = [self._files[file].get_slice(tensor)[row] for tensor in self._tensors]
         except Exception as error:  # the library's own class, where the file was cut after it was opened
-            raise BadLatent(f"cannot be read ({error})") from error
+            raise BadLatent(f"cannot be read ({reason(error)})") from error
         stacked = torch.stack(views)
         return (stacked.float() if stacked.dtype == torch.bfloat16 else stacked).numpy()
 
@@ -95,11 +104,12 @@ class SampledSource:
         if not file.exists():
             return None
         try:
+            os.close(open_regular(file))
             stored = torch.load(file, map_location="cpu", weights_only=True)
             mean, std = (stored[name].double().reshape(-1).numpy() for name in ("mean", "std"))
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # what unpickling raises is anything; its advice to unpickle all is none of ours
+            what = "it is no file of tensors" if isinstance(error, pickle.UnpicklingError) else reason(error)
             raise UsageError(
-                f"{file}: expected mean and std, [1, C, 1, 1] each ({' '.join(str(error).split())[:200]}); remove it "
-                "if it is not the latents'"
+                f"{file}: expected mean and std, [1, C, 1, 1] each ({what}); remove it if it is not the latents'"
             ) from error
         return mean, std

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...cache_specs.errors import UsageError
+from ...cache_specs.errors import UsageError, reason
 from ...cache_specs.files.impostors import impostor
 from ...cache_specs.fingerprint import weights_digest
 
@@ -48,6 +49,8 @@ def check_weights_file(name: str, file: Path) -> None:
     """Raise `UsageError` for a --weights file that is not there, is something else, or whose ending says nothing."""
     if not file.exists():
         raise UsageError(f"--weights {name}={file}: no such file")
+    if not file.is_file() and not file.is_dir():
+        raise UsageError(f"--weights {name}={file}: a FIFO or a device, expected a file")
     if file.is_file() and file.suffix not in (".safetensors", ".pth", ".pt", ".bin", ".tar"):
         raise UsageError(f"--weights {name}={file}: expected .safetensors, .pth, .pt, .bin or .pth.tar")
     if file.is_file() and (instead := impostor(file)):
@@ -87,5 +90,7 @@ def no_weights_error(name: str, model: str, error: Exception) -> UsageError:
 
 def wrong_weights_error(name: str, file: Path, error: Exception) -> UsageError:
     """Return the line for a weights file that does not fit the model, naming the first differences."""
-    text = " ".join(str(error).split())
-    return UsageError(f"--weights {name}={file}: does not fit {name}: {text[:400]}")
+    # What unpicklers say advises to run the file's code.
+    unpickled = isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
+    why = "it is no file of tensors alone, and nothing else is unpickled" if unpickled else reason(error)
+    return UsageError(f"--weights {name}={file}: does not fit {name}: {why}")

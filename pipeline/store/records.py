@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ...cache_specs.errors import CacheError
+from ...cache_specs.group import METADATA
 from ...cache_specs.schema import ComponentSpec
 from .shards import read_shard
 from .store import CacheStore
@@ -52,11 +53,14 @@ def invalid_rows(store: CacheStore, component: ComponentSpec) -> list[int]:
 def known_bytes(store: CacheStore, paths: Sequence[str], start: int, stop: int) -> np.ndarray:
     """Return the file sizes [stop - start] int64 that the components at `paths` recorded, 0 where none did.
 
-    One component is enough where it has every sample; the others only fill the gaps that its bad images left.
+    One component is enough where it has every sample; the others only fill the gaps that its bad images left. One whose
+    metadata of the sizes was deleted, as `verify` may have advised, knows none until its own build writes it again.
     """
     known = np.zeros(stop - start, dtype=np.int64)
     for path in paths:
         if known.all():
             break
+        if (store.path / path / "source_bytes" / METADATA).size() is None:
+            continue
         known = np.where(known == 0, store.read(f"{path}/source_bytes", start, stop), known)
     return known

@@ -26,7 +26,7 @@ from ...cache_specs.errors import CacheError, JobError, UsageError
 from ...cache_specs.files.locks import locked
 from ...cache_specs.files.outside import parse_json
 from ...cache_specs.files.partial_files import clear_folder
-from ...cache_specs.group import METADATA, component_names
+from ...cache_specs.group import METADATA, component_names, group_attributes
 from ...cache_specs.layout import COMPLETE, PARTIAL_FOLDER, CacheLayout
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.storage import LocalPath, Location, location
@@ -70,11 +70,23 @@ class CacheStore:
                     raise UsageError(
                         f"--cache {path}: the folder holds other things ({foreign[0]}) and no cache; name a new one"
                     )
+                store.check_orphans()
             else:
                 _check_same_cache(store.path, found, layout)
             rows = {"sample_id": manifest.sample_ids, "label": manifest.labels}
             store._write_missing(store.path, root_files(layout, rows))
             return store
+
+    def check_orphans(self) -> None:
+        """Raise `CacheError` where the root's own record is gone and a component is of other data than is asked."""
+        for path in self.components():
+            attributes = group_attributes(self.path / path) or {}
+            if attributes.get("dataset_fingerprint") != self.layout.dataset_fingerprint:
+                raise CacheError(
+                    f"{self.path / METADATA}: missing, and {path} was made with other options or of other images than "
+                    "are asked: give those of the cache's first build (--resolution, --flip, --labels, "
+                    "--shard-samples), and it is written again"
+                )
 
     def _write_missing(self, folder: Location, files: Mapping[str, bytes]) -> None:
         """Write, in their order, those files that are not there."""

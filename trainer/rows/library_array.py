@@ -12,6 +12,7 @@ import functools
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ class LibraryArray:
         self.layout = layout
         self._in_shard_files = in_shard_files
         kvstore = _kvstore(folder)
+        if in_shard_files and isinstance(folder, LocalPath):
+            _check_regular(folder.path)
         self._array: Any = None
         if kvstore is None:
             return
@@ -99,6 +102,17 @@ class LibraryArray:
                 f"{where}: sample {row}, view {view} cannot be read ({reason}). See that the storage answers, and what "
                 "`repa-cache verify` says of this cache; then resume"
             ) from error
+
+
+def _check_regular(folder: Path) -> None:
+    """Raise CacheError for a shard that is no file: tensorstore would wait for a FIFO for ever."""
+    try:
+        with os.scandir(folder) as entries:
+            unfit = next((entry.name for entry in entries if entry.name.startswith("c.") and not entry.is_file()), None)
+    except OSError as error:
+        raise CacheError(f"{folder} cannot be read ({error.strerror})") from error
+    if unfit is not None:
+        raise CacheError(f"{folder / unfit} is no file; remove it, and copy the cache again or run the build again")
 
 
 def _kvstore(folder: Location) -> dict[str, Any] | None:

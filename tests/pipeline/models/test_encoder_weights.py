@@ -219,3 +219,14 @@ def test_a_pointer_of_git_lfs_is_said_to_be_one(tmp_path):
         UsageError, match=r"--weights dinov2=.*weights\.pth: it is a Git LFS pointer, not the file of 12"
     ):
         check_weights_file("dinov2", pointer)
+
+
+def test_what_is_no_file_of_tensors_is_never_advised_to_be_unpickled(tmp_path: Path) -> None:
+    spec = small_spec("mae-vit-b", grid=2, random_weights=False)
+    (tmp_path / "w.pth").write_bytes(b"\x80\x02cos\nsystem\nq\0.")
+    with pytest.raises(UsageError, match="it is no file of tensors alone, and nothing else is unpickled"):
+        load_encoder(spec, weights=tmp_path / "w.pth")
+    (tmp_path / "w.pth").unlink()
+    os.mkfifo(tmp_path / "w.pth")
+    with pytest.raises(UsageError, match="a FIFO or a device, expected a file"):
+        load_encoder(spec, weights=tmp_path / "w.pth")

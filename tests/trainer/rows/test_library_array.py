@@ -1,5 +1,6 @@
 """The library path: the same bytes as the direct one, from compressed shards, buckets and other people's sharding."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -184,3 +185,13 @@ def test_a_run_from_a_bucket_is_the_run_from_the_folder(
     assert there.losses() == here.losses()
     moved = repa_train(written.path, tmp_path / "there", "--steps", "7", "--resume", "auto")
     assert moved.code == 0, moved.error
+
+
+@pytest.mark.parametrize("shards", ["zstd", "ours"])
+def test_a_shard_that_is_no_file_is_named_and_not_waited_for(make_cache: Callable[..., Any], shards: str) -> None:
+    written = make_cache(**({"shards": shards} if shards == "zstd" else {}))
+    file = written.shard("features/toy/patch_tokens", 1)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CacheError, match=r"is no file|it is a FIFO, not a file"):
+        CacheReader(written.path).rows(range(23))
