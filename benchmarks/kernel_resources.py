@@ -1,4 +1,5 @@
-"""Compile the kernels for GPUs that need not be there and count what each takes: registers, spills, 128-bit accesses.
+"""Compile the kernels for GPUs that need not be there and count what each takes: registers, spills, 128-bit accesses,
+and of the alignment kernel the instructions that its warps execute for a row.
 
     python benchmarks/kernel_resources.py              # appends one line to results/kernel_resources.jsonl
     python benchmarks/kernel_resources.py --out counted.jsonl
@@ -14,6 +15,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -87,11 +89,32 @@ def resources(compiled: Any, arch: str, log: str) -> dict[str, int]:
         }
     ptx = compiled.asm["ptx"]
     return {
+        "loop_instructions": loop_instructions(compiled.asm["cubin"]),
         "registers": int(re.findall(r"Used (\d+) registers", log)[0]),
         "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
         "wide_loads": len(re.findall(r"ld\.global\.[^;]*v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global\.[^;]*v4\.b32", ptx)),
     }
+
+
+def loop_instructions(cubin: bytes) -> int:
+    """Return the machine instructions of the longest loop, which a warp executes once a turn; 0 where there is none."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm", "-c", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    at, longest = 0, 0
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = at
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/(.*);", line):
+            at += 1
+            branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction[1])
+            if branch and branch[1] in labels and labels[branch[1]] < at - 1:  # the last one jumps to itself
+                longest = max(longest, at - labels[branch[1]])
+    return longest
 
 
 def alignment(
@@ -103,22 +126,25 @@ def alignment(
         "channel_std_ptr": "*fp32", "row_weight_ptr": "*fp32", "row_index_ptr": "*i64", "total_ptr": "*fp32",
         "loss_ptr": "*fp32", "dz_ptr": f"*{z}", "gamma": numbers, "weight": numbers, "K": "i32", "T": "i32",
     }  # fmt: skip
+    rows = alignment_triton.layout(width, TARGETS[arch].warp_size)
     constants = {
-        "E": width, "BLOCK_E": triton.next_power_of_2(width), "ROWS": alignment_triton.ROWS, "INT8": tokens == "i8",
-        "NORMALISED": normalised, "WEIGHTED": weighted, "INDEXED": indexed, "NEEDS_DZ": True,
+        "E": width, "CHUNK": rows.chunk, "CHUNKS": rows.chunks, "ROWS": alignment_triton.ROWS,
+        "INT8": tokens == "i8", "NORMALISED": normalised, "WEIGHTED": weighted, "INDEXED": indexed, "NEEDS_DZ": True,
         "STD_EPS": alignment_triton.STD_EPS, "NORM_EPS": alignment_triton.NORM_EPS,
     }  # fmt: skip
-    warps = alignment_triton.num_warps(width, TARGETS[arch].warp_size)
-    return compile_kernel(alignment_triton.alignment_kernel, types, constants, {"K", "T"}, arch, warps)
+    counted = compile_kernel(alignment_triton.alignment_kernel, types, constants, {"K", "T"}, arch, rows.warps)
+    wide = wide_accesses(rows.chunks, z, tokens, normalised)
+    if "loop_instructions" in counted:
+        counted["instructions_a_row"] = rows.warps * counted.pop("loop_instructions")
+    return {**counted, **{f"expected_{name}": number for name, number in wide.items()}}
 
 
-def wide_accesses(z: str, tokens: str, normalised: bool) -> dict[str, int]:
+def wide_accesses(chunks: int, z: str, tokens: str, normalised: bool) -> dict[str, int]:
     """Return the 128-bit loads and stores in the alignment kernel's code where rows move 128 bits at a time."""
     elements = alignment_triton.ELEMENTS_PER_THREAD
     row = elements * BYTES[z] // 16 + elements * BYTES[tokens] // 16  # int8: 8 bytes a thread, a 64-bit load
     statistics = 2 * elements * 4 // 16 if normalised or tokens == "i8" else 0
-    # A row is loaded at two places, before the loop and ahead of each row, and dz is stored at one.
-    return {"wide_loads": 2 * row + statistics, "wide_stores": elements * BYTES[z] // 16}
+    return {"wide_loads": chunks * (row + statistics), "wide_stores": chunks * (elements * BYTES[z] // 16)}
 
 
 def statistics(arch: str) -> dict[str, int]:
@@ -148,8 +174,7 @@ def scale_unless_one(arch: str) -> dict[str, int]:
 def count() -> list[dict[str, Any]]:
     """Compile every kernel for every target; return a row a kernel: what it is, then its resources by target."""
     kernels: list[tuple[dict[str, Any], Callable[..., dict[str, int]], tuple[Any, ...]]] = [
-        ({**dict(zip(SETTINGS, given, strict=True)), "expected": wide_accesses(*given[1:4])}, alignment, given)
-        for given in ALIGNMENT
+        (dict(zip(SETTINGS, given, strict=True)), alignment, given) for given in ALIGNMENT
     ]
     kernels += [({"width": 768, "tokens": "fp16"}, statistics, ()), ({"z": "bf16"}, scale_unless_one, ())]
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -160,13 +185,20 @@ def count() -> list[dict[str, Any]]:
         ]
 
 
+def cell(counted: dict[str, int]) -> str:
+    """Return what the table says of one kernel on one target."""
+    spills = f" +{counted['spills']} B" if counted["spills"] else ""
+    instructions = f", {counted['instructions_a_row']}" if "instructions_a_row" in counted else ""
+    return f"{counted['registers']}{spills}{instructions}"
+
+
 def show(rows: list[dict[str, Any]]) -> str:
-    """Return registers by target, and bytes spilled where there are any, as a table."""
+    """Return registers by target, bytes spilled where there are any, and instructions a row, as a table."""
     lines = [f"{'kernel':<16} {'E':>4}  {'z':<4}  {'tokens':<6}" + "".join(f"  {arch:>12}" for arch in TARGETS)]
     for row in rows:
-        cells = [f"{row[a]['registers']}" + f" +{row[a]['spills']} B" * bool(row[a]["spills"]) for a in TARGETS]
+        cells = [cell(row[arch]) for arch in TARGETS]
         names = f"{row['kernel']:<16} {row.get('width', ''):>4}  {row.get('z', ''):<4}  {row.get('tokens', ''):<6}"
-        lines.append(names + "".join(f"  {cell:>12}" for cell in cells))
+        lines.append(names + "".join(f"  {text:>12}" for text in cells))
     return "\n".join(lines)
 
 

@@ -1,17 +1,18 @@
 """The fused alignment kernel: z and the stored tokens are read once, dz is written once.
 
 A program takes ROWS tokens of one image, keeps that image's channel statistics in registers and goes through its
-tokens one at a time. A row of E elements lies across the program's threads, 8 elements each, which is one 128-bit
-load of bfloat16. The next row is fetched before the present one is reduced, so that two rows are in
-flight: 64 registers, no spills, 1,024 threads on a multiprocessor of sm_90 (counted; benchmarks/kernel_resources.py,
-with Triton 3.8; 3.5 to 3.7 take 72 for int8 tokens, of which 896 threads fit).
+tokens one at a time. A row of up to 1,280 elements is one warp's, in chunks of 256: 8 elements a thread and chunk, one
+128-bit load of bfloat16. All sums of such a row are within the warp, so that no warp waits for another at a barrier;
+all loads of a row are in flight together, and while one warp computes, those of the others are. Wider rows take 4 or 8
+warps (`layout`). Counted (benchmarks/kernel_resources.py, Triton 3.8, sm_90, E = 768): 123 registers and 346
+instructions a row; spread over four warps, of which one lay past E, a row took 788 and 6 barriers.
 
 Every program writes its own partial loss, which torch then sums: no atomics, the same bits each time.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,48 +22,23 @@ from torch import Tensor
 from .reference import NORM_EPS, STD_EPS
 
 ROWS = 16  # tokens a program: its statistics cost 8 bytes an element once for 16 rows of 5 to 6, from L2
-ELEMENTS_PER_THREAD = 8
+ELEMENTS_PER_THREAD = 8  # of a chunk: a 128-bit load of bfloat16
+MOST_CHUNKS = 5  # of a row of one warp: up to 210 registers a thread; 6 would take 224 and more of the 255 there are
+# Of one of several warps: there ptxas aims at fewer registers, so that more programs fit, and spills to get there. With
+# 3 and 4 chunks of float32 it lost 24 and 32 bytes (Triton 3.9).
+MOST_SHARED_CHUNKS = 2
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS = 2048  # each loops, so that a gradient of 1 costs one small launch whatever the size
 
 
 @triton.jit
-def _read_row(
-    z_ptr,
-    tokens_ptr,
-    token_scale_ptr,
-    row_weight_ptr,
-    row_index_ptr,
-    image,
-    row,
-    exists,
-    K,
-    T,
-    columns,
-    E: tl.constexpr,
-    INT8: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    INDEXED: tl.constexpr,
-):
-    """Return row's z and tokens as stored, token scale, row weight, and False where its index is outside [0, T)."""
-    place = image.to(tl.int64) * K + row
-    w = 1.0
-    if WEIGHTED:
-        w = tl.load(row_weight_ptr + place, mask=exists, other=0.0).to(tl.float32)
-        exists = exists & (w != 0.0)  # a token left out is not read
-    source = image.to(tl.int64) * T + row
-    inside = exists
-    if INDEXED:
-        index = tl.load(row_index_ptr + place, mask=exists, other=0)
-        inside = exists & (index >= 0) & (index < T)
-        source = image.to(tl.int64) * T + index
-    # The masks compare with a width of E or 0: the interpreter cannot broadcast a scalar of type bool.
-    z = tl.load(z_ptr + place * E + columns, mask=columns < tl.where(exists, E, 0), other=0)
-    f = tl.load(tokens_ptr + source * E + columns, mask=columns < tl.where(inside, E, 0), other=0)
-    s = 1.0
-    if INT8:
-        s = tl.load(token_scale_ptr + source, mask=inside, other=0).to(tl.float32)
-    return z, f, s, w, exists == inside
+def _chunks(ptr, width, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Return `width` elements from `ptr` on as a tuple of CHUNKS vectors of CHUNK, zeros past the width."""
+    chunks = ()
+    for i in tl.static_range(CHUNKS):
+        columns = i * CHUNK + tl.arange(0, CHUNK)
+        chunks += (tl.load(ptr + columns, mask=columns < width, other=0),)  # type: ignore[assignment]
+    return chunks
 
 
 @triton.jit
@@ -82,7 +58,8 @@ def alignment_kernel(
     K,
     T,
     E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     INT8: tl.constexpr,
     NORMALISED: tl.constexpr,
@@ -95,26 +72,30 @@ def alignment_kernel(
     blocks = tl.cdiv(K, ROWS)
     image = tl.program_id(0) // blocks  # one dimension: the others end at 65,535
     block = tl.program_id(0) % blocks
-    columns = tl.arange(0, BLOCK_E)
-    in_row = columns < E
     # torch.compile declares Python's numbers as fp64 (torch 2.11 does), which would make all that follows fp64.
     gamma = tl.cast(gamma, tl.float32)
     scale = tl.cast(weight, tl.float32)
 
     # f' = (f - offset) * gain for float tokens, s q gain + offset for int8. Past E all of it is 0.
+    gains = ()
+    offsets = ()
     if NORMALISED or INT8:
-        at = image.to(tl.int64) * E + columns
-        mean = tl.load(channel_mean_ptr + at, mask=in_row, other=0.0)
-        std = tl.load(channel_std_ptr + at, mask=in_row, other=0.0)
-        if INT8:
-            gain = std
-            offset = mean
-            if NORMALISED:
-                gain = std / (std + STD_EPS)
-                offset = (1.0 - gamma) * mean / (std + STD_EPS)
-        else:
-            gain = 1.0 / (std + STD_EPS)
-            offset = gamma * mean
+        means = _chunks(channel_mean_ptr + image.to(tl.int64) * E, E, CHUNK, CHUNKS)
+        stds = _chunks(channel_std_ptr + image.to(tl.int64) * E, E, CHUNK, CHUNKS)
+        for i in tl.static_range(CHUNKS):
+            mean = means[i]
+            std = stds[i]
+            if INT8:
+                gain = std
+                offset = mean
+                if NORMALISED:
+                    gain = std / (std + STD_EPS)
+                    offset = (1.0 - gamma) * mean / (std + STD_EPS)
+            else:
+                gain = 1.0 / (std + STD_EPS)
+                offset = gamma * mean
+            gains += (gain,)  # type: ignore[assignment]
+            offsets += (offset,)  # type: ignore[assignment]
     if WEIGHTED:
         total = tl.load(total_ptr)
         scale = scale / tl.where(total == 0.0, 1.0, total)
@@ -124,42 +105,59 @@ def alignment_kernel(
         scale = tl.div_rn(scale, rows.to(tl.float32))
 
     first = block * ROWS
-    last = tl.minimum(first + ROWS, K)
-    z_next, f_next, s_next, w_next, inside_next = _read_row(
-        z_ptr, tokens_ptr, token_scale_ptr, row_weight_ptr, row_index_ptr, image, first, first < last, K, T,
-        columns, E, INT8, WEIGHTED, INDEXED,
-    )  # fmt: skip
     sum_cos = 0.0
-    for row in range(first, last):
-        z = z_next.to(tl.float32)
-        f = f_next.to(tl.float32)
-        s = s_next
-        w = w_next
-        inside = inside_next
-        z_next, f_next, s_next, w_next, inside_next = _read_row(
-            z_ptr, tokens_ptr, token_scale_ptr, row_weight_ptr, row_index_ptr, image, row + 1, row + 1 < last, K, T,
-            columns, E, INT8, WEIGHTED, INDEXED,
-        )  # fmt: skip
-        if INT8:
-            f = f * s * gain + offset
-        elif NORMALISED:
-            f = (f - offset) * gain
+    for row in range(first, tl.minimum(first + ROWS, K)):
+        place = image.to(tl.int64) * K + row
+        source = image.to(tl.int64) * T + row
+        w = 1.0
+        exists = True
         if WEIGHTED:
-            f = tl.where(w != 0.0, f, 0.0)
-
-        z_norm = tl.sqrt(tl.sum(z * z, axis=0))
-        z_safe = tl.maximum(z_norm, NORM_EPS)
-        f_safe = tl.maximum(tl.sqrt(tl.sum(f * f, axis=0)), NORM_EPS)
-        cos = tl.sum(z * f, axis=0) / (z_safe * f_safe)
+            w = tl.load(row_weight_ptr + place).to(tl.float32)
+            exists = w != 0.0  # a token left out is not read
+        inside = exists
         if INDEXED:
-            cos = tl.where(inside, cos, float("nan"))
+            index = tl.load(row_index_ptr + place)
+            inside = exists & (index >= 0) & (index < T)
+            source = image.to(tl.int64) * T + index
+        # A width of E or 0, not a mask of one bool, which the interpreter cannot broadcast.
+        z_row = _chunks(z_ptr + place * E, tl.where(exists, E, 0), CHUNK, CHUNKS)
+        f_row = _chunks(tokens_ptr + source * E, tl.where(inside, E, 0), CHUNK, CHUNKS)
+        s = 1.0
+        if INT8:
+            s = tl.load(token_scale_ptr + source, mask=inside, other=0).to(tl.float32)
+
+        zz = tl.zeros([CHUNK], dtype=tl.float32)
+        ff = tl.zeros([CHUNK], dtype=tl.float32)
+        zf = tl.zeros([CHUNK], dtype=tl.float32)
+        targets = ()
+        for i in tl.static_range(CHUNKS):
+            z = z_row[i].to(tl.float32)
+            f = f_row[i].to(tl.float32)
+            if INT8:
+                f = f * s * gains[i] + offsets[i]
+            elif NORMALISED:
+                f = (f - offsets[i]) * gains[i]
+            if WEIGHTED:
+                f = tl.where(w != 0.0, f, 0.0)
+            zz += z * z
+            ff += f * f
+            zf += z * f
+            targets += (f,)  # type: ignore[assignment]
+
+        z_norm = tl.sqrt(tl.sum(zz, axis=0))
+        z_safe = tl.maximum(z_norm, NORM_EPS)
+        f_safe = tl.maximum(tl.sqrt(tl.sum(ff, axis=0)), NORM_EPS)
+        cos = tl.sum(zf, axis=0) / (z_safe * f_safe)
+        if INDEXED:
+            cos = tl.where(exists == inside, cos, float("nan"))
         sum_cos += w * cos
         if NEEDS_DZ:
             along_f = -scale * w / (z_safe * f_safe)
             along_z = tl.where(z_norm >= NORM_EPS, scale * w * cos / (z_safe * z_safe), 0.0)
-            dz = f * along_f + z * along_z
-            place = image.to(tl.int64) * K + row
-            tl.store(dz_ptr + place * E + columns, dz.to(dz_ptr.dtype.element_ty), mask=in_row)
+            for i in tl.static_range(CHUNKS):
+                columns = i * CHUNK + tl.arange(0, CHUNK)
+                dz = targets[i] * along_f + z_row[i].to(tl.float32) * along_z
+                tl.store(dz_ptr + place * E + columns, dz.to(dz_ptr.dtype.element_ty), mask=columns < E)
     tl.store(loss_ptr + tl.program_id(0), -scale * sum_cos)
 
 
@@ -179,9 +177,21 @@ def scale_unless_one_kernel(
             tl.store(dz_ptr + at, (dz * grad).to(dz_ptr.dtype.element_ty), mask=at < n)
 
 
-def num_warps(width: int, warp_size: int = 32) -> int:
-    """Return the warps for rows of `width`: 8 elements a thread."""
-    return max(1, triton.next_power_of_2(width) // (ELEMENTS_PER_THREAD * warp_size))
+class Layout(NamedTuple):
+    """How a row lies across a program: `chunks` vectors of `chunk` elements, `chunk / threads` a thread and chunk."""
+
+    warps: int
+    chunk: int
+    chunks: int
+
+
+def layout(width: int, warp_size: int = 32) -> Layout:
+    """Return the layout of rows of `width`: as few warps, by powers of 2, as their registers allow."""
+    a_warp, warps = ELEMENTS_PER_THREAD * warp_size, 1
+    while triton.cdiv(width, a_warp * warps) > (MOST_CHUNKS if warps == 1 else MOST_SHARED_CHUNKS):
+        warps *= 2
+    chunk = min(a_warp * warps, triton.next_power_of_2(width))
+    return Layout(warps=warps, chunk=chunk, chunks=triton.cdiv(width, chunk))
 
 
 def launchable(kernel: Any, tensor: Tensor) -> Any:
@@ -219,6 +229,7 @@ def fused(
     partial = torch.empty(programs, dtype=torch.float32, device=z.device)
 
     width = int(E)  # a constant of the kernel: torch.compile makes one for each
+    rows = layout(width, 64 if torch.version.hip else 32)
 
     def given(t: Tensor | None) -> Tensor:
         return z if t is None else t  # an address that the kernel does not touch
@@ -239,7 +250,8 @@ def fused(
         K,
         tokens.shape[1],
         E=width,
-        BLOCK_E=triton.next_power_of_2(width),
+        CHUNK=rows.chunk,
+        CHUNKS=rows.chunks,
         ROWS=ROWS,
         INT8=tokens.dtype == torch.int8,
         NORMALISED=gamma is not None,
@@ -248,7 +260,7 @@ def fused(
         NEEDS_DZ=dz is not None,
         STD_EPS=STD_EPS,
         NORM_EPS=NORM_EPS,
-        num_warps=num_warps(width, 64 if torch.version.hip else 32),
+        num_warps=rows.warps,
     )
     return partial.sum()
 

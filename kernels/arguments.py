@@ -13,7 +13,7 @@ from torch import Tensor
 
 Z_DTYPES = (torch.float32, torch.bfloat16)
 TOKEN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int8)
-MAX_WIDTH = 4096  # of the fused kernel: up to here its tests find that nothing spills on sm_90
+MAX_WIDTH = 4096  # of the fused kernel: up to here its tests find that nothing spills
 
 
 def _found(t: Tensor) -> str:

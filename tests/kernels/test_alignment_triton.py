@@ -32,6 +32,18 @@ def test_widths_and_dtypes(make_case, truth, assert_close, on, triton_device, wi
         assert_close(*run(on(triton_device, case)), truth(case))
 
 
+@pytest.mark.parametrize("warp_size", [32, 64])
+def test_the_chunks_of_a_row_cover_it_and_no_more(warp_size):
+    pytest.importorskip("triton")
+    from repa.kernels.alignment_triton import layout
+
+    for width in range(1, 4097):
+        rows = layout(width, warp_size)
+        assert rows.chunk & (rows.chunk - 1) == 0
+        assert rows.chunk * (rows.chunks - 1) < width <= rows.chunk * rows.chunks
+        assert rows.warps == 1 or rows.chunk == 8 * warp_size * rows.warps  # no warp without elements
+
+
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 37])
 def test_partial_blocks(make_case, truth, assert_close, on, triton_device, T):
     case = make_case(T=T + 1, K=T, E=40)
