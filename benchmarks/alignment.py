@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from repa.kernels import composite, cosine_alignment, reference
 
-GPU_WIDTHS = (768, 1024, 1536, 4096)
+GPU_WIDTHS = (384, 768, 1024, 1152, 1280, 1536, 4096)
 GPU_BATCH, GPU_TOKENS = 256, 256
 CPU_SHAPES = ((16, 256, 768), (32, 64, 128))  # SiT/2 at 256 px with a ViT-B's tokens; the demo
 GAMMA = 0.6
@@ -164,9 +164,8 @@ def copy_bandwidth(device: str, rounds: int) -> float:
     return 2 * source.nbytes / statistics.median(taken)
 
 
-def cpu_lines(rounds: int) -> list[dict[str, Any]]:
+def cpu_lines(rounds: int) -> Iterator[dict[str, Any]]:
     """Time the closed form in chunks and compiled against autograd through the reference, forward and backward."""
-    lines = []
     for B, T, E in CPU_SHAPES:
         for dtype in ("float16", "int8"):
             for z_dtype in (torch.bfloat16, torch.float32):
@@ -179,14 +178,14 @@ def cpu_lines(rounds: int) -> list[dict[str, Any]]:
                 }
                 times = time_in_turn({n: partial(step, op, arguments, True) for n, op in paths.items()}, "cpu", rounds)
                 shape = {"B": B, "T": T, "E": E, "tokens": dtype, "z": str(z_dtype).removeprefix("torch.")}
-                lines.append({"device": "cpu", **shape, "backward": True, "paths": times})
-    return lines
+                yield {"device": "cpu", **shape, "backward": True, "paths": times}
 
 
-def gpu_lines(rounds: int, widths: tuple[int, ...] = GPU_WIDTHS) -> list[dict[str, Any]]:
-    """Time fused, compiled composite and eager at B = T = 256, bfloat16 z, with bandwidth shares."""
+def gpu_lines(
+    rounds: int, widths: Sequence[int] = GPU_WIDTHS, rivals: Sequence[int] = GPU_WIDTHS
+) -> Iterator[dict[str, Any]]:
+    """Time the fused op at B = T = 256, bfloat16 z, with bandwidth shares; compiled and eager at `rivals`."""
     bandwidth = copy_bandwidth("cuda", rounds)
-    lines = []
     for E in widths:
         for dtype in ("float16", "int8"):
             torch.compiler.reset()  # each shape compiled for itself, as static as it gets: the stronger rival
@@ -194,39 +193,29 @@ def gpu_lines(rounds: int, widths: tuple[int, ...] = GPU_WIDTHS) -> list[dict[st
             arguments = make_arguments(GPU_BATCH, GPU_TOKENS, E, dtype, torch.bfloat16, "cuda")
             for backward in (False, True):
                 run = partial(step, arguments=arguments, backward=backward)
-                runs: dict[str, Callable[[], None]] = {
-                    "fused": partial(run, cosine_alignment),
-                    "compiled": partial(run, compiled),
-                    "eager": partial(run, eager),
-                    "eager_autocast": partial(run, eager, autocast=True),
-                }
+                runs: dict[str, Callable[[], None]] = {"fused": partial(run, cosine_alignment)}
+                if E in rivals:
+                    runs["compiled"] = partial(run, compiled)
+                    runs["eager"] = partial(run, eager)
+                    runs["eager_autocast"] = partial(run, eager, autocast=True)
                 times = time_in_turn(runs, "cuda", rounds)
                 moved = bytes_moved(arguments, backward)
                 for taken in times.values():
                     rate = moved / (taken["median_ms"] / 1e3)
                     taken |= {"gb_s": round(rate / 1e9, 1), "share_of_copy": round(rate / bandwidth, 4)}
                 shape = {"B": GPU_BATCH, "T": GPU_TOKENS, "E": E, "tokens": dtype, "z": "bfloat16"}
-                lines.append(
-                    {
-                        "device": "cuda",
-                        **shape,
-                        "backward": backward,
-                        "bytes": moved,
-                        "copy_gb_s": round(bandwidth / 1e9, 1),
-                        "paths": times,
-                    }
-                )
+                copied = {"bytes": moved, "copy_gb_s": round(bandwidth / 1e9, 1)}
+                yield {"device": "cuda", **shape, "backward": backward, **copied, "paths": times}
             del arguments
             torch.cuda.empty_cache()
-    return lines
 
 
-def run(device: str | None = None, rounds: int = 21) -> list[dict[str, Any]]:
-    """Return one JSON-ready dict a shape, each with commit, date, hardware and versions; writes nothing."""
+def run(device: str | None = None, rounds: int = 21) -> Iterator[dict[str, Any]]:
+    """Yield one JSON-ready dict a shape, each with commit, date, hardware and versions; writes nothing."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     about = conditions() | {"load_before": round(os.getloadavg()[0], 2)}  # others at work on a shared machine
-    lines = gpu_lines(rounds) if device == "cuda" else cpu_lines(rounds)
-    return [about | line for line in lines]
+    for line in gpu_lines(rounds) if device == "cuda" else cpu_lines(rounds):
+        yield about | line
 
 
 def show(line: dict[str, Any]) -> str:

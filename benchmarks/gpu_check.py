@@ -1,188 +1,132 @@
-"""make gpu-check: everything that only a GPU can show, in one command of under 8 minutes and one JSON file.
+"""make gpu-check: what only a GPU can show, in one command of under 6 minutes and one JSON file.
 
     python benchmarks/gpu_check.py [--out gpu_check.json]
 
-1. the tests marked `gpu`;
-2. benchmarks/alignment.py: the fused op against torch.compile and eager, and the copy bandwidth;
-3. short bf16 training of SiT-B/2 (recipe irepa) from a small synthetic cache, with and without torch.compile, with the
-   fused op and with the loss as a trainer writes it in eager PyTorch: steps/s, data wait, peak memory, and the
-   alignment loss's share of the step.
+Parts (gpu_parts.py), the most telling first, each in a process of its own, so that none takes another along:
 
-Needs torch >= 2.9, triton, numpy, zarr, numcodecs, google-crc32c, pyyaml, tqdm, pillow and pytest: neither ray, timm,
-diffusers nor network.
-`--device cpu --model SiT-Ti/2 --steps 2` runs the same code where there is no GPU, to try it; it proves nothing.
+    tests        the tests marked gpu
+    bandwidth    the fused loss, and at one width its rivals, against a copy (benchmarks/alignment.py)
+    training     steps/s of SiT-B/2 from a synthetic cache, recipe irepa, bf16: eager and compiled, the loss fused and
+                 as a trainer writes it in eager PyTorch, with data wait and peak memory
+    building     images/s of a worker with ViT-B and with the SD VAE: forward, copies, checks and shards on disk
+    sampling     images/s of SiT-XL/2 in bf16 and fp32, from forward passes
+    attention    each back end forward and backward at SiT's shapes, which one PyTorch takes, whether bits repeat
+    convolution  the conv projector's backward pass with and without cudnn.deterministic
+
+The file is written anew after each part, with every line that the part had given by its end, crash or limit. A part
+that would not fit into what is left of --minutes is left out and named.
+
+Needs torch >= 2.9, triton, numpy, zarr, numcodecs, google-crc32c, pyyaml, click, tqdm, pillow and pytest; zarr imports
+donfig and msgspec or msgpack, by its version. Building needs timm (and torchvision) and diffusers too: without them it
+says so and the rest runs. Neither ray nor network. Where wheels lie in a folder of their own, name it in PYTHONPATH:
+
+    pip install --no-deps --target SITE WHEELS/*.whl && PYTHONPATH=SITE make gpu-check PYTHON=python3
+
+`--device cpu --model SiT-Ti/2 --batch-size 8 --steps 2 --rounds 2` runs the same code where there is no GPU, to try
+it; it proves nothing.
 """
 
 import argparse
-import contextlib
-import gc
 import json
-import statistics
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import alignment
 import torch
 from conditions import conditions
-from synthetic_cache import make_cache
+from gpu_parts import PARTS
 
-from repa.trainer.distributed import World
-from repa.trainer.reading.prefetch import ReadAhead, batches_ahead
-from repa.trainer.runs.config import RunConfig
-from repa.trainer.runs.run import Run, prepare
-from repa.trainer.runs.settings import Layer, recipe_layer, resolve
-from repa.trainer.training.loop import train_step
+MINUTES = 6.0  # for which the limits of the parts are set; with more minutes each has more
+LEAST_S = 10  # a part that has less is not begun
 
-NUM_SAMPLES = 1024  # 0.4 GB of float16 tokens: it stays in the page cache, as a local NVMe's hot set would
-WARM_UP = 10
-BLOCK = 10  # steps between two looks at the clock: a wait after each would keep the host from running ahead
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
+    parser.add_argument("--part", action="append", choices=list(PARTS), help="only these, repeatable")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of all parts together (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--model", default="SiT-B/2", help="of the training (default: %(default)s)")
+    parser.add_argument("--sampled", default="SiT-XL/2", help="model of the sampling (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=40, help="timed steps of each training (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of what is timed in turn (default: %(default)s)")
+    parser.add_argument("--as-part", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
-    """Run all three parts and write one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
-    parser.add_argument("--cache", type=Path, help="use or make the synthetic cache here [default: a temporary folder]")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--model", default="SiT-B/2")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=60, help="timed steps of each training")
-    parser.add_argument("--rounds", type=int, default=21, help="rounds of the alignment benchmark")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("gpu_check: torch finds no GPU here; try the code with --device cpu --model SiT-Ti/2 --steps 2")
-    started = time.monotonic()
-    report: dict[str, Any] = {**conditions(), "device": options.device}
-
-    report["gpu_tests"] = gpu_tests()
-    report["alignment"] = alignment.run(options.device, options.rounds)
-    for line in report["alignment"]:
-        print(alignment.show(line))
-    with tempfile.TemporaryDirectory() as folder:
-        cache = options.cache or Path(folder) / "cache"
-        if not cache.exists():
-            make_cache(cache, num_samples=NUM_SAMPLES)
-        report["training"] = [
-            train(cache, Path(folder) / "run", options, compiled=compiled, fused=fused)
-            for compiled in (False, True)
-            for fused in (True, False)
-        ]
-    report["minutes"] = (time.monotonic() - started) / 60
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"{options.out}: written after {report['minutes']:.1f} minutes")
-    sys.exit(report["gpu_tests"]["exit_code"])
-
-
-def gpu_tests() -> dict[str, Any]:
-    """Run the tests marked gpu in a process of their own; return pytest's exit code and closing lines."""
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "tests/kernels"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines()
-    print("\n".join(lines[-40:]))
-    return {"command": " ".join(command[1:]), "exit_code": done.returncode, "summary": lines[-10:]}
-
-
-def train(cache: Path, out: Path, options: argparse.Namespace, *, compiled: bool, fused: bool) -> dict[str, Any]:
-    """Time blocks of steps; return medians with quartiles, data wait, peak memory and the alignment's share."""
-    config = settings(cache, out, options, compiled)
-    device = torch.device(options.device)
-    torch.compiler.reset()
-    gc.collect()  # a compiled model refers to itself: that of the run before would count in this one's peak memory
-    run = prepare(config, World(rank=0, size=1, device=device))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    depth = batches_ahead(config.prefetch_bytes, run.batches.num_bytes)
-    ahead = ReadAhead(run.batches, first=0, last=config.steps, depth=depth, device=device)
-    times = []
-    with loss_in_eager_pytorch(not fused), ahead:
-        for _ in range(WARM_UP):
-            train_step(run, ahead)
-        synchronize(device)
-        waited, first = ahead.waited_s, time.perf_counter()
-        for done in range(0, options.steps, BLOCK):
-            steps = min(BLOCK, options.steps - done)
-            start = time.perf_counter()
-            for _ in range(steps):
-                train_step(run, ahead)
-            synchronize(device)
-            times.append((time.perf_counter() - start) / steps)
-        total = time.perf_counter() - first
-        data_wait = (ahead.waited_s - waited) / total
-    quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
-    loss_s = alignment_seconds(run, fused)
-    line = {
-        "model": config.model,
-        "batch_size": config.batch_size,
-        "precision": run.config.precision,
-        "compile": compiled,
-        "alignment": "fused" if fused else "eager",
-        "step_ms": 1e3 * statistics.median(times),
-        "step_ms_quartiles": [1e3 * quartiles[0], 1e3 * quartiles[2]],
-        "steps_per_s": 1 / statistics.median(times),
-        "data_wait": data_wait,
-        "alignment_ms": 1e3 * loss_s,
-        "alignment_share_of_step": loss_s / statistics.median(times),
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-    }
-    print(json.dumps(line))
-    del run, ahead
-    return line
-
-
-def settings(cache: Path, out: Path, options: argparse.Namespace, compiled: bool) -> RunConfig:
-    """Return the recipe irepa on the synthetic cache."""
-    values = {
-        "cache": str(cache),
-        "out": str(out),
-        "model": options.model,
-        "steps": WARM_UP + options.steps,
-        "batch_size": options.batch_size,
-        "compile": compiled,
-        "latent_norm": "channel",
-    }
-    return resolve([recipe_layer("irepa", options.model), Layer(source="gpu_check", values=values)])
-
-
-@contextlib.contextmanager
-def loss_in_eager_pytorch(replaced: bool) -> Iterator[None]:
-    """Let the trainer compute the alignment loss as one writes it without this project, for comparison."""
-    if not replaced:
-        yield
+    options = parse()
+    if options.as_part:
+        with options.lines.open("a", encoding="utf-8") as file:
+            for line in PARTS[options.as_part].run(options):
+                print(json.dumps(line), flush=True)
+                file.write(json.dumps(line) + "\n")
+                file.flush()
         return
-    with mock.patch("repa.trainer.diffusion.losses.cosine_alignment", weighted_eager):
-        yield
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("gpu_check: torch finds no GPU here; --help says how to try the code without one")
+    sys.exit(run(options))
 
 
-def weighted_eager(z: torch.Tensor, tokens: torch.Tensor, *, weight: float, **rest: Any) -> torch.Tensor:
-    """Return the eager loss of benchmarks/alignment.py times `weight`, under the autocast that trainers have on."""
-    with torch.autocast(z.device.type, torch.bfloat16):
-        return weight * alignment.eager(z, tokens, **rest)
+def run(options: argparse.Namespace) -> int:
+    """Run the parts in turn, writing the file after each; return 1 if one failed, was cut or left out."""
+    started = time.monotonic()
+    report: dict[str, Any] = {**conditions(("torchvision", "diffusers")), "device": options.device, "parts": {}}
+    for name in options.part or PARTS:
+        left_s = 60 * options.minutes - (time.monotonic() - started)
+        print(f"gpu_check: {name}, {left_s:.0f} s left", flush=True)
+        limit_s = PARTS[name].limit_s * options.minutes / MINUTES
+        report["parts"][name] = run_part(name, min(left_s, limit_s), options)
+        report["minutes"] = round((time.monotonic() - started) / 60, 2)
+        write(options.out, report)
+    bad = [f"{name} {part['outcome']}" for name, part in report["parts"].items() if part["outcome"] != "done"]
+    print(f"{options.out}: written after {report['minutes']} minutes; {', '.join(bad) or 'every part done'}")
+    return 1 if bad else 0
 
 
-def alignment_seconds(run: Run, fused: bool) -> float:
-    """Return the time of the loss alone, forward and backward, at the shapes of the run."""
-    features = run.reader.features[0]
-    tokens = features.grid[0] * features.grid[1]
-    place = run.batches.place
-    arguments = alignment.make_arguments(
-        place.micro_batch, tokens, features.width, features.dtype, torch.bfloat16, run.world.device.type
-    )
-    op = alignment.cosine_alignment if fused else alignment.eager
-    step = {"op": lambda: alignment.step(op, arguments, backward=True, autocast=not fused)}
-    return alignment.time_in_turn(step, run.world.device.type, rounds=5)["op"]["median_ms"] / 1e3
+def run_part(name: str, limit_s: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Run a part in its own process for at most `limit_s`; return its outcome, seconds, and the lines it gave."""
+    if limit_s < LEAST_S:
+        return {"outcome": "left out: no time", "seconds": 0.0, "lines": []}
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder, "lines")
+        passed = ("device", "model", "sampled", "batch_size", "steps", "rounds")
+        command = [sys.executable, __file__, "--as-part", name, "--lines", str(lines)]
+        command += [f"--{key.replace('_', '-')}={getattr(options, key)}" for key in passed]
+        started = time.monotonic()
+        # A session of its own, so that at its limit what it has started ends with it.
+        process = subprocess.Popen(command, start_new_session=True)
+        try:
+            code = process.wait(limit_s)
+            outcome = "done" if code == 0 else f"failed: exit code {code}"
+        except subprocess.TimeoutExpired:
+            outcome = f"cut: more than {limit_s:.0f} s"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        text = lines.read_text(encoding="utf-8") if lines.exists() else ""
+        return {
+            "outcome": outcome,
+            "seconds": round(time.monotonic() - started, 1),
+            "lines": [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")],
+        }
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that the time of a block of steps is its own."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def write(out: Path, report: dict[str, Any]) -> None:
+    """Replace the file by one with this report."""
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial.replace(out)
 
 
 if __name__ == "__main__":

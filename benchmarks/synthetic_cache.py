@@ -36,7 +36,7 @@ def make_cache(
 ) -> Path:
     """Write a complete cache of SD-VAE-shaped moments and `grid` x `grid` tokens of `width` channels."""
     rng = np.random.default_rng(0)
-    store = _create(path, num_samples=num_samples, grid=grid, num_views=num_views, shard_samples=shard_samples)
+    store = make_root(path, num_samples=num_samples, grid=grid, num_views=num_views, shard_samples=shard_samples)
     for component in _components(grid=grid, width=width, dtype=dtype):
         store.create_component(component)
         for index in range(store.layout.num_ranges):
@@ -52,7 +52,7 @@ def make_sparse_cache(path: Path, *, num_samples: int, grid: int = 16, width: in
     nobody wrote could not have: their arrays are declared without, in metadata and index. The rest is as in any cache:
     checksums of the indexes, of `valid` and of `source_bytes` hold.
     """
-    store = _create(path, num_samples=num_samples, grid=grid, num_views=1, shard_samples=256)
+    store = make_root(path, num_samples=num_samples, grid=grid, num_views=1, shard_samples=256)
     for component in _components(grid=grid, width=width, dtype="float16"):
         store.create_component(component)
         for layout in component.arrays(store.layout):
@@ -67,7 +67,7 @@ def make_sparse_cache(path: Path, *, num_samples: int, grid: int = 16, width: in
     return path
 
 
-def _create(path: Path, *, num_samples: int, grid: int, num_views: int, shard_samples: int) -> CacheStore:
+def make_root(path: Path, *, num_samples: int, grid: int, num_views: int, shard_samples: int) -> CacheStore:
     """Write the cache's root: ids, labels drawn at random, no component yet."""
     ids = np.array([f"{i:07d}" for i in range(num_samples)], dtype=np.dtypes.StringDType())
     labels = np.random.default_rng(1).integers(0, NUM_CLASSES, num_samples).astype(np.int32)
