@@ -303,7 +303,10 @@ def sit_draws(
         label_dropout=label_dropout,
         interpolant=Interpolant(),
         alignment=AlignmentConfig(projector="none"),
+        micro_batch=8,
         accumulation=1,
+        precision="fp32",
+        compile=False,
         device=torch.device("cpu"),
     )
     return DrawSpec(seed=seed, draws=Velocity(given).draws())

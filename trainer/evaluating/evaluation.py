@@ -20,7 +20,6 @@ from ..runs.config import RunConfig
 from ..runs.run import Run
 from ..sampling.sample import Decoder, SampleRequest
 from ..sampling.sample_file import sample_to_npz
-from ..sampling.samplers import SamplerConfig
 from .frechet import check_number, frechet_distance, precision_recall
 from .grids import pictures_of
 from .reference import Reference
@@ -74,7 +73,7 @@ class Evaluation:
         self._request = SampleRequest(
             num=settings.num,
             seed=run.config.seed,
-            sampler=SamplerConfig(sampler=settings.sampler, steps=settings.steps, cfg_scale=settings.cfg_scale),
+            sampler=settings.sampler_config(),
         )
 
     def missing(self, run: Run) -> bool:

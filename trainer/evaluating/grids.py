@@ -17,7 +17,6 @@ from ...cache_specs.files.whole_file import write_whole
 from ..runs.metrics import RESUME
 from ..runs.run import Run
 from ..sampling.sample import Decoder, SampleRequest, draw_samples, labels_of, save_grid
-from ..sampling.samplers import SamplerConfig
 
 FOLDER = "samples"
 GRID_IMAGES = 64
@@ -34,7 +33,7 @@ def draw_training_grid(run: Run, decode: Decoder | None) -> Path:
         num=settings.num,
         seed=run.config.seed,
         labels="balanced",
-        sampler=SamplerConfig(sampler=settings.sampler, steps=settings.steps, cfg_scale=settings.cfg_scale),
+        sampler=settings.sampler_config(),
     )
     with run.autocast():
         images = draw_samples(

@@ -40,6 +40,13 @@ class TimestepEmbedder(nn.Module):
             nn.Linear(NUM_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
+    def initialize(self, generator: torch.Generator) -> None:
+        """Draw the weights, normal with deviation 0.02, and set the biases to zero."""
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02, generator=generator)
+                nn.init.zeros_(layer.bias)
+
     def forward(self, t: Tensor) -> Tensor:
         half = NUM_FREQUENCIES // 2
         powers = torch.arange(half, dtype=torch.float32, device=t.device) / half

@@ -53,6 +53,7 @@ class SiTConfig:
     num_heads: int
     num_classes: int
     mlp_ratio: float = 4.0
+    second_time: bool = False  # a second embedder, of the time h that the answer reaches back (MeanFlow)
     convention: Convention = "repa"
     learn_sigma: bool = False
 
@@ -85,7 +86,9 @@ class SiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
-def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int) -> SiTConfig:
+def sit_config(
+    name: str, *, input_size: int, in_channels: int, num_classes: int, second_time: bool = False
+) -> SiTConfig:
     """Return the configuration of a model by name, "SiT-{Ti,S,B,L,XL}/patch" with any patch.
 
     Raises UsageError for an unknown name, with the nearest known one, or a patch that does not divide `input_size`.
@@ -104,6 +107,7 @@ def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int
         depth=depth,
         num_heads=num_heads,
         num_classes=num_classes,
+        second_time=second_time,
     )
 
 
@@ -111,7 +115,8 @@ class SiT(nn.Module):
     """SiT with any number of projectors, which share one forward pass.
 
     Weights are drawn on the CPU from generators of their own, SiT's from (seed, 0), projector k's from (seed, k + 1),
-    so that adding projectors changes no weight of SiT and the global generator is untouched. Under
+    the second time embedder's from (seed, 0, 0): adding them changes no weight of SiT. The global generator is
+    untouched. Under
     `torch.device("meta")` only shapes are made.
 
     Raises UsageError where projectors are asked for without an `encoder_depth` from 1 to the model's depth.
@@ -139,6 +144,8 @@ class SiT(nn.Module):
         with torch.device("meta"):  # PyTorch's own initialisation would draw from the global generator
             self.x_embedder = PatchEmbed(config.in_channels, config.hidden_size, config.patch_size)
             self.t_embedder = TimestepEmbedder(config.hidden_size)
+            # Called r_embedder as in public code of MeanFlow, where too it is fed t - r.
+            self.r_embedder = TimestepEmbedder(config.hidden_size) if config.second_time else None
             self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
             # A parameter, though never trained: so it is in the published checkpoints and in the EMA.
             self.pos_embed = nn.Parameter(
@@ -176,7 +183,7 @@ class SiT(nn.Module):
     def _initialize(self, seed: int) -> None:
         """Set every parameter: xavier-uniform Linear layers, normal(0.02) embeddings, zero gates and output."""
         generator = torch.Generator().manual_seed(_derived_seed(seed, 0))
-        trunk = (module for name, module in self.named_modules() if not name.startswith("projectors"))
+        trunk = (m for name, m in self.named_modules() if not name.startswith(("projectors", "r_embedder")))
         for module in trunk:
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -186,9 +193,9 @@ class SiT(nn.Module):
         if proj.bias is not None:
             nn.init.zeros_(proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02, generator=generator)
-        for layer in self.t_embedder.mlp:
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, std=0.02, generator=generator)
+        self.t_embedder.initialize(generator)
+        if self.r_embedder is not None:
+            self.r_embedder.initialize(torch.Generator().manual_seed(_derived_seed(seed, 0, 0)))
         for module in self.modules():
             if isinstance(module, Modulation):
                 for parameter in module.parameters():
@@ -199,16 +206,21 @@ class SiT(nn.Module):
             projector.initialize(torch.Generator().manual_seed(_derived_seed(seed, index + 1)))
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, return_projections: bool = False
+        self, x: Tensor, t: Tensor, y: Tensor, h: Tensor | None = None, *, return_projections: bool = False
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Return the velocity at x_t, and on request each projector's tokens, all from one call (one module for DDP).
 
         x is [B,C,H,W]; t [B] in [0, 1]; y [B] int64 in [0, num_classes], labels already dropped. The velocity is
-        [B,C,H,W] and the projections are a tuple of [B,T,E], in the dtype that autocast gives them.
+        [B,C,H,W] and the projections are a tuple of [B,T,E], in the dtype that autocast gives them. With a second time
+        embedder the answer is the mean velocity from t - h to t, h [B] in [0, t]; None is 0, the velocity at t itself.
         """
         data_at_one = self.config.convention == "sit"
         x = self.x_embedder(x) + self.pos_embed
         conditioning = self.t_embedder(1 - t if data_at_one else t) + self.y_embedder(y)
+        if self.r_embedder is not None:
+            conditioning = conditioning + self.r_embedder(torch.zeros_like(t) if h is None else h)
+        else:
+            assert h is None, f"{self.config.name} has no second time embedder"
         projections: tuple[Tensor, ...] = ()
         for depth, block in enumerate(self.blocks, start=1):
             x = block(x, conditioning)
@@ -240,6 +252,6 @@ def sincos_pos_embed(hidden_size: int, grid: tuple[int, int]) -> np.ndarray:
     return np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
 
 
-def _derived_seed(seed: int, stream: int) -> int:
+def _derived_seed(seed: int, *stream: int) -> int:
     """Return a generator's seed: streams of one seed, and the same stream of neighbouring seeds, are unrelated."""
-    return int(np.random.SeedSequence(seed, spawn_key=(stream,)).generate_state(1)[0])
+    return int(np.random.SeedSequence(seed, spawn_key=stream).generate_state(1)[0])

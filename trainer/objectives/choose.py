@@ -11,6 +11,7 @@ from .objective import Field, Objective
 # The module and its class; a class says itself which section of a run's configuration is its own.
 OBJECTIVES: dict[str, tuple[str, str]] = {
     "velocity": ("velocity", "Velocity"),
+    "meanflow": ("meanflow", "MeanFlow"),
 }
 
 
@@ -26,6 +27,12 @@ def settings_of(config: Any) -> Any:
     """Return the section of a run's configuration that is its method's own, or None."""
     section = objective_class(config.objective).section
     return None if section is None else getattr(config, section)
+
+
+def other_sections(name: str) -> set[str]:
+    """Return the sections of a run's configuration that belong to methods other than `name`."""
+    own = objective_class(name).section
+    return {section for other in OBJECTIVES if (section := objective_class(other).section) not in (None, own)}
 
 
 def stored_field(config: Mapping[str, Any] | None, interpolant: Interpolant) -> Field:

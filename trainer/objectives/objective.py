@@ -75,7 +75,10 @@ class Given:
     label_dropout: float
     interpolant: Interpolant
     alignment: AlignmentConfig
+    micro_batch: int  # samples that one rank sees at a time
     accumulation: int
+    precision: str  # fp32 or bf16 of the model's passes
+    compile: bool
     device: torch.device
 
 
@@ -121,11 +124,15 @@ class Objective:
     """
 
     version: ClassVar[int] = 1
+    papers: ClassVar[str]  # where the method is published, as it is printed with a run's settings
     section: ClassVar[str | None] = None  # of a run's configuration, where the method has settings of its own:
     Settings: ClassVar[Any] = None  # the dataclass of that section
 
     def __init__(self, given: Given, settings: Any = None) -> None:
-        """`settings` is the method's own section of the configuration, a `Settings`, where it has one."""
+        """`settings` is the method's own section of the configuration, a `Settings`, where it has one.
+
+        Raises UsageError where they, the cache's numbers and the method do not fit.
+        """
         self.given = given
         self.settings = settings
         self.alignment = Alignment(given.alignment, num_encoders=len(given.features), accumulation=given.accumulation)
@@ -149,6 +156,11 @@ class Objective:
     ) -> list[ProjectorConfig]:
         """Return what maps the model's hidden states to the alignment's targets, one an encoder."""
         return [alignment.projector_config(spec.width) for spec in features]
+
+    @classmethod
+    def choices(cls, alignment: AlignmentConfig, settings: Any) -> Sequence[str]:
+        """Return what in these settings no paper says and this house chose, a line each: printed with them."""
+        return ()
 
     # A step
 
@@ -195,6 +207,14 @@ class Objective:
         raise NotImplementedError
 
     # For subclasses
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of the model's passes in `pose`: one of its own, entered for each kind of pass.
+
+        Before PyTorch 2.10 weights that autocast has cast without gradient stay so for the rest of that context.
+        """
+        bf16 = self.given.precision == "bf16"
+        return torch.autocast(self.given.device.type, torch.bfloat16, enabled=bf16)
 
     def latents(self, batch: MicroBatch) -> Tensor:
         """Return the model's clean input x [B,C,h,w] float32: drawn from the posterior, normalised."""

@@ -24,6 +24,8 @@ from .objective import Field, Objective, Posed, Term
 class Velocity(Objective):
     """The model answers the velocity at x_t, [B,C,H,W]."""
 
+    papers = "SiT (arXiv 2401.08740), REPA (2410.06940), iREPA (2512.10794)"
+
     def pose(self, batch: MicroBatch, model: SiT, ema: SiT) -> Posed:
         """Return (x_t, t, labels) and the velocity."""
         draws = batch.draws

@@ -10,9 +10,10 @@ from typing import Any, Literal, NewType
 from ...cache_specs.errors import UsageError, at_least, nearest
 from ..diffusion.interpolant import Interpolant
 from ..objectives.alignment import AlignmentConfig
-from ..objectives.choose import objective_class
+from ..objectives.choose import objective_class, other_sections, settings_of
+from ..objectives.meanflow import MeanFlowConfig
 from ..reading.order import DEFAULT_WINDOW, Shuffle
-from ..sampling.samplers import SamplerConfig, SamplerName
+from ..sampling.samplers import SamplerConfig, SamplerName, check_sampler
 from .optimizer import OptimizerConfig
 
 Bytes = NewType("Bytes", int)  # may be written as 512MB or 2GiB
@@ -33,7 +34,11 @@ class GridConfig:
     def __post_init__(self) -> None:
         at_least("grid.every", self.every, 0)
         at_least("grid.num", self.num, 1)
-        SamplerConfig(sampler=self.sampler, steps=self.steps, cfg_scale=self.cfg_scale)  # checks them
+        self.sampler_config()  # checks them
+
+    def sampler_config(self) -> SamplerConfig:
+        """Return how its samples are drawn."""
+        return SamplerConfig(sampler=self.sampler, steps=self.steps, cfg_scale=self.cfg_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,11 @@ class EvaluationConfig:
         at_least("evaluation.every", self.every, 0)
         for name in ("num", "num_real", "neighbours", "batch_size"):
             at_least(f"evaluation.{name}", getattr(self, name), 1)
-        SamplerConfig(sampler=self.sampler, steps=self.steps, cfg_scale=self.cfg_scale)  # checks them
+        self.sampler_config()  # checks them
+
+    def sampler_config(self) -> SamplerConfig:
+        """Return how its samples are drawn."""
+        return SamplerConfig(sampler=self.sampler, steps=self.steps, cfg_scale=self.cfg_scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +96,7 @@ class RunConfig:
     ema_decay: tuple[float, ...] = (0.9999,)  # one or more averages; samples come from the first
     interpolant: Interpolant = field(default_factory=Interpolant)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    meanflow: MeanFlowConfig = field(default_factory=MeanFlowConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -122,6 +132,16 @@ class RunConfig:
                 f"alignment.projector={self.alignment.projector}), but --encoder names "
                 f"{', '.join(self.encoders)}. Leave it out, or choose a recipe such as irepa"
             )
+        for section in sorted(other_sections(self.objective)):
+            if getattr(self, section) != type(getattr(self, section))():
+                raise UsageError(
+                    f"recipe {self.recipe} trains by objective={self.objective}, which does not look at {section}.*; "
+                    f"leave it out, or choose a recipe of that method"
+                )
+        followed = objective_class(self.objective).field(self.interpolant, settings_of(self))
+        for name, drawn in (("grid", self.grid), ("evaluation", self.evaluation)):
+            if drawn.every > 0:
+                check_sampler(drawn.sampler_config(), followed, where=f"{name}: ")
         if self.batch_size % self.accumulation:
             raise UsageError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}; "

@@ -8,6 +8,7 @@ import yaml
 from ...cache_specs.sizes import human_bytes
 from ..diffusion.latents import LatentNorm
 from ..distributed import World
+from ..objectives.choose import other_sections
 from ..reading.prefetch import batches_ahead
 from ..reading.reader import CacheReader
 from .config import RunConfig
@@ -27,7 +28,8 @@ def describe(
     with torch.device("meta"):
         model = build_model(config, reader)
     total, in_projectors = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.projectors))
-    batches = make_batches(config, reader, world, make_objective(config, reader, norm, torch.device("cpu")))
+    objective = make_objective(config, reader, norm, world)
+    batches = make_batches(config, reader, world, objective)
     row_bytes = batches.row_bytes()
     ahead = batches_ahead(config.prefetch_bytes, batches.num_bytes)
     over = "; one alone is more than prefetch_bytes" if batches.num_bytes > config.prefetch_bytes else ""
@@ -36,6 +38,8 @@ def describe(
     minutes = "" if config.save_minutes is None else f" or {config.save_minutes:g} minutes"
     lines = [
         f"recipe: {config.recipe}{_changes(config)}",
+        f"method: {config.objective}; {objective.papers}",
+        *(f"our choice: {line}" for line in objective.choices(config.alignment, objective.settings)),
         f"model: {config.model}, {total - in_projectors:.1f} M parameters; projectors {in_projectors:.1f} M; "
         f"{config.precision} on {world.device.type}" + (f", {world.size} ranks" if world.size > 1 else ""),
         f"data: {config.cache}, {config.autoencoder}{encoders}",
@@ -47,6 +51,8 @@ def describe(
     if verbose:
         shown = record(config, reader, norm)
         del shown[RESOLVED]["class_names"]
+        for section in other_sections(config.objective):
+            del shown[section]
         lines.insert(0, yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=WIDTH).rstrip())
     fold = textwrap.TextWrapper(WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(line if "\n" in line else fold.fill(line) for line in lines)

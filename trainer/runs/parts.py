@@ -23,7 +23,7 @@ def reads_of(config: RunConfig) -> Reads:
     return objective_class(config.objective).reads(config.alignment)
 
 
-def make_objective(config: RunConfig, reader: CacheReader, norm: LatentNorm, device: torch.device) -> Objective:
+def make_objective(config: RunConfig, reader: CacheReader, norm: LatentNorm, world: World) -> Objective:
     """Return the run's method."""
     given = Given(
         latent_shape=(reader.latents.channels, *reader.latents.size),
@@ -35,8 +35,11 @@ def make_objective(config: RunConfig, reader: CacheReader, norm: LatentNorm, dev
         label_dropout=config.label_dropout,
         interpolant=config.interpolant,
         alignment=config.alignment,
+        micro_batch=config.batch_size // (config.accumulation * world.size),
         accumulation=config.accumulation,
-        device=device,
+        precision=config.precision,
+        compile=config.compile,
+        device=world.device,
     )
     return objective_class(config.objective)(given, settings_of(config))
 

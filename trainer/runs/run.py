@@ -178,7 +178,7 @@ def prepare(config: RunConfig, world: World, *, copy: Path | None = None) -> Run
     if config.compile:
         model.compile(fullgraph=True)  # in place: parameters keep their names
     norm = latent_norm(config, reader)
-    objective = make_objective(config, reader, norm, world.device)
+    objective = make_objective(config, reader, norm, world)
     return Run(
         config=config,
         world=world,

@@ -18,6 +18,7 @@ import yaml
 from ...cache_specs.errors import UsageError, nearest, reason
 from ...cache_specs.files.outside import MOST_SETTINGS_BYTES, parse_yaml, read_text
 from ...cache_specs.sizes import parse_bytes
+from ..objectives.choose import other_sections
 from .config import MAY_CHANGE, Bytes, RunConfig
 
 RESOLVED = "resolved"  # what the cache made of a run's settings
@@ -163,6 +164,8 @@ def used(config: Mapping[str, Any]) -> dict[str, Any]:
                 alignment.pop(name, None)
     if kept.get("shuffle") == "global":
         kept.pop("shuffle_window", None)
+    for section in other_sections(config.get("objective", "velocity")):
+        kept.pop(section, None)
     for section in ("grid", "evaluation"):
         if isinstance(kept.get(section), dict) and not kept[section].get("every"):
             kept[section] = {"every": 0}

@@ -94,14 +94,14 @@ def sample_latents(
     return tuple(part.to(dtype) for part in end)
 
 
-def check_sampler(config: SamplerConfig, field: Field) -> None:
-    """Raise UsageError where a method cannot be sampled like this."""
+def check_sampler(config: SamplerConfig, field: Field, *, where: str = "") -> None:
+    """Raise UsageError, with `where` before its words, if a method cannot be sampled like this."""
     if config.sampler not in field.samplers:
-        raise UsageError(f"sampler is {config.sampler}; this model's method has {', '.join(field.samplers)}")
+        raise UsageError(f"{where}sampler is {config.sampler}; this model's method has {', '.join(field.samplers)}")
     if config.cfg_scale > 1 and not field.guided:
         raise UsageError(
-            f"cfg_scale is {config.cfg_scale}; this model's method learns its guidance while training, and guiding it "
-            f"again would count it twice. Sample with cfg_scale 1"
+            f"{where}cfg_scale is {config.cfg_scale}; this model's method learns its guidance while training, and "
+            f"guiding it again would count it twice. Sample with cfg_scale 1"
         )
 
 

@@ -67,7 +67,8 @@ def assert_same(found: SiT, expected: SiT) -> None:
     y = torch.tensor([0, 2, 3])
     with torch.no_grad():
         assert torch.equal(found(x, t, y), expected(x, t, y))
-        for a, b in zip(found(x, t, y, True)[1], expected(x, t, y, True)[1], strict=True):
+        tokens = (model(x, t, y, return_projections=True)[1] for model in (found, expected))
+        for a, b in zip(*tokens, strict=True):
             assert torch.equal(a, b)
 
 
