@@ -92,6 +92,18 @@ def test_rows_of_another_dtype_are_not_taken(tmp_path: Path, rows: np.ndarray) -
     assert not (tmp_path / "shard").exists()
 
 
+@pytest.mark.parametrize("compressor", ["zstd", "blosc"])
+def test_a_chunk_that_is_whole_and_not_compressed_is_a_problem_of_its_own(
+    tmp_path: Path, rows: np.ndarray, compressor: str
+) -> None:
+    writer = ShardWriter(tmp_path / "c.0", LAYOUT, "none")
+    writer.append(rows[:4].reshape(8, 3, 5))
+    writer.close()
+    found = dict(iter_chunks(tmp_path / "c.0", LAYOUT, compressor, num_chunks=8))
+    assert sorted(found) == list(range(8))
+    assert all(isinstance(what, str) and what.startswith("cannot be decompressed (") for what in found.values())
+
+
 def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"gone: cannot be read \(No such file"):
         read_shard(tmp_path / "gone", LAYOUT, "none", num_chunks=8)
