@@ -102,13 +102,14 @@ def write_cache(path: Path, images: int) -> None:
         rows: dict[str, Any] = stored_tokens(make_tokens(stop - start, seed=index).float(), "float16")
         rows = {name: values.numpy() for name, values in rows.items()}
         rows |= {name: np.ones((1, layout.shard_samples), dtype) for name, dtype in _RECORDS.items()}
-        partials = {}
+        partials, numbers = {}, {}
         for array in component.arrays(layout):
             partials[array.name] = path / f"{array.name}.partial"
             writer = ShardWriter(partials[array.name], array, component.compressor)
             writer.append(rows[array.name])
             writer.close()
-        store.commit_range(component, index, partials)
+            numbers[array.name] = writer.number
+        store.commit_range(component, index, partials, numbers)
     store.complete_component(component, {})
 
 

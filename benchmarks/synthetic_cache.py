@@ -145,7 +145,7 @@ def _write_holes(path: Path, layout: ArrayLayout, num_chunks: int) -> None:
 
 def _write_range(store: CacheStore, component: ComponentSpec, index: int, rng: np.random.Generator) -> None:
     start, stop = store.layout.sample_range(index)
-    partials = {}
+    partials, numbers = {}, {}
     with store.lock(component.path):
         folder = store.partial_folder(component.path)
         folder.mkdir(parents=True)
@@ -154,8 +154,8 @@ def _write_range(store: CacheStore, component: ComponentSpec, index: int, rng: n
             for _ in range(layout.num_chunks(stop - start)):
                 writer.append(_random_chunk(layout, rng))
             writer.close()
-            partials[layout.name] = writer.path
-        store.commit_range(component, index, partials)
+            partials[layout.name], numbers[layout.name] = writer.path, writer.number
+        store.commit_range(component, index, partials, numbers)
 
 
 def _random_chunk(layout: ArrayLayout, rng: np.random.Generator) -> np.ndarray[Any, Any]:
