@@ -12,7 +12,7 @@ import pytest
 
 HOUSE = Path(__file__).parents[1]
 ROOMS = ("cache_specs", "kernels", "pipeline", "trainer")
-SHIPPED = {".py", ".yaml", ".md"}
+SHIPPED = {".py", ".yaml", ".md", ".jinja", ".css", ".js"}
 
 # With the wheel's folder as its argument: every public name, every command's function, and from where.
 IMPORT = """

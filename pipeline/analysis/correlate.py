@@ -108,10 +108,11 @@ def lines(found: list[Correlation], results: Results) -> Iterator[str]:
         if one.pearson.value is None:
             yield f"  {one.metric:<18}left out: {one.pearson.reason}"
             continue
-        yield f"  {one.metric:<18}{one.pearson!s:<34}{one.spearman!s:<34}{_range_without(one)}"
+        yield f"  {one.metric:<18}{one.pearson!s:<34}{one.spearman!s:<34}{range_without(one)}"
 
 
-def _range_without(one: Correlation) -> str:
+def range_without(one: Correlation) -> str:
+    """Return Pearson's least and largest value with one encoder left out, each with that encoder's name."""
     pairs = [(r, name) for r, name in zip(one.pearson_without, one.encoders, strict=False) if r is not None]
     if not pairs:
         return "too few encoders to leave one out"

@@ -18,6 +18,7 @@ import numpy as np
 
 from ...cache_specs.errors import UsageError, nearest, reason
 from ...cache_specs.files.outside import MOST_SETTINGS_BYTES, MOST_TABLE_BYTES, parse_json, read_file, read_text
+from .intervals import Estimate
 from .measure import ALL_CLASSES, CSV_HEADER, METRICS
 
 EVALUATION_FILE = "evaluation.jsonl"  # of a run
@@ -113,19 +114,37 @@ def _figures(file: Path, notes: list[str]) -> dict[str, dict[str, float]]:
 
     Notes encoders whose maps were enlarged: their spatial metrics are so by construction.
     """
+    found = estimates(file)
+    for encoder, figures in found.items():
+        notes += [note for one in figures.values() if (note := enlarged(encoder, one.reason)) and note not in notes]
+    return {
+        encoder: {name: one.value for name, one in figures.items() if one.value is not None}
+        for encoder, figures in found.items()
+    }
+
+
+def enlarged(encoder: str, reason: str) -> str:
+    """Return a note where the `reason` beside a metric says that the encoder's map was enlarged, else nothing."""
+    marks = [words for words in reason.split("; ") if words.startswith("enlarged from")]
+    return f"{encoder}: its map was {''.join(marks)}: neighbours are alike by construction" if marks else ""
+
+
+def estimates(file: Path) -> dict[str, dict[str, Estimate]]:
+    """Return what `_figures` does, each with its interval where the file has one, or the reason why it has no value."""
     header, rows = _read_csv(file)
     if tuple(header) != CSV_HEADER:
         raise UsageError(f"--metrics {file}: columns {header}; expected what repa-cache metrics --csv writes")
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Estimate]] = {}
     for row in rows:
         if row["class"] == ALL_CLASSES and not row["gamma"]:
-            figures = found.setdefault(row["encoder"], {})
-            marks = [words for words in (row["reason"] or "").split("; ") if words.startswith("enlarged from")]
-            note = f"{row['encoder']}: its map was {''.join(marks)}: neighbours are alike by construction"
-            if marks and note not in notes:
-                notes.append(note)
-            if row["mean"]:
-                figures[row["metric"]] = _number(row["mean"], file, row["encoder"], row["metric"])
+            encoder, metric = row["encoder"], row["metric"]
+            numbers = {
+                field: _number(row[column], file, encoder, metric)
+                for field, column in (("value", "mean"), ("low", "low"), ("high", "high"))
+                if row[column]
+            }
+            num = int(_number(row["num"] or "0", file, encoder, "num"))
+            found.setdefault(encoder, {})[metric] = Estimate(num=num, reason=row["reason"] or "", **numbers)
     return found
 
 

@@ -1,19 +1,23 @@
-"""What the trainer borrows from `repa.pipeline`: decoders, encoders, Inception and CKNNA.
+"""What the trainer borrows from `repa.pipeline`: decoders, encoders, Inception, CKNNA, and what reports show of caches.
 
 The composition root: no other module of the trainer imports the pipeline, and this one does so only when a function is
 called. It hands out plain callables; training itself needs none of them.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
 from ...cache_specs.errors import UsageError
 from ..diffusion.latents import LatentSource
 from ..evaluating.evaluation import Evaluation, Scorer, open_reference
 from ..runs.run import Run, latent_source
 from ..sampling.sample import Decoder
+from ..studies.pictures import RealImages
+from ..studies.relations import Coefficients, Interval, Metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,3 +91,55 @@ def cknna(a: "Tensor", b: "Tensor", k: int) -> float:
     from ...pipeline.analysis.cknna import cknna
 
     return cknna(a, b, k)
+
+
+def encoder_metrics(files: Sequence[Path]) -> Metrics:
+    """Return what CSVs of `repa-cache metrics` and `probe` say of encoders, tokens as stored; later files win."""
+    from ...pipeline.analysis.results import estimates
+
+    found: dict[str, dict[str, Interval]] = {}
+    for file in files:
+        for encoder, figures in estimates(file).items():
+            intervals = {
+                name: Interval(value=one.value, low=one.low, high=one.high, reason=one.reason)
+                for name, one in figures.items()
+            }
+            found.setdefault(encoder, {}).update(intervals)
+    return found
+
+
+def correlate_quality(
+    names: Sequence[str], quality_name: str, quality: np.ndarray, metrics: Mapping[str, np.ndarray]
+) -> list[Coefficients]:
+    """Return the correlation of each metric [n] with quality [n] over encoders, as `repa-cache correlate` has it."""
+    from ...pipeline.analysis.correlate import correlate, range_without
+    from ...pipeline.analysis.results import Results
+
+    results = Results(names=list(names), quality_name=quality_name, quality=quality, metrics=dict(metrics))
+    return [
+        Coefficients(
+            metric=one.metric,
+            num=one.pearson.num,
+            pearson=Interval(**{key: getattr(one.pearson, key) for key in ("value", "low", "high", "reason")}),
+            spearman=Interval(**{key: getattr(one.spearman, key) for key in ("value", "low", "high", "reason")}),
+            without=range_without(one) if one.pearson.value is not None else "",
+        )
+        for one in correlate(results)
+        if one.metric in metrics
+    ]
+
+
+def real_images(cache: str, **source: Any) -> RealImages:
+    """Return the function from labels to real images of a cache; `source` is data, autoencoder, weights."""
+    from ...pipeline.analysis.gallery import images_by_label
+
+    return lambda labels: images_by_label(cache, labels, **source)
+
+
+def component_pictures(
+    cache: str, encoders: Sequence[str], num: int, *, gamma: float, **source: Any
+) -> tuple[np.ndarray | None, list[str], dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
+    """Return what encoders of a cache see in `num` images; see `pipeline.analysis.gallery`."""
+    from ...pipeline.analysis.gallery import component_pictures
+
+    return component_pictures(cache, encoders, num, gamma=gamma, **source)
