@@ -178,7 +178,7 @@ class EncoderEntry(Ruled):
         several; a map that is smaller than the grid is enlarged only where `resize` says how. `code` is what `code()`
         gave.
         """
-        width, patch, native_grid = self._tap(stage)
+        width, patch, native_grid = self.tap(stage)
         side = self._grid_side(resolution, grid)
         if layers is not None:
             self._check_layers(layers)
@@ -219,7 +219,7 @@ class EncoderEntry(Ruled):
             self._check_fixed_input(side)
         return spec
 
-    def _tap(self, stage: str | None) -> tuple[int, int, int | None]:
+    def tap(self, stage: str | None) -> tuple[int, int, int | None]:
         """Return width, patch and native grid (None: input over patch) of a stage, or of the one output."""
         if stage is None:
             return self.width, self.patch, self.native_grid

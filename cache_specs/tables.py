@@ -227,7 +227,7 @@ def resolve_autoencoder(name: str, *, resolution: int, random_weights: bool = Fa
     return ResolvedModel(name=entry.name + RANDOM_SUFFIX * spec["random_weights"], entry=entry, spec=spec, code=code)
 
 
-def code_of(where: str, spec: Mapping[str, Any], entries: Sequence[str | Path], *, resolution: int) -> OwnCode | None:
+def code_of(where: str, spec: Mapping[str, Any], entries: Sequence[str | Path]) -> OwnCode | None:
     """Return the code behind a component's `spec`, None for a library's model: found among the files of `--entry`.
 
     A cache names a user's network and the digests of its files, and never causes an import: whoever wants it to run
@@ -244,12 +244,11 @@ def code_of(where: str, spec: Mapping[str, Any], entries: Sequence[str | Path], 
         code = entry.code()
         if isinstance(entry, EncoderEntry):
             asked = {key: spec.get(key) for key in ("stage", "resize")}
-            grid = spec["grid"][0]
-            fresh = entry.resolve(
-                resolution=resolution, grid=grid, layers=None, random_weights=False, code=code, **asked
-            )
+            side, grid = spec["input_size"][0], spec["grid"][0]
+            fresh = entry.resolve(resolution=side, grid=grid, layers=None, random_weights=False, code=code, **asked)
         else:
-            fresh = entry.resolve(resolution=resolution, random_weights=False, code=code)
+            side = spec["latent_size"][0] * entry.factor
+            fresh = entry.resolve(resolution=side, random_weights=False, code=code)
         for key in sorted({*spec, *fresh} - {"files"}):
             if spec.get(key) != fresh.get(key):
                 raise UsageError(f"{where}: {file} is another one by now: {key} was {spec.get(key)}, is {fresh[key]}")

@@ -1,5 +1,6 @@
 """The pictures behind rows of a cache: read again from their files, or decoded from the cache's latents."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 
 from ...cache_specs.errors import CacheError, UsageError, nearest
 from ...cache_specs.schema import LATENTS
+from ...cache_specs.tables import code_of
 from ..store.binding import check_images
 from ..store.rows import ComponentRows
 from ..store.store import CacheStore
@@ -30,6 +32,7 @@ def images_of(
     data: str | None = None,
     autoencoder: str | None = None,
     weights: Path | None = None,
+    entries: Sequence[Path] = (),
 ) -> np.ndarray:
     """Return the pictures [n, R, R, 3] uint8 of samples `rows`: of `data` where given, else decoded latents.
 
@@ -53,7 +56,8 @@ def images_of(
 
     moments = torch.from_numpy(ComponentRows(store, component).read("moments", rows)).float()
     try:
-        decoder = load_autoencoder(component.spec, weights=weights)
+        code = code_of(component.path, component.spec, entries)
+        decoder = load_autoencoder(component.spec, weights=weights, code=code)
     except UsageError as error:
         raise UsageError(f"{error} Or name the images with --data PATH: they are then not decoded") from error
     latents = moments[:, : component.spec["latent_channels"]]  # the posterior's mean

@@ -102,7 +102,7 @@ def _recompute_component(
 ) -> Agreement:
     entry = component.spec["entry"]
     try:
-        code = code_of(component.path, component.spec, entries, resolution=store.layout.resolution)
+        code = code_of(component.path, component.spec, entries)
     except UsageError as error:
         return Agreement(path=component.path, left_out=str(error).removeprefix(component.path).lstrip(": "))
     request = ModelRequest(

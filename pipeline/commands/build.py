@@ -70,7 +70,9 @@ def build(
         )
     options = BuildOptions(manifest=manifest, weights=weights_of(weights), **asked)
     if dry_run:
-        _print_plan(options, plan_build(options))
+        plan = plan_build(options)
+        _check_own(plan)
+        _print_plan(options, plan)
         return
     from tqdm import tqdm
 
@@ -120,6 +122,18 @@ def weights_of(pairs: tuple[str, ...]) -> dict[str, Path]:
             raise UsageError(f"--weights {pair}: expected NAME=FILE, as in --weights dinov2-vit-b=model.safetensors")
         files[encoder_name(name)] = Path(file).absolute()
     return files
+
+
+def _check_own(plan: "BuildPlan") -> None:
+    """Raise `UsageError` where an entry of the user's own is not what its model gives; the tables' rows are known."""
+    from ...cache_specs.tables import autoencoder_table, encoder_table
+
+    own = [request for request in plan.requests if request.spec["entry"] not in encoder_table() | autoencoder_table()]
+    if own:
+        from ..models.shapes import check_shapes
+
+        for request in own:
+            check_shapes(request.spec, request.code)
 
 
 def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:

@@ -105,6 +105,7 @@ def _mask_reader(store: "CacheStore", folder: Path) -> "Mask":
 @click.option("--data", metavar="PATH|demo", help="The images. [default: the cache's latents, decoded]")
 @click.option("--autoencoder", metavar="NAME", help="Latents to decode. [default: the only ones in the cache]")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FILE", help="The autoencoder's, if not published.")
+@ENTRY
 @click.option("--out", type=click.Path(path_type=Path), default="show.png", show_default=True, metavar="FILE")
 def show(cache: str, encoder: str, samples: int, gamma: float, out: Path, **pictures: Any) -> None:
     """Draw what an encoder sees: principal components, and likeness to three anchor tokens.

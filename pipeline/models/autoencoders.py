@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ...cache_specs.entries import OwnCode
-from ...cache_specs.errors import UsageError
+from ...cache_specs.errors import UsageError, nearest
 from ...cache_specs.tables import autoencoder_table
 from .encoders import autocast
 from .python_models import PythonAutoencoder
@@ -143,7 +143,7 @@ def _create_diffusers(spec: Mapping[str, Any], weights: Path | None) -> Any:
 
     diffusers.utils.logging.set_verbosity_error()
     name = spec["entry"]
-    cls = getattr(diffusers, spec["library_class"])
+    cls = library_class(spec)
     if spec["random_weights"]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(RANDOM_SEED)
@@ -166,6 +166,16 @@ def _create_diffusers(spec: Mapping[str, Any], weights: Path | None) -> Any:
             return _from_pretrained(cls, folder)
     except Exception as error:  # unpicklers and the library raise what they like; the cause is in the line
         raise wrong_weights_error(name, weights, error) from error
+
+
+def library_class(spec: Mapping[str, Any]) -> Any:
+    """Return diffusers' class of an autoencoder; raise `UsageError` with the nearest one where it has none."""
+    import diffusers
+
+    known = [name for name in dir(diffusers) if name.startswith("Autoencoder")]
+    if spec["library_class"] not in known:
+        raise UsageError(f"autoencoder {spec['entry']}: library_class: {nearest(spec['library_class'], known)}")
+    return getattr(diffusers, spec["library_class"])
 
 
 def _from_pretrained(cls: Any, source: Any, **options: Any) -> Any:

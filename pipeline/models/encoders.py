@@ -152,7 +152,8 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     cudnn, before = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
     cudnn.allow_tf32 = precision != "fp32"
     try:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        kind = "cpu" if device.type == "meta" else device.type  # shapes alone know no precision
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16"):
             yield
     finally:
         cudnn.allow_tf32 = before

@@ -4,7 +4,7 @@ Encoder, weights, precision, input size and what is kept of the tokens come from
 between the two never measures a difference in how they were encoded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 
 from ...cache_specs.errors import UsageError
 from ...cache_specs.schema import ComponentSpec, stored_layers
+from ...cache_specs.tables import code_of
 from ..store.quantize import channel_statistics
 from .encoders import load_encoder
 
@@ -23,14 +24,16 @@ def load_vectors(
     layer: int | None = None,
     weights: Path | None = None,
     device: str = "cpu",
+    entries: Sequence[str | Path] = (),
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function from pictures [B, H, W, 3] uint8 to vectors [B, E] float32 as `component` stores them.
 
     `pooling` is mean (the tokens' mean, float32) or cls (rounded to float16, as stored), of `layer`, one of those that
-    the component stores. Raises `UsageError` where the
+    the component stores; `entries` are files of networks of one's own. Raises `UsageError` where the
     weights cannot be had or are not those that the component was built with.
     """
-    encoder = load_encoder(component.spec, weights=weights, precision=component.precision, device=device)
+    code = code_of(component.path, component.spec, entries)
+    encoder = load_encoder(component.spec, weights=weights, precision=component.precision, device=device, code=code)
     if encoder.weights != component.weights:
         raise UsageError(
             f"the weights of {component.name} ({encoder.weights}) are not those that the cache was built with "

@@ -3,10 +3,12 @@
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from repa import cache_specs
+from repa.cache_specs.autoencoder_entry import AutoencoderEntry
 from repa.cache_specs.encoder_entry import EncoderEntry
 from repa.cache_specs.errors import UsageError
 from repa.cache_specs.tables import (
@@ -122,13 +124,14 @@ def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
         resolve_encoder(str(tmp_path / "none.yaml"), resolution=256)
 
 
-def test_every_field_is_explained_with_its_default() -> None:
+@pytest.mark.parametrize(("cls", "place"), [(EncoderEntry, 1), (AutoencoderEntry, 2)])
+def test_every_field_is_explained(cls: Any, place: int) -> None:
     text = Path(cache_specs.__file__).with_name("ENCODERS.md").read_text()
     explained: set[str] = set()
-    for line in text.split("| field | what it is | default |")[1].split("\n\n")[0].splitlines():
+    for line in text.split("| field | what it is | default |")[place].split("\n\n")[0].splitlines():
         explained |= set(re.findall(r"`(\w+)`", line.partition(" | ")[0]))
-    assert explained == set(EncoderEntry.RULES)
-    assert set(EncoderEntry.RULES) == {field.name for field in fields(EncoderEntry)} - EncoderEntry.HIDDEN
+    assert explained == set(cls.RULES)
+    assert set(cls.RULES) == {field.name for field in fields(cls)} - cls.HIDDEN
 
 
 def test_cost_at_another_grid_is_linear_but_for_attention() -> None:

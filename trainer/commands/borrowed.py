@@ -23,12 +23,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def load_decoder(source: LatentSource, *, weights: Path | None, device: str) -> tuple[Decoder | None, str]:
+def load_decoder(
+    source: LatentSource, *, weights: Path | None, device: str, entries: Sequence[str | Path] = ()
+) -> tuple[Decoder | None, str]:
     """Return the function from latents to pictures, and its name; None where diffusers is not installed.
+
+    `entries` are files of autoencoders of one's own.
 
     Raises UsageError where the decoder's weights cannot be had, or are not of the autoencoder that made the cache.
     """
     from ...cache_specs.schema import UNKNOWN
+    from ...cache_specs.tables import code_of
     from ...pipeline.models.autoencoders import load_autoencoder
 
     if source.spec["loader"] == UNKNOWN:
@@ -37,7 +42,8 @@ def load_decoder(source: LatentSource, *, weights: Path | None, device: str) -> 
         )
         return None, "none"
     try:
-        loaded = load_autoencoder(source.spec, weights=weights, device=device)
+        code = code_of(source.name, source.spec, entries)
+        loaded = load_autoencoder(source.spec, weights=weights, device=device, code=code)
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
@@ -60,10 +66,17 @@ def load_evaluation(run: Run) -> Evaluation:
     weights = [
         None if file is None else Path(file) for file in (settings.encoder_weights, settings.autoencoder_weights)
     ]
+    entries = run.config.entries
     encode = load_vectors(
-        reference.component, settings.pooling, layer=reference.layer, weights=weights[0], device=device
+        reference.component,
+        settings.pooling,
+        layer=reference.layer,
+        weights=weights[0],
+        device=device,
+        entries=entries,
     )
-    decode, decoder = load_decoder(latent_source(run.reader, run.norm), weights=weights[1], device=device)
+    latents = latent_source(run.reader, run.norm)
+    decode, decoder = load_decoder(latents, weights=weights[1], device=device, entries=entries)
     if decode is None:
         raise UsageError("evaluation compares pictures, and without diffusers there are none; set evaluation.every=0")
     score = _inception(run)

@@ -34,6 +34,7 @@ MOST_LABEL_CHARACTERS = 60  # in a file's name, of which file systems take 255 b
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--autoencoder", metavar="NAME", help="Of a published checkpoint, which does not say: sd-vae-ft-mse.")
 @click.option("--autoencoder-weights", type=click.Path(path_type=Path), help="Local weights of the decoder.")
+@click.option("--entry", "entries", multiple=True, metavar="FILE.yaml", help="File of an autoencoder of your own.")
 def sample_command(checkpoint: Path, **options: Any) -> None:
     """Draw samples from a run or a checkpoint: an .npz for FID tools (arr_0, uint8 NHWC) and a grid PNG.
 
@@ -75,7 +76,8 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
     trained = open_checkpoint(checkpoint, options, shown=world.is_main)
     model = trained.model.to(world.device)
     latents = trained.latents(options["autoencoder"])
-    decode, decoder = load_decoder(latents, weights=options["autoencoder_weights"], device=str(world.device))
+    local = {"weights": options["autoencoder_weights"], "entries": options["entries"]}
+    decode, decoder = load_decoder(latents, device=str(world.device), **local)
     precision = options["precision"]
     if world.device.type == "cuda":
         settle_convolutions(precision)

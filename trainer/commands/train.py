@@ -121,7 +121,8 @@ def _train(config: "RunConfig", world: "World", *, resume: bool, verbose: bool) 
     decode = None
     if config.grid.every and world.is_main:
         weights = None if config.grid.autoencoder_weights is None else Path(config.grid.autoencoder_weights)
-        decode, _ = load_decoder(latent_source(run.reader, run.norm), weights=weights, device=str(world.device))
+        latents, device = latent_source(run.reader, run.norm), str(world.device)
+        decode, _ = load_decoder(latents, weights=weights, device=device, entries=config.entries)
     evaluation = load_evaluation(run) if config.evaluation.every else None
     with enter_folder(run, resume=resume):
         if world.is_main:

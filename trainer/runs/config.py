@@ -100,6 +100,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    entries: tuple[str, ...] = ()  # files of networks of one's own (loader: python), for evaluation and grids
     log_every: int = 50  # steps between two lines of the log
     save_every: int = 10_000  # steps between two checkpoints
     save_minutes: float | None = 15.0  # at the latest so long after the last checkpoint; null: by steps alone
@@ -164,7 +165,7 @@ class RunConfig:
 # A resume may differ in these. `cache` is where the data lies; what it holds is compared by fingerprint.
 MAY_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "save_minutes", "keep_last", "keep_every"}
-    | {"stage", "check_reads", "prefetch_bytes", "cache", "out"}
+    | {"stage", "check_reads", "prefetch_bytes", "cache", "out", "entries"}
     | {f"grid.{item.name}" for item in fields(GridConfig)}
     | {f"evaluation.{item.name}" for item in fields(EvaluationConfig)}
 )

@@ -88,6 +88,8 @@ def latent_norm(config: RunConfig, reader: CacheReader) -> LatentNorm:
     entry = autoencoder_table().get(spec["entry"])
     # Imported moments may be of other pixels than the published scale is for.
     published = entry.published if entry and list(entry.pixel_range) == spec["pixel_range"] else None
+    if entry is None and spec.get("scale") is not None:  # an autoencoder of one's own, whose file said so
+        published = (spec["scale"], spec["bias"])
     if config.latent_norm == "fixed" and published is None:
         raise UsageError(
             f"latent_norm=fixed: {reader.latents.name} has no published scale in the table of autoencoders. "
