@@ -67,7 +67,8 @@ def _map(model: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 def _channels_first(features: torch.Tensor, width: int) -> torch.Tensor:
     """Return a map as [B, E, h, w]; SAM 2's pyramid gives [B, h, w, E]."""
-    return features if features.shape[1] == width else features.permute(0, 3, 1, 2)
+    last = features.shape[1] != width and features.shape[-1] == width
+    return features.permute(0, 3, 1, 2) if last else features
 
 
 def load_timm(spec: Mapping[str, Any], weights: Path | None) -> TimmFeatures:
