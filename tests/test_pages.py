@@ -11,13 +11,19 @@ import pytest
 
 from repa.pipeline.commands.cache import cli
 from repa.trainer.commands.cknna import cknna_command
+from repa.trainer.commands.report import report_command
 from repa.trainer.commands.sample import sample_command
 from repa.trainer.commands.train import resolve_flags, train_command
 
 HOUSE = Path(__file__).parents[1]
 FOLDERS = ("cache_specs", "kernels", "pipeline", "trainer", "benchmarks")
 PAGES = [*HOUSE.glob("*.md"), *(page for folder in FOLDERS for page in sorted((HOUSE / folder).rglob("*.md")))]
-COMMANDS = {"repa-train": train_command, "repa-sample": sample_command, "repa-cknna": cknna_command}
+COMMANDS = {
+    "repa-train": train_command,
+    "repa-sample": sample_command,
+    "repa-cknna": cknna_command,
+    "repa-report": report_command,
+}
 MOST_WORDS = 1500
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)

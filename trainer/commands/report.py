@@ -28,7 +28,7 @@ METRICS_FILES = ("metrics.csv", "probe.csv")  # of a study's folder, read where 
 @click.option("--table", is_flag=True, help="Print the table instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON, for programs, instead.")
 @click.option("--quality", metavar="NAME", help="Figure to order by. [default: the one of the most runs]")
-@click.option("--step", type=int, help="Evaluated step at which runs are compared. [default: that of the most runs]")
+@click.option("--step", type=int, help="Evaluated step at which runs are compared. [default: the last of most runs]")
 @click.option(
     "--metrics", "metrics_files", multiple=True, type=click.Path(path_type=Path), metavar="FILE.csv",
     help="Of repa-cache metrics or probe, repeatable. [default: STUDY/metrics.csv and STUDY/probe.csv]",

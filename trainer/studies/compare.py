@@ -71,7 +71,7 @@ class Comparison:
 
 
 def compare(study: Study, *, quality: str | None = None, step: int | None = None) -> Comparison:
-    """Compare the runs of a study at `step` (of the most runs, if None) by `quality` (the most common, if None).
+    """Compare the runs of a study at `step` (the last of most runs, if None) by `quality` (the most common, if None).
 
     Raises UsageError where no run has that figure, or was evaluated at that step.
     """
@@ -183,7 +183,8 @@ def _step(runs: Sequence[RunRecord], asked: int | None) -> int | None:
     if asked is not None and asked not in counts:
         known = ", ".join(map(str, sorted(counts))) or "none"
         raise UsageError(f"--step {asked}: no run was evaluated there; evaluated steps: {known}")
-    return asked if asked is not None else max(counts, key=lambda step: (counts[step], step), default=None)
+    most = max(counts.values(), default=0)
+    return asked if asked is not None else max((step for step in counts if 2 * counts[step] > most), default=None)
 
 
 def _why_not(run: RunRecord, step: int | None, alike: tuple[Any, ...] | None) -> str:

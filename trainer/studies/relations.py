@@ -15,6 +15,8 @@ from .compare import Comparison, Setting, show
 TITLES = {
     "linear_probe": "Linear probe",
     "linear_probe_cls": "Linear probe (class token)",
+    "knn20": "20-NN",
+    "knn20_cls": "20-NN (class token)",
     "lds": "LDS",
     "cds": "CDS",
     "srss": "SRSS",

@@ -143,7 +143,7 @@ def test_axes_smoothing_and_extremes_are_said(browser, page):
     assert "Smoothed: exponential mean with weight 0.80, the curve itself pale behind it." in browser.evaluate(
         "document.getElementById('curve-words').textContent"
     )
-    for control, value, title in (("axis", "samples", "samples"), ("axis", "time", "time of steps [s]")):
+    for control, value, title in (("axis", "samples", "samples"), ("axis", "time", "wall time [s]")):
         browser.evaluate(f"document.getElementById('{control}').value = '{value}'")
         browser.evaluate(f"document.getElementById('{control}').dispatchEvent(new Event('input'))")
         assert browser.evaluate("document.querySelector('#curve .xtitle').textContent") == title
