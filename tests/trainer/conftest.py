@@ -98,6 +98,7 @@ def write_cache(
     encoders: dict[str, str] | None = None,
     grid: int = 4,
     width: int = 16,
+    cls_token: bool = True,
     invalid: dict[str, list[int]] | None = None,
     zero_rows: tuple[int, ...] = (),
     nan_rows: tuple[int, ...] = (),
@@ -152,7 +153,7 @@ def write_cache(
         tokens = rng.standard_normal((num_samples, num_views, grid * grid, width)).astype(np.float32)
         tokens = 3 * tokens + rng.standard_normal(width).astype(np.float32)
         q, scale, mean, std = int8_tokens(tokens)
-        spec = {"entry": "hog", "width": width, "grid": [grid, grid], "cls_token": True, "random_weights": False}
+        spec = {"entry": "hog", "width": width, "grid": [grid, grid], "cls_token": cls_token, "random_weights": False}
         storage: Any = {"dtype": dtype, "compressor": compressor}
         component = ComponentSpec(kind="features", name=name, spec=spec, weights="none", **storage)
         rows = {
@@ -323,7 +324,7 @@ class Outcome:
 
     def losses(self) -> list[tuple[float, ...]]:
         """Every number that must be bit-identical between two equal runs, a tuple a step."""
-        names = ("step", "denoising_loss", "alignment_loss", "grad_norm")
+        names = ("step", "denoising_loss", "cls_loss", "alignment_loss", "grad_norm")
         return [tuple(record[name] for name in names if name in record) for record in self.records]
 
 

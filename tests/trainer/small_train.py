@@ -8,8 +8,10 @@
                                                      FOLDER/killed. Meanwhile two others train FOLDER/hung, one of which
                                                      stands still from step 4 on. FOLDER/NUMBER.RANK is what a rank
                                                      printed; exit codes go to stdout
+    small_train.py recipes CACHE FOLDER [PORT RECIPE KEY=VALUE]...
+                                                     two ranks train FOLDER/RECIPE for three steps, one after another
 
-Ranks of the last are forked from a process that has only imported: importing torch takes longer than the training.
+Ranks of the last two are forked from a process that has only imported: importing torch takes longer than the training.
 """
 
 import importlib
@@ -120,6 +122,14 @@ def main(phase: str, *arguments: str) -> None:
         command = ["--cache", cache, "--out", f"{folder}/{name}", *ARGUMENTS, *more]
         train_command.main(command, standalone_mode=False)
 
+    if phase == "recipes":
+        importlib.import_module("torch._dynamo")
+        codes = []
+        for port, recipe, setting in zip(ports[::3], ports[1::3], ports[2::3], strict=True):
+            more = ("--recipe", recipe, "--steps", "3", "--set", "alignment.stop_step=null", "--set", setting)
+            codes.append(fork_ranks(f"{folder}/{recipe}", port, lambda: train(recipe, *more)))  # noqa: B023  # done here
+        print(json.dumps(codes))
+        return
     if phase == "killed":
         loop.train_step = killed
         train("killed")

@@ -48,7 +48,9 @@ def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any)
     trained = open_checkpoint(checkpoint, options)
     latents = trained.latents(options["autoencoder"])
     model = trained.model.to(device)
-    reader = CacheReader(cache, autoencoder=latents.name, encoder=())
+    takes_cls = model.config.cls_width is not None  # then of the encoder that it was trained with
+    own = (trained.config or {}).get("encoders") or encoder
+    reader = CacheReader(cache, autoencoder=latents.name, encoder=own if takes_cls else (), cls_token=takes_cls)
     reference = Reference(cache, autoencoder=latents.name, encoder=encoder, pooling="mean")
     rows = reference.some_rows(options["num"], seed=0)
     vectors = torch.from_numpy(reference.vectors(rows))

@@ -26,6 +26,7 @@ MOST_LABEL_CHARACTERS = 60  # in a file's name, of which file systems take 255 b
 @click.option("--cfg-scale", type=float, default=1.0, show_default=True, help="Classifier-free guidance; 1 is none.")
 @click.option("--guidance-low", type=float, default=0.0, show_default=True, help="Guide where t is at least this.")
 @click.option("--guidance-high", type=float, default=1.0, show_default=True, help="Guide where t is at most this.")
+@click.option("--cls-cfg-scale", type=float, help="Guidance of REG's class token; 1 is none. [default: --cfg-scale]")
 @click.option("--labels", default="random", show_default=True, metavar="random|balanced|0,3,7")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="The .npz. [default: RUN/samples, named by the request]")
@@ -66,7 +67,7 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
     from .borrowed import load_decoder
 
     check_name(options["out"] or checkpoint)
-    names = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high")
+    names = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high", "cls_cfg_scale")
     request = SampleRequest(
         num=options["num"],
         seed=options["seed"],
@@ -89,7 +90,7 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
             model,
             request,
             options["out"] or samples_file(trained, request, options["weights"], precision),
-            field=stored_field(trained.config, trained.interpolant),
+            field=stored_field(trained.method, trained.interpolant),
             norm=latents.norm,
             decode=decode,
             decoder=decoder,
@@ -113,6 +114,8 @@ def samples_file(trained: "TrainedModel", request: "SampleRequest", weights: str
     name = f"{trained.path.stem}-{which}-{precision}-{sampler.sampler}{sampler.steps}-cfg{sampler.cfg_scale:g}"
     if sampler.cfg_scale > 1:
         name += f"-t{sampler.guidance_low:g}to{sampler.guidance_high:g}"
+    if sampler.cls_cfg_scale is not None:
+        name += f"-cls{sampler.cls_cfg_scale:g}"
     folder = trained.path.parent
     run = folder.parent if folder.name == "checkpoints" else folder
     return run / "samples" / f"{name}-{labels}-seed{request.seed}-{request.num}.npz"

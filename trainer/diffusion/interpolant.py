@@ -50,8 +50,8 @@ class Interpolant:
         return alpha, sigma, -half_pi * sigma, half_pi * alpha
 
     def x_t_and_velocity(self, x: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x_t and its time derivative, each [B,C,H,W]; x and eps are [B,C,H,W], t is [B]."""
-        alpha, sigma, d_alpha, d_sigma = self.coefficients(t.view(-1, 1, 1, 1))
+        """Return x_t and its time derivative, each of x's shape [B, ...], as eps is; t is [B]."""
+        alpha, sigma, d_alpha, d_sigma = self.coefficients(t.view(-1, *(1,) * (x.dim() - 1)))
         return alpha * x + sigma * eps, d_alpha * x + d_sigma * eps
 
 

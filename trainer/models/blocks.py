@@ -5,6 +5,7 @@ DiT's blocks (arXiv 2212.09748) under the names of the published checkpoints. Sh
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -129,14 +130,33 @@ class SiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Map tokens to patches of velocity: [B,T,D] -> [B,T, out_dim], out_dim = patch * patch * C."""
+    """Map tokens to patches of velocity: [B,T,D] -> [B,T, out_dim], out_dim = patch * patch * C.
 
-    def __init__(self, hidden_size: int, out_dim: int) -> None:
+    With `cls_width` a class token stands before them, [B,1+T,D], and is mapped to its own velocity [B, cls_width].
+    """
+
+    def __init__(self, hidden_size: int, out_dim: int, cls_width: int | None = None) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(hidden_size, out_dim)
+        self.linear_cls = None if cls_width is None else nn.Linear(hidden_size, cls_width)
         self.adaLN_modulation = Modulation(hidden_size, 2)
 
-    def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
+    def forward(self, x: Tensor, conditioning: Tensor) -> tuple[Tensor, Tensor | None]:
         shift, scale = self.adaLN_modulation(conditioning)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        x = modulate(self.norm_final(x), shift, scale)
+        if self.linear_cls is None:
+            return self.linear(x), None
+        return self.linear(x[:, 1:]), self.linear_cls(x[:, 0])
+
+
+def sincos_pos_embed(hidden_size: int, grid: tuple[int, int]) -> np.ndarray:
+    """Return MAE's fixed 2-D embedding (arXiv 2111.06377) as [T, hidden_size] float64, T row-major over the grid.
+
+    The first half of the channels encodes the column, the second the row; in each, sines come before cosines.
+    """
+    num_frequencies = hidden_size // 4
+    frequencies = 10_000.0 ** -(np.arange(num_frequencies) / num_frequencies)
+    rows, columns = np.divmod(np.arange(math.prod(grid)), grid[1])
+    angles = [np.outer(position, frequencies) for position in (columns, rows)]
+    return np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)

@@ -35,7 +35,10 @@ def pooled_layers(
 ) -> dict[int, Tensor]:
     """Return, by depth, the mean over tokens after block `depth` (from 1), [n, D] float32 on the CPU.
 
-    Raises UsageError for a depth that the model does not have, a time outside 0 to 1, or latents that do not fit.
+    A model with a class token is given that of the reader's first encoder, noised too; it is not in the mean.
+
+    Raises UsageError for a depth that the model does not have, a time outside 0 to 1, or latents and a class token that
+    do not fit.
     """
     depths = tuple(dict.fromkeys(depths))
     outside = [depth for depth in depths if not 1 <= depth <= model.config.depth]
@@ -50,11 +53,21 @@ def pooled_layers(
             f"{reader.path} has latents {list(shape)} of {reader.num_classes} classes; the model takes "
             f"{list(expected)} of {model.config.num_classes}"
         )
+    width = model.config.cls_width
+    if width is not None and not (
+        reader.features and reader.features[0].cls_token and reader.features[0].width == width
+    ):
+        found_names = ", ".join(features.name for features in reader.features) or "no encoder"
+        raise UsageError(
+            f"{reader.path}: {model.config.name} takes a class token of {width} channels, which {found_names} has not. "
+            f"Name a cache that holds the encoder it was trained with"
+        )
+    extra = 0 if width is None else 1
     device = model.pos_embed.device
     found: dict[int, list[Tensor]] = {depth: [] for depth in depths}
 
     def keep(depth: int) -> Any:
-        return lambda _module, _inputs, tokens: found[depth].append(tokens.float().mean(1).cpu())
+        return lambda _module, _inputs, tokens: found[depth].append(tokens[:, extra:].float().mean(1).cpu())
 
     hooks = [model.blocks[depth - 1].register_forward_hook(keep(depth)) for depth in depths]
     was_training = model.training
@@ -62,12 +75,18 @@ def pooled_layers(
     try:
         for start in range(0, len(rows), batch_size):
             batch = reader.rows(rows[start : start + batch_size])
-            noise = np.stack([_noise(seed, int(row), shape) for row in batch.rows])
-            posterior, eps = torch.from_numpy(noise).unbind(1)
+            drawn = [_noise(seed, int(row), shape, width or 0) for row in batch.rows]
+            noise, cls_noise = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
+            posterior, eps = noise.unbind(1)
             x = to_model_input(draw_latents(batch.moments, posterior, reader.latents.kind), *norm.tensors("cpu"))
             times = torch.full((len(x),), t)
             x_t, _ = interpolant.x_t_and_velocity(x, eps, times)
-            model(x_t.to(device), times.to(device), batch.labels.to(device))
+            inputs: list[Tensor | None] = [x_t, times, batch.labels]
+            if width is not None:
+                cls_token = batch.features[0].cls_token
+                assert cls_token is not None
+                inputs += [None, interpolant.x_t_and_velocity(cls_token.float(), cls_noise, times)[0]]
+            model(*(None if value is None else value.to(device) for value in inputs))
     finally:
         model.train(was_training)
         for hook in hooks:
@@ -75,7 +94,9 @@ def pooled_layers(
     return {depth: torch.cat(parts) for depth, parts in found.items()}
 
 
-def _noise(seed: int, row: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the posterior's and the path's noise of a sample, [2, *shape] float32."""
+def _noise(seed: int, row: int, shape: tuple[int, ...], cls_width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the posterior's and the path's noise of a sample [2, *shape], and a class token's [cls_width], float32."""
     sequence = np.random.SeedSequence(seed, spawn_key=(_LAYER_NOISE, row))
-    return np.random.Generator(np.random.PCG64(sequence)).standard_normal((2, *shape), dtype=np.float32)
+    generator = np.random.Generator(np.random.PCG64(sequence))
+    both = generator.standard_normal((2, *shape), dtype=np.float32)
+    return both, generator.standard_normal(cls_width, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""From a checkpoint file to a SiT that can be asked for velocities: ours, REPA's, iREPA's and SiT's.
+"""From a checkpoint file to a SiT that can be asked for velocities: ours, REPA's, iREPA's, REG's and SiT's.
 
 Ours say what they are. A published file is a dict of model, ema, opt, args and steps, or (REPA's and SiT's download) a
 bare state dict; published.py reads its architecture and its convention.
@@ -36,6 +36,13 @@ class TrainedModel:
     interpolant: Interpolant
     config: dict[str, Any] | None
     assumed: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> Mapping[str, Any]:
+        """What `stored_field` needs to know of its training: the run's settings; a published model's shape tells."""
+        if self.config is not None:
+            return self.config
+        return {"objective": "velocity" if self.model.config.cls_width is None else "reg"}
 
     def latents(self, autoencoder: str | None) -> LatentSource:
         """Return whose latents it draws: its own record, or what the user says of a published checkpoint."""
@@ -185,8 +192,8 @@ def _filled(built: Published, file: Path) -> SiT:
         )
         looks = listed(found).rpartition("; it looks like ")
         raise CheckpointError(
-            f"{file}: not the weights of {config.name} as SiT, REPA and iREPA publish it: {each} ({len(differing)} "
-            f"names differ)" + (f". It looks like {looks[2]}" if looks[1] else "")
+            f"{file}: not the weights of {config.name} as SiT, REPA, iREPA and REG publish it: {each} "
+            f"({len(differing)} names differ)" + (f". It looks like {looks[2]}" if looks[1] else "")
         )
     model.to_empty(device="cpu")
     model.load_state_dict(built.state)

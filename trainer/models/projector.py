@@ -1,8 +1,8 @@
 """The trainable map from SiT's hidden states [B,T,D] to an encoder's feature space [B,T,E].
 
 mlp is REPA's (arXiv 2410.06940, section 3.2), conv is iREPA's (arXiv 2512.10794, section 4), linear is the least one
-could do. Parameter names are the published ones: `{0,2,4}.*` for the MLP, as REPA's generation script loads it
-strictly, and `projection_layer.*` for the other two, as in iREPA's checkpoints.
+could do, mlp2 is SRA's (arXiv 2505.02831). Parameter names are the published ones: `{0,2,4}.*` for the MLP, as REPA's
+generation script loads it strictly, and `projection_layer.*` for conv and linear, as in iREPA's checkpoints.
 """
 
 import math
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...cache_specs.errors import UsageError, nearest
 
-ProjectorKind = Literal["mlp", "conv", "linear"]
+ProjectorKind = Literal["mlp", "conv", "linear", "mlp2"]
+TokensOf = Literal["all", "patches", "cls"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,18 +26,32 @@ class ProjectorConfig:
     out_dim: int
     hidden_dim: int = 2048  # mlp
     kernel_size: int = 3  # conv
+    of: TokensOf = "all"  # which tokens it reads where a class token stands before the patches (REG)
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(ProjectorKind):
             raise UsageError(f"projector kind is {self.kind!r}; {nearest(str(self.kind), get_args(ProjectorKind))}")
+        if self.of not in get_args(TokensOf):
+            raise UsageError(f"projector of is {self.of!r}; {nearest(str(self.of), get_args(TokensOf))}")
         if min(self.out_dim, self.hidden_dim) < 1:
             raise UsageError(f"projector out_dim {self.out_dim}, hidden_dim {self.hidden_dim}; expected 1 or more")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise UsageError(f"projector kernel_size is {self.kernel_size}; expected an odd number, to keep the grid")
 
 
-class MLPProjector(nn.Sequential):
-    """Linear, SiLU, Linear, SiLU, Linear; xavier-uniform weights and zero biases, as SiT initialises its layers."""
+class _Layers(nn.Sequential):
+    """Linear layers and SiLU; xavier-uniform weights and zero biases, as SiT initialises its own."""
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Set every parameter from `generator`."""
+        for layer in self:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight, generator=generator)
+                nn.init.zeros_(layer.bias)
+
+
+class MLPProjector(_Layers):
+    """Linear, SiLU, Linear, SiLU, Linear."""
 
     def __init__(self, hidden_size: int, config: ProjectorConfig) -> None:
         super().__init__(
@@ -47,12 +62,12 @@ class MLPProjector(nn.Sequential):
             nn.Linear(config.hidden_dim, config.out_dim),
         )
 
-    def initialize(self, generator: torch.Generator) -> None:
-        """Set every parameter from `generator`."""
-        for layer in self:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight, generator=generator)
-                nn.init.zeros_(layer.bias)
+
+class TwoLayerProjector(_Layers):
+    """Linear(D, 2D), SiLU, Linear(2D, E)."""
+
+    def __init__(self, hidden_size: int, config: ProjectorConfig) -> None:
+        super().__init__(nn.Linear(hidden_size, 2 * hidden_size), nn.SiLU(), nn.Linear(2 * hidden_size, config.out_dim))
 
 
 class LinearProjector(nn.Module):
@@ -102,13 +117,15 @@ class ConvProjector(nn.Module):
         return self.projection_layer(image).permute(0, 2, 3, 1).reshape(num, num_tokens, -1)
 
 
-Projector = MLPProjector | LinearProjector | ConvProjector
+Projector = MLPProjector | TwoLayerProjector | LinearProjector | ConvProjector
 
 
 def make_projector(hidden_size: int, config: ProjectorConfig, grid: tuple[int, int]) -> Projector:
     """Return the projector that `config` describes, for SiT of width `hidden_size` and a token grid (h, w)."""
     if config.kind == "mlp":
         return MLPProjector(hidden_size, config)
+    if config.kind == "mlp2":
+        return TwoLayerProjector(hidden_size, config)
     if config.kind == "linear":
         return LinearProjector(hidden_size, config)
     return ConvProjector(hidden_size, config, grid)

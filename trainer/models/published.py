@@ -1,8 +1,8 @@
-"""What a checkpoint of SiT's, REPA's or iREPA's own code says of its model: settings, names, shapes, which way t runs.
+"""What a checkpoint of SiT's, REPA's, iREPA's or REG's own code says of its model: settings, names, shapes, time.
 
-All three share DiT's parameter names. REPA's and iREPA's count t as we do, 0 is data; SiT's counts it backwards and has
-its last layer answer twice the channels (willisma/SiT: transport/, models.py `learn_sigma`). `args` tells them apart by
-its words, the shapes by their channels. What neither tells is assumed, and said.
+All share DiT's parameter names. SiT's counts t backwards, 1 is data, and has its last layer answer twice the channels
+(willisma/SiT: transport/, models.py `learn_sigma`); the others count it as we do. `args` tells them apart by its words,
+the shapes by their channels. What neither tells is assumed, and said.
 
 SiT's sampler guides only the first three channels of a latent; ours guides all of them.
 """
@@ -27,6 +27,7 @@ REPA_ENCODER_DEPTH = 8  # REPA's default; it stands in `args`, which a bare stat
 SIT_PATHS: dict[str, PathName] = {"Linear": "linear", "GVP": "cosine"}  # the words of SiT's own code
 REPA_PATHS: dict[str, PathName] = {"linear": "linear", "cosine": "cosine"}
 DATA_AT: dict[Convention, str] = {"sit": "t = 1 is data, as in SiT's own code", "repa": "t = 0 is data, as in REPA's"}
+CLS_HEAD = "final_layer.linear_cls.weight"  # of REG, which denoises a class token too
 MOST_NAME_CHARACTERS = 60
 
 # What else is found in files of weights, by a name that it has and SiT has not.
@@ -168,6 +169,8 @@ def _told_convention(
             f"its {config.out_channels} output channels, the first half of them the velocity (DiT's files have these "
             f"shapes too, but predict noise, and cannot be sampled here)"
         )
+    if config.cls_width is not None:
+        return "repa", "its class token (REG)"
     if projectors:
         return "repa", "its projectors"
     return None, ""
@@ -186,6 +189,7 @@ def _shape(state: Mapping[str, Tensor], args: Mapping[str, Any], file: Path) -> 
         num_labels, _ = state["y_embedder.embedding_table.weight"].shape
         num_outputs, _ = state["final_layer.linear.weight"].shape
         _, num_tokens, _ = state["pos_embed"].shape
+        cls_width = None if CLS_HEAD not in state else state[CLS_HEAD].shape[0]
     except KeyError as error:
         raise CheckpointError(f"{file}: not a SiT: it has no {error.args[0]} (found {listed(state)})") from error
     except ValueError as error:
@@ -201,7 +205,7 @@ def _shape(state: Mapping[str, Tensor], args: Mapping[str, Any], file: Path) -> 
         raise CheckpointError(f"{file}: trained without label dropout, it has no null class; SiT here needs one")
     return SiTConfig(
         name=f"SiT-{size}/{patch_size}",
-        input_size=math.isqrt(num_tokens) * patch_size,
+        input_size=math.isqrt(num_tokens - (cls_width is not None)) * patch_size,
         patch_size=patch_size,
         in_channels=in_channels,
         hidden_size=hidden_size,
@@ -209,6 +213,7 @@ def _shape(state: Mapping[str, Tensor], args: Mapping[str, Any], file: Path) -> 
         num_heads=SIZES[size][2],
         num_classes=num_labels - 1,
         learn_sigma=num_outputs == 2 * in_channels * patch_size**2,
+        cls_width=cls_width,
     )
 
 

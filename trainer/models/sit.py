@@ -8,16 +8,17 @@ Shapes: B batch, C channels, T = (input_size / patch_size)^2 tokens in row-major
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from itertools import islice
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...cache_specs.errors import UsageError, nearest
-from .blocks import FinalLayer, LabelEmbedder, Modulation, PatchEmbed, SiTBlock, TimestepEmbedder
+from .blocks import FinalLayer, LabelEmbedder, Modulation, PatchEmbed, SiTBlock, TimestepEmbedder, sincos_pos_embed
 from .projector import Projector, ProjectorConfig, make_projector
 
 # depth, width, heads. SiT publishes S to XL; Ti is ours, for machines without a GPU: at 64 tokens a step of 32 samples
@@ -38,7 +39,7 @@ Convention = Literal["repa", "sit"]
 class SiTConfig:
     """The shape of a SiT. `input_size` is the latent's side; `num_classes` does not count the null class.
 
-    The last two fields are for weights that SiT's own code has trained. Its `convention` "sit" has data at t = 1 and
+    Two fields are for weights that SiT's own code has trained. Its `convention` "sit" has data at t = 1 and
     noise at t = 0, so these weights know the time 1 - t and answer with the negative of our velocity; the embedding of
     t is not linear, so no other weights would do it. `learn_sigma` gives it twice the output channels: the first half
     is the velocity, nothing reads the second. `SiT.forward` obeys both, so that no caller has to.
@@ -56,11 +57,16 @@ class SiTConfig:
     second_time: bool = False  # a second embedder, of the time h that the answer reaches back (MeanFlow)
     convention: Convention = "repa"
     learn_sigma: bool = False
+    cls_width: int | None = None  # of a class token that is denoised beside the latents (REG)
 
     def __post_init__(self) -> None:
         for field in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, field) < 1:
                 raise UsageError(f"{self.name}: {field} is {getattr(self, field)}; expected 1 or more")
+        if self.cls_width is not None and self.cls_width < 1:
+            raise UsageError(
+                f"{self.name}: cls_width is {self.cls_width}; expected 1 or more, or null for no class token"
+            )
         if self.convention not in get_args(Convention):
             raise UsageError(
                 f"{self.name}: convention is {self.convention!r}; {nearest(str(self.convention), get_args(Convention))}"
@@ -86,10 +92,8 @@ class SiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
-def sit_config(
-    name: str, *, input_size: int, in_channels: int, num_classes: int, second_time: bool = False
-) -> SiTConfig:
-    """Return the configuration of a model by name, "SiT-{Ti,S,B,L,XL}/patch" with any patch.
+def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int, **extras: Any) -> SiTConfig:
+    """Return the configuration of a model by name, "SiT-{Ti,S,B,L,XL}/patch" with any patch; `extras` are its fields.
 
     Raises UsageError for an unknown name, with the nearest known one, or a patch that does not divide `input_size`.
     """
@@ -107,7 +111,7 @@ def sit_config(
         depth=depth,
         num_heads=num_heads,
         num_classes=num_classes,
-        second_time=second_time,
+        **extras,
     )
 
 
@@ -115,9 +119,8 @@ class SiT(nn.Module):
     """SiT with any number of projectors, which share one forward pass.
 
     Weights are drawn on the CPU from generators of their own, SiT's from (seed, 0), projector k's from (seed, k + 1),
-    the second time embedder's from (seed, 0, 0): adding them changes no weight of SiT. The global generator is
-    untouched. Under
-    `torch.device("meta")` only shapes are made.
+    a second time embedder's from (seed, 0, 0), a class token's from (seed, 0, 1): adding them changes no weight of SiT.
+    The global generator is untouched. Under `torch.device("meta")` only shapes are made.
 
     Raises UsageError where projectors are asked for without an `encoder_depth` from 1 to the model's depth.
     """
@@ -139,6 +142,7 @@ class SiT(nn.Module):
         self.config = config
         self.projector_configs = tuple(projectors)
         self.encoder_depth = encoder_depth
+        self._num_extra = 0 if config.cls_width is None else 1  # tokens before those of the patches
 
         shapes_only = torch.get_default_device().type == "meta"
         with torch.device("meta"):  # PyTorch's own initialisation would draw from the global generator
@@ -147,9 +151,12 @@ class SiT(nn.Module):
             # Called r_embedder as in public code of MeanFlow, where too it is fed t - r.
             self.r_embedder = TimestepEmbedder(config.hidden_size) if config.second_time else None
             self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+            cls_width = config.cls_width
+            self.cls_projectors2 = None if cls_width is None else nn.Linear(cls_width, config.hidden_size)
+            self.wg_norm = None if cls_width is None else nn.LayerNorm(config.hidden_size, eps=1e-6)
             # A parameter, though never trained: so it is in the published checkpoints and in the EMA.
             self.pos_embed = nn.Parameter(
-                torch.empty(1, math.prod(config.grid), config.hidden_size), requires_grad=False
+                torch.empty(1, self._num_extra + math.prod(config.grid), config.hidden_size), requires_grad=False
             )
             self.blocks = nn.ModuleList(
                 SiTBlock(config.hidden_size, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
@@ -157,7 +164,7 @@ class SiT(nn.Module):
             self.projectors = nn.ModuleList(
                 make_projector(config.hidden_size, projector, config.grid) for projector in projectors
             )
-            self.final_layer = FinalLayer(config.hidden_size, config.patch_size**2 * config.out_channels)
+            self.final_layer = FinalLayer(config.hidden_size, config.patch_size**2 * config.out_channels, cls_width)
         if not shapes_only:
             self._allocate()
             self._initialize(seed)
@@ -183,7 +190,8 @@ class SiT(nn.Module):
     def _initialize(self, seed: int) -> None:
         """Set every parameter: xavier-uniform Linear layers, normal(0.02) embeddings, zero gates and output."""
         generator = torch.Generator().manual_seed(_derived_seed(seed, 0))
-        trunk = (m for name, m in self.named_modules() if not name.startswith(("projectors", "r_embedder")))
+        added = ("projectors", "r_embedder", "cls_projectors2", "final_layer.linear_cls")
+        trunk = (module for name, module in self.named_modules() if not name.startswith(added))
         for module in trunk:
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -201,55 +209,83 @@ class SiT(nn.Module):
                 for parameter in module.parameters():
                     nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
-        self.pos_embed.copy_(torch.from_numpy(sincos_pos_embed(self.config.hidden_size, self.grid)))
+        self.pos_embed.zero_()  # of a class token it stays so
+        self.pos_embed[0, self._num_extra :] = torch.from_numpy(sincos_pos_embed(self.config.hidden_size, self.grid))
+        if self.cls_projectors2 is not None and self.wg_norm is not None and self.final_layer.linear_cls is not None:
+            generator = torch.Generator().manual_seed(_derived_seed(seed, 0, 1))
+            nn.init.xavier_uniform_(self.cls_projectors2.weight, generator=generator)
+            nn.init.ones_(self.wg_norm.weight)
+            for zero in (self.cls_projectors2.bias, self.wg_norm.bias, *self.final_layer.linear_cls.parameters()):
+                nn.init.zeros_(zero)
         for index, projector in enumerate(cast(Iterable[Projector], self.projectors)):
             projector.initialize(torch.Generator().manual_seed(_derived_seed(seed, index + 1)))
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, h: Tensor | None = None, *, return_projections: bool = False
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        h: Tensor | None = None,
+        cls_token: Tensor | None = None,
+        *,
+        return_projections: bool = False,
+    ) -> Any:
         """Return the velocity at x_t, and on request each projector's tokens, all from one call (one module for DDP).
 
         x is [B,C,H,W]; t [B] in [0, 1]; y [B] int64 in [0, num_classes], labels already dropped. The velocity is
         [B,C,H,W] and the projections are a tuple of [B,T,E], in the dtype that autocast gives them. With a second time
         embedder the answer is the mean velocity from t - h to t, h [B] in [0, t]; None is 0, the velocity at t itself.
+        A model with a class token takes it noised as x is, [B,cls_width], and answers both their velocities, a pair.
         """
-        data_at_one = self.config.convention == "sit"
-        x = self.x_embedder(x) + self.pos_embed
-        conditioning = self.t_embedder(1 - t if data_at_one else t) + self.y_embedder(y)
-        if self.r_embedder is not None:
-            conditioning = conditioning + self.r_embedder(torch.zeros_like(t) if h is None else h)
-        else:
-            assert h is None, f"{self.config.name} has no second time embedder"
+        x, conditioning = self._embed(x, t, y, h, cls_token)
         projections: tuple[Tensor, ...] = ()
         for depth, block in enumerate(self.blocks, start=1):
             x = block(x, conditioning)
             if return_projections and depth == self.encoder_depth:
-                projections = tuple(projector(x) for projector in self.projectors)
-        velocity = self._unpatchify(self.final_layer(x, conditioning))
+                projections = tuple(self._project(x))
+        patches, cls_velocity = self.final_layer(x, conditioning)
+        velocity = self._unpatchify(patches)
         if self.config.learn_sigma:
             velocity = velocity[:, : self.config.in_channels]
-        if data_at_one:
-            velocity = -velocity  # dx/dt = -dx/d(1 - t)
-        return (velocity, projections) if return_projections else velocity
+        if self.config.convention == "sit":  # dx/dt = -dx/d(1 - t)
+            velocity, cls_velocity = -velocity, None if cls_velocity is None else -cls_velocity
+        answer = velocity if cls_velocity is None else (velocity, cls_velocity)
+        return (answer, projections) if return_projections else answer
+
+    def tokens_after(self, depth: int, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Return the tokens [B,T,D] after block `depth`, from 1, and run no later one; inputs as of `forward`."""
+        x, conditioning = self._embed(x, t, y)
+        for block in islice(self.blocks, depth):
+            x = block(x, conditioning)
+        return x
+
+    def _embed(
+        self, x: Tensor, t: Tensor, y: Tensor, h: Tensor | None = None, cls_token: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the tokens before the first block, a class token first, and the conditioning [B,D]."""
+        assert (cls_token is None) == (self.config.cls_width is None), f"{self.config.name} and its class token"
+        x = self.x_embedder(x)
+        if cls_token is not None and self.cls_projectors2 is not None and self.wg_norm is not None:
+            x = torch.cat([self.wg_norm(self.cls_projectors2(cls_token)).unsqueeze(1), x], dim=1)
+        t = 1 - t if self.config.convention == "sit" else t
+        conditioning = self.t_embedder(t) + self.y_embedder(y)
+        if self.r_embedder is not None:
+            conditioning = conditioning + self.r_embedder(torch.zeros_like(t) if h is None else h)
+        else:
+            assert h is None, f"{self.config.name} has no second time embedder"
+        return x + self.pos_embed, conditioning
+
+    def _project(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield each projector's tokens, of the class token and the patches as its `of` says."""
+        extra = self._num_extra
+        for projector, config in zip(self.projectors, self.projector_configs, strict=True):
+            yield projector({"all": x, "patches": x[:, extra:], "cls": x[:, :extra]}[config.of])
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """Put patches [B,T, patch * patch * C], rows, columns, then (output) channels, together to [B,C,H,W]."""
         patch = self.config.patch_size
         images = patches.unflatten(1, self.grid).unflatten(-1, (patch, patch, -1))  # [B,h,w,p,p,C]
         return images.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
-
-
-def sincos_pos_embed(hidden_size: int, grid: tuple[int, int]) -> np.ndarray:
-    """Return MAE's fixed 2-D embedding (arXiv 2111.06377) as [T, hidden_size] float64, T row-major over the grid.
-
-    The first half of the channels encodes the column, the second the row; in each, sines come before cosines.
-    """
-    num_frequencies = hidden_size // 4
-    frequencies = 10_000.0 ** -(np.arange(num_frequencies) / num_frequencies)
-    rows, columns = np.divmod(np.arange(math.prod(grid)), grid[1])
-    angles = [np.outer(position, frequencies) for position in (columns, rows)]
-    return np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
 
 
 def _derived_seed(seed: int, *stream: int) -> int:

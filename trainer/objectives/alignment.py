@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ...cache_specs.errors import UsageError, at_least
 from ..diffusion.losses import AlignmentTarget, alignment_loss
-from ..models.projector import ProjectorConfig
+from ..models.projector import ProjectorConfig, TokensOf
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentConfig:
     """How block `encoder_depth` of SiT is held to the encoders' tokens (REPA, arXiv 2410.06940; iREPA, 2512.10794)."""
 
-    projector: Literal["none", "mlp", "conv", "linear"] = "mlp"  # none: no alignment, no encoder is read
+    projector: Literal["none", "mlp", "conv", "linear", "mlp2"] = "mlp"  # none: no alignment; mlp2: SRA's two layers
     hidden_dim: int = 2048  # of the projector mlp
     kernel_size: int = 3  # of the projector conv
     encoder_depth: int = 8  # block after which the projectors read, from 1
@@ -44,11 +44,11 @@ class AlignmentConfig:
             if self.projector == "none":
                 raise UsageError("alignment.stop_step has nothing to stop: alignment.projector is none. Leave it out")
 
-    def projector_config(self, width: int) -> ProjectorConfig:
-        """Return one projector into an encoder's `width` channels."""
+    def projector_config(self, width: int, *, of: TokensOf = "all") -> ProjectorConfig:
+        """Return one projector into an encoder's `width` channels; `of` says which of the model's tokens it takes."""
         assert self.projector != "none"
         return ProjectorConfig(
-            kind=self.projector, out_dim=width, hidden_dim=self.hidden_dim, kernel_size=self.kernel_size
+            kind=self.projector, out_dim=width, hidden_dim=self.hidden_dim, kernel_size=self.kernel_size, of=of
         )
 
 
@@ -57,7 +57,7 @@ class Alignment:
 
     def __init__(self, config: AlignmentConfig, *, num_encoders: int, accumulation: int) -> None:
         self.config = config
-        self._aligned = num_encoders > 0
+        self._aligned = num_encoders > 0 and config.projector != "none"
         self._accumulation = accumulation
 
     def acts(self, step: int) -> bool:

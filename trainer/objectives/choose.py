@@ -12,6 +12,8 @@ from .objective import Field, Objective
 OBJECTIVES: dict[str, tuple[str, str]] = {
     "velocity": ("velocity", "Velocity"),
     "meanflow": ("meanflow", "MeanFlow"),
+    "reg": ("reg", "REG"),
+    "sra": ("sra", "SRA"),
 }
 
 
@@ -35,9 +37,8 @@ def other_sections(name: str) -> set[str]:
     return {section for other in OBJECTIVES if (section := objective_class(other).section) not in (None, own)}
 
 
-def stored_field(config: Mapping[str, Any] | None, interpolant: Interpolant) -> Field:
-    """Return what samples of a checkpoint's model follow; `config` is its run's, None for a published model."""
-    config = config or {}
+def stored_field(config: Mapping[str, Any], interpolant: Interpolant) -> Field:
+    """Return what samples of a checkpoint's model follow; `config` is its run's, or `TrainedModel.method`."""
     method = objective_class(config.get("objective", "velocity"))
     settings = None if method.section is None else method.Settings(**config.get(method.section, {}))
     return method.field(interpolant, settings)

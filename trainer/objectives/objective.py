@@ -22,7 +22,7 @@ from torch import Tensor
 from ..diffusion.interpolant import Interpolant
 from ..diffusion.latents import LatentNorm, draw_latents, to_model_input
 from ..models.projector import ProjectorConfig
-from ..models.sit import SiT
+from ..models.sit import SiT, SiTConfig
 from ..reading.batches import MicroBatch
 from ..reading.draws import Draw, coin, gaussian, view_coin
 from ..reading.specs import FeatureSpec
@@ -45,7 +45,7 @@ class Posed:
     model's prediction, and `extra` whatever else `terms` needs of this micro-batch.
     """
 
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor | None, ...]
     target: Any
     extra: Any = None
 
@@ -86,7 +86,8 @@ class Field(Protocol):
     """What an integrator asks of a trained model: the velocity of each part of a state whose first part is x.
 
     `samplers` are those that may follow it, `guided` says whether classifier-free guidance may; `interpolant` gives the
-    SDE's score; with `own_times` the guidance interval is judged at each evaluation's time, not at its step's start.
+    SDE's score; with `own_times` the guidance interval is judged at each evaluation's time, not at its step's start;
+    `cls_token` says that a class token, with a guidance scale of its own, is part of the state.
     """
 
     @property
@@ -95,6 +96,8 @@ class Field(Protocol):
     def guided(self) -> bool: ...
     @property
     def own_times(self) -> bool: ...
+    @property
+    def cls_token(self) -> bool: ...
     @property
     def interpolant(self) -> Interpolant: ...
 
@@ -108,8 +111,8 @@ class Field(Protocol):
         """Return dx/dt of each part [B, *shape] at times t [B]; the step goes to t_next, which few methods look at."""
         ...
 
-    def scales(self, cfg_scale: float) -> tuple[float, ...]:
-        """Return the guidance scale of each part."""
+    def scales(self, cfg_scale: float, cls_cfg_scale: float | None) -> tuple[float, ...]:
+        """Return the guidance scale of each part; None is the image's for a class token too."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -152,9 +155,12 @@ class Objective:
 
     @classmethod
     def projectors(
-        cls, alignment: AlignmentConfig, features: Sequence[FeatureSpec], hidden_size: int
+        cls, alignment: AlignmentConfig, features: Sequence[FeatureSpec], shape: SiTConfig, settings: Any
     ) -> list[ProjectorConfig]:
-        """Return what maps the model's hidden states to the alignment's targets, one an encoder."""
+        """Return what maps the hidden states of a model of `shape` to the alignment's targets, one an encoder.
+
+        Raises UsageError where the method cannot be aligned like this.
+        """
         return [alignment.projector_config(spec.width) for spec in features]
 
     @classmethod
@@ -186,7 +192,7 @@ class Objective:
         """Return the losses of the model's answer in `step` (from 0); `projections` are empty after the stop step."""
         raise NotImplementedError
 
-    def dummy_inputs(self, num: int) -> tuple[Tensor, ...]:
+    def dummy_inputs(self, num: int) -> tuple[Any, ...]:
         """Return zeros of the shapes of `Posed.inputs` for `num` samples."""
         device = self.given.device
         x = torch.zeros(num, *self.given.latent_shape, device=device)

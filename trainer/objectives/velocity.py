@@ -57,6 +57,7 @@ class VelocityField:
     samplers: tuple[str, ...] = ("euler", "heun", "sde")
     guided: bool = True
     own_times: bool = False
+    cls_token: bool = False
 
     def shapes(self, model: SiT) -> tuple[tuple[int, ...], ...]:
         """Return that of x, [C,H,W]."""
@@ -69,7 +70,7 @@ class VelocityField:
         """Return the velocity at x."""
         return (model(state[0], t, labels),)
 
-    def scales(self, cfg_scale: float) -> tuple[float, ...]:
+    def scales(self, cfg_scale: float, cls_cfg_scale: float | None) -> tuple[float, ...]:
         """Return `cfg_scale` for x."""
         return (cfg_scale,)
 

@@ -253,6 +253,7 @@ class CacheReader:
             dtype=component.dtype,
             group=group,
             layer=layer,
+            cls_token=layer_array("cls_token", layer) in arrays,
         )
         picked = {name: arrays.get(layer_array(name, layer)) for name in self._fields}
         return spec, {name: array for name, array in picked.items() if array is not None}

@@ -36,3 +36,4 @@ class FeatureSpec:
     dtype: Literal["float16", "int8"]
     group: str  # in features/
     layer: int | None  # of a group of several layers
+    cls_token: bool  # whether a class token is stored too

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from .config import MAY_CHANGE, Bytes, RunConfig
 
-FOLDED = 52  # columns of a meaning
+FOLDED = 48  # columns of a meaning
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from ..diffusion.interpolant import Interpolant
 from ..objectives.alignment import AlignmentConfig
 from ..objectives.choose import objective_class, other_sections, settings_of
 from ..objectives.meanflow import MeanFlowConfig
+from ..objectives.reg import REGConfig
+from ..objectives.sra import SRAConfig
 from ..reading.order import DEFAULT_WINDOW, Shuffle
 from ..sampling.samplers import SamplerConfig, SamplerName, check_sampler
 from .optimizer import OptimizerConfig
@@ -97,6 +99,8 @@ class RunConfig:
     interpolant: Interpolant = field(default_factory=Interpolant)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     meanflow: MeanFlowConfig = field(default_factory=MeanFlowConfig)
+    reg: REGConfig = field(default_factory=REGConfig)
+    sra: SRAConfig = field(default_factory=SRAConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

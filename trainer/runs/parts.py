@@ -48,7 +48,7 @@ def make_batches(config: RunConfig, reader: CacheReader, world: World, objective
     """Return what says, for each step, which samples this rank reads and which random numbers go with them."""
     spec = DrawSpec(seed=config.seed, draws=objective.draws())
     later = None
-    if reader.features and config.alignment.stop_step is not None:
+    if reader.features and config.alignment.stop_step is not None and not reads_of(config).cls_token:
         bare = CacheReader(
             str(reader.path), autoencoder=reader.latents.name, encoder=(), check_reads=config.check_reads
         )
@@ -77,7 +77,7 @@ def build_model(config: RunConfig, reader: CacheReader) -> SiT:
                 f"{config.model} on latents of {height} x {width} has {shape.grid[0]} x {shape.grid[1]}. Choose a "
                 f"model with another patch, or build the encoder with that grid"
             )
-    projectors = method.projectors(config.alignment, reader.features, shape.hidden_size)
+    projectors = method.projectors(config.alignment, reader.features, shape, settings_of(config))
     depth = config.alignment.encoder_depth if projectors else None
     return SiT(shape, projectors, encoder_depth=depth, seed=config.seed)
 

@@ -70,7 +70,7 @@ class Run:
         """Return the context in which the model runs forward: bf16 autocast, or float32 as it is."""
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Any, Sequence[Tensor]]:
+    def forward(self, inputs: tuple[Tensor | None, ...]) -> tuple[Any, Sequence[Tensor]]:
         """Return the model's prediction and, while the run is aligned, each projector's tokens: one DDP forward."""
         if self.aligned:
             return self.wrapped(*inputs, return_projections=True)

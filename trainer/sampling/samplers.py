@@ -29,6 +29,7 @@ class SamplerConfig:
 
     `steps` counts drift evaluations, but Heun's takes 2 * steps - 1. Guidance with `cfg_scale` above 1 acts where
     guidance_low <= t <= guidance_high; elsewhere the model is conditional only. A guided evaluation doubles the batch.
+    `cls_cfg_scale` is the class token's own scale, where the image is guided (REG); None is the image's.
     """
 
     sampler: SamplerName = "euler"
@@ -36,6 +37,7 @@ class SamplerConfig:
     cfg_scale: float = 1.0
     guidance_low: float = 0.0
     guidance_high: float = 1.0
+    cls_cfg_scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):
@@ -44,6 +46,16 @@ class SamplerConfig:
             raise UsageError(f"sampler steps is {self.steps}; expected 1 or more")
         if not 1 <= self.cfg_scale < float("inf"):
             raise UsageError(f"cfg_scale is {self.cfg_scale}; expected 1 (no guidance) or more")
+        if self.cls_cfg_scale is not None and not 1 <= self.cls_cfg_scale < float("inf"):
+            raise UsageError(
+                f"cls_cfg_scale is {self.cls_cfg_scale}; expected 1 (no guidance of the class token, 0 in REG's own "
+                f"code) or more"
+            )
+        if self.cls_cfg_scale is not None and self.cfg_scale == 1:
+            raise UsageError(
+                f"cls_cfg_scale is {self.cls_cfg_scale} and cfg_scale 1: a class token is guided where the image is. "
+                f"Give both, or neither"
+            )
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:
             raise UsageError(
                 f"guidance interval is {self.guidance_low} to {self.guidance_high}; expected 0 <= low <= high <= 1"
@@ -103,6 +115,11 @@ def check_sampler(config: SamplerConfig, field: Field, *, where: str = "") -> No
             f"{where}cfg_scale is {config.cfg_scale}; this model's method learns its guidance while training, and "
             f"guiding it again would count it twice. Sample with cfg_scale 1"
         )
+    if config.cls_cfg_scale is not None and not field.cls_token:
+        raise UsageError(
+            f"cls_cfg_scale is {config.cls_cfg_scale}; this model's method has no class token to guide, as only REG's "
+            f"has. Leave it out"
+        )
 
 
 def _euler_or_heun(drift: "_Drift", x: State, config: SamplerConfig) -> State:
@@ -160,7 +177,7 @@ class _Drift:
         if self.config.sampler == "sde":
             drift = tuple(v - t * score(v, part, t, self.field.interpolant) for v, part in zip(drift, x, strict=True))
         if guide:
-            scales = self.field.scales(self.config.cfg_scale)
+            scales = self.field.scales(self.config.cfg_scale, self.config.cls_cfg_scale)
             drift = tuple(_guided(part, scale) for part, scale in zip(drift, scales, strict=True))
         return drift
 

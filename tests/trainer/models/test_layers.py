@@ -33,7 +33,7 @@ def test_layers_are_the_blocks_outputs_pooled(make_cache, model):
     rows = np.array([1, 4, 9, 17, 22])
     found = pooled_layers(model, reader, rows, t=0.3, depths=[2, 1], norm=NORM, interpolant=Interpolant(), batch_size=2)
     moments = torch.from_numpy(written.arrays["latents/toy-ae/moments"][rows, 0]).float()
-    noise = torch.from_numpy(np.stack([_noise(0, int(row), (3, 8, 8)) for row in rows]))
+    noise = torch.from_numpy(np.stack([_noise(0, int(row), (3, 8, 8), 0)[0] for row in rows]))
     z = moments[:, :3] + moments[:, 3:] * noise[:, 0]
     scale, bias = (torch.tensor(values).view(3, 1, 1) for values in (NORM.scale, NORM.bias))
     x_t = 0.7 * (z - bias) * scale + 0.3 * noise[:, 1]

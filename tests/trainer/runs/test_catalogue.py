@@ -19,7 +19,7 @@ def test_every_setting_has_a_meaning_a_default_and_what_is_allowed():
     assert not [key for key, row in rows.items() if not (row.meaning and row.default and row.allowed)]
     assert {key for key, row in rows.items() if row.may_change} == MAY_CHANGE
     assert (rows["alignment.gamma"].default, rows["alignment.gamma"].allowed) == ("null", "number | null")
-    assert rows["alignment.projector"].allowed == "none | mlp | conv | linear"
+    assert rows["alignment.projector"].allowed == "none | mlp | conv | linear | mlp2"
     assert rows["ema_decay"].default == "[0.9999]"
     assert rows["recipe"].default == "(required)"
     assert set(SYNONYMS.values()) <= rows.keys()

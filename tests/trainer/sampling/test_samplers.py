@@ -227,7 +227,7 @@ class TwoParts(VelocityField):
     def velocities(self, model, state, t, t_next, labels):
         return tuple(model(part, t, labels) for part in state)
 
-    def scales(self, cfg_scale: float) -> tuple[float, ...]:
+    def scales(self, cfg_scale: float, cls_cfg_scale: float | None) -> tuple[float, ...]:
         return cfg_scale, 3 * cfg_scale
 
 
