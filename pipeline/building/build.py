@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from ...cache_specs.errors import JobError, UsageError
+from ...cache_specs.errors import JobError
 from ..images.manifest import Manifest
 from ..store.binding import bind_ranges, lacks_numbers
 from ..store.complete import complete_component
@@ -76,6 +76,7 @@ def run_build(
     with contextlib.ExitStack() as locks:
         for path in sorted(plan.missing):
             locks.enter_context(store.lock(path))
+        store.check_record()
         # Again, now that no other build can change it: what is missing, never what is asked, which is what is locked.
         plan = replace(plan, missing=missing_ranges(store, plan.requests))
         _check_on_disk(store, plan, options)
@@ -107,7 +108,7 @@ def _encode(
         threads=options.threads or max(1, (os.cpu_count() or 1) // max(1, options.workers or 1)),
         skip_bad=options.skip_bad,
     )
-    with _open_pool(job, workers=options.workers, address=options.address) as pool:
+    with _open_pool(job, options) as pool:
         for component in pool.components:
             store.create_component(component)
             store.reopen_component(component)
@@ -123,13 +124,11 @@ def _encode(
         report.seconds = time.monotonic() - started
 
 
-def _open_pool(options: JobOptions, *, workers: int | None, address: str | None) -> Pool:
-    """Return the pool that `--workers` asks for: 0 is this process, any other number (or None, one a device) is Ray."""
-    if workers == 0:
-        if address is not None:
-            raise UsageError("--workers 0 encodes in this process; leave out --address, or ask for workers")
-        return InProcessPool(options)
-    return RayPool(options, num_workers=workers, address=address)
+def _open_pool(job: JobOptions, options: BuildOptions) -> Pool:
+    """Return where ranges are encoded: Ray where there is something to schedule, else this process, as quick."""
+    if options.in_process:
+        return InProcessPool(job)
+    return RayPool(job, num_workers=options.workers, address=options.address)
 
 
 def _list_bad(result: RangeResult, listed: int, manifest: Manifest, on_message: Callable[[str], None]) -> None:
@@ -188,7 +187,7 @@ def _complete(
 
 
 def _check_on_disk(store: CacheStore, plan: BuildPlan, options: BuildOptions) -> None:
-    """Refuse a component that is on disk with other settings.
+    """Refuse a component that is on disk with other settings; write metadata that was deleted from it again.
 
     Weights are compared when a worker loads them for what is missing; where nothing is missing they are loaded for the
     comparison only if a file was named.

@@ -21,7 +21,8 @@ from ...cache_specs.schema import FEATURES, ComponentSpec, stored_layers
 from ...cache_specs.storage import Location
 from ..images.decode import DecodedBatch
 from ..models.autoencoders import load_autoencoder
-from ..models.encoders import Encoder, load_encoder, network_of
+from ..models.encoders import Encoder, check_loadable, load_encoder, network_of
+from ..models.weights import check_weights
 from ..store.component_writer import ComponentWriter
 from ..store.quantize import stored_tokens
 from ..store.store import CacheStore
@@ -230,6 +231,12 @@ def _load_stages(requests: Sequence[ModelRequest], device: str) -> Network:
         }
 
     return Network(components=tuple(request.component(encoder.weights) for request in requests), encode=encode)
+
+
+def check_request(request: ModelRequest) -> None:
+    """Raise `UsageError` for what keeps a model from being loaded and is known without loading it."""
+    check = check_loadable if request.kind == FEATURES else check_weights
+    check(request.spec, request.weights_file)
 
 
 def load_model(request: ModelRequest, device: str) -> tuple[Encode, str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ...cache_specs.components import read_layout
 from ...cache_specs.errors import UsageError, nearest
@@ -16,7 +17,7 @@ from ...cache_specs.tables import ResolvedModel, autoencoder_table, resolve_auto
 from ..images.manifest import Manifest
 from ..store.binding import lacks_numbers
 from ..store.store import CacheStore
-from .encode import ModelRequest
+from .encode import ModelRequest, check_request
 
 DEFAULT_RESOLUTION = 256
 MOST_RESOLUTION = 2**14
@@ -53,10 +54,21 @@ class BuildOptions:
             raise UsageError(f"--threads {self.threads}: expected at least 1")
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"--workers {self.workers}: expected 0 (this process) or more")
+        if self.device == "cuda" and self.address is None and not torch.cuda.is_available():
+            raise UsageError("--device cuda: there is none here; leave it out, or name a Ray cluster with --address")
+        if self.workers == 0 and self.address is not None:
+            raise UsageError("--workers 0 encodes in this process; leave out --address, or ask for workers")
         if self.resolution is not None and not 8 <= self.resolution <= MOST_RESOLUTION:
             raise UsageError(
                 f"--resolution {self.resolution}: expected at least 8 pixels, and at most {MOST_RESOLUTION}"
             )
+
+    @property
+    def in_process(self) -> bool:
+        """Whether this process encodes: as asked, or where Ray would have one device to schedule."""
+        if self.workers is not None or self.address is not None:
+            return self.workers == 0
+        return self.device == "cpu" or torch.cuda.device_count() < 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +90,10 @@ class BuildPlan:
 
 
 def plan_build(options: BuildOptions) -> BuildPlan:
-    """Resolve every name and find what is missing, without loading a model or writing a byte."""
+    """Resolve every name and find what is missing, without loading a model or writing a byte.
+
+    Raises for whatever will keep a build from its first image and can be known without its models.
+    """
     found = read_layout(location(options.cache))
     layout = resolve_layout(
         options.manifest,
@@ -87,14 +102,16 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         shard_samples=options.shard_samples,
         flip=options.flip,
     )
-    # What is on disk is as the cache there says; whether that is what is asked, `create_or_open` finds.
-    store = CacheStore(options.cache, found or layout)
-    if found is None:
-        store.check_orphans()
+    store = CacheStore.planned(options.cache, layout)
     _check_imported(options, store)
     requests = tuple(_requests(options, layout, store))
+    for request in requests:
+        check_request(request)
+        on_disk = store.component(request.component("").path)
+        if on_disk is not None:
+            store.check_component(on_disk, request.component(on_disk.weights))
     missing = missing_ranges(store, requests)
-    return BuildPlan(layout=layout, requests=requests, missing=missing, exists=found is not None)
+    return BuildPlan(layout=layout, requests=requests, missing=missing, exists=found is not None and not store.leftover)
 
 
 def missing_ranges(store: CacheStore, requests: Sequence[ModelRequest]) -> dict[str, list[int]]:

@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Images a forward pass.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the forward.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
-@click.option("--workers", type=int, help="Ray workers; 0 encodes in this process. [default: one a GPU, else 1]")
+@click.option("--workers", type=int, help="Ray workers; 0: none, this process. [default: 0, or one a GPU of several]")
 @click.option("--threads", type=int, help="CPU threads a worker. [default: this machine's cores / workers]")
 @click.option("--address", metavar="ADDR", help="Ray cluster to join: auto, or host:port.")
 @click.option("--skip-bad", is_flag=True, help="Leave unreadable images out instead of stopping short of them.")
-@click.option("--dry-run", is_flag=True, help="Say what would be built; load and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be built, and what would refuse it; write nothing.")
 def build(
     data: str, weights: tuple[str, ...], labels: str | None, allow_empty: bool, dry_run: bool, **asked: Any
 ) -> None:

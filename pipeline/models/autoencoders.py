@@ -22,6 +22,7 @@ from .soundness import check_network
 from .weights import (
     NO_WEIGHTS,
     RANDOM_SEED,
+    check_weights,
     check_weights_file,
     digest_of,
     no_weights_error,
@@ -103,9 +104,7 @@ def load_autoencoder(
     """
     name = spec["entry"]
     target = torch.device(device)
-    if spec["loader"] in ("builtin", "python") and weights is not None:
-        why = "has no weights" if spec["loader"] == "builtin" else "is your own; list its weights under files"
-        raise UsageError(f"--weights {name}={weights}: {name} {why}")
+    check_weights(spec, weights)
     if spec["loader"] == "builtin":
         return Autoencoder(spec=spec, weights=NO_WEIGHTS, model=None, precision=precision, device=target)
     if spec["loader"] == "python":

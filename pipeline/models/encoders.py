@@ -23,7 +23,7 @@ from .python_models import PythonFeatures
 from .soundness import check_network
 from .timm_models import load_timm
 from .transformers_models import load_transformers
-from .weights import NO_WEIGHTS, digest_of
+from .weights import NO_WEIGHTS, check_weights, digest_of
 
 
 class Features(Protocol):
@@ -159,6 +159,13 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
         cudnn.allow_tf32 = before
 
 
+def check_loadable(spec: Mapping[str, Any], weights: Path | None) -> None:
+    """Raise `UsageError` for what keeps the encoder of `spec` from being loaded and is known without loading it."""
+    check_weights(spec, weights)
+    if spec["loader"] == "builtin" and min(spec["input_size"]) < MIN_PIXELS:
+        raise UsageError(f"{spec['entry']} needs images of at least {MIN_PIXELS} pixels, not {min(spec['input_size'])}")
+
+
 _LOADERS: dict[str, Callable[[Mapping[str, Any], Path | None], Features]] = {
     "timm": load_timm,
     "transformers": load_transformers,
@@ -180,12 +187,8 @@ def load_encoder(
     """
     name = spec["entry"]
     target = torch.device(device)
-    if spec["loader"] in ("builtin", "python") and weights is not None:
-        why = "has no weights" if spec["loader"] == "builtin" else "is your own; list its weights under files"
-        raise UsageError(f"--weights {name}={weights}: {name} {why}")
+    check_loadable(spec, weights)
     if spec["loader"] == "builtin":
-        if min(spec["input_size"]) < MIN_PIXELS:
-            raise UsageError(f"{name} needs images of at least {MIN_PIXELS} pixels, not {min(spec['input_size'])}")
         return Encoder(spec=spec, weights=NO_WEIGHTS, features=None, precision=precision, device=target)
     if spec["loader"] == "python":
         own = PythonFeatures(spec, code, target)

@@ -57,6 +57,17 @@ def check_weights_file(name: str, file: Path) -> None:
         raise UsageError(f"--weights {name}={file}: {instead}")
 
 
+def check_weights(spec: Mapping[str, Any], file: Path | None) -> None:
+    """Raise `UsageError` for a --weights file that the model of `spec` cannot be loaded from, before it is read."""
+    name = spec["entry"]
+    if file is None:
+        return
+    if spec["loader"] in ("builtin", "python"):
+        why = "has no weights" if spec["loader"] == "builtin" else "is your own; list its weights under files"
+        raise UsageError(f"--weights {name}={file}: {name} {why}")
+    check_weights_file(name, file)
+
+
 def read_state_dict(file: Path) -> dict[str, Any]:
     """Return what a .safetensors or a .pth holds, on the CPU; a .pth is unpickled as weights only, never as code."""
     if file.suffix == ".safetensors":

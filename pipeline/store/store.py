@@ -22,27 +22,40 @@ from ...cache_specs.components import (
     read_component,
     read_layout,
 )
-from ...cache_specs.errors import CacheError, JobError, UsageError
+from ...cache_specs.errors import CacheError, JobError
 from ...cache_specs.files.locks import locked
 from ...cache_specs.files.outside import parse_json
 from ...cache_specs.files.partial_files import clear_folder
-from ...cache_specs.group import METADATA, component_names, group_attributes
-from ...cache_specs.layout import COMPLETE, PARTIAL_FOLDER, CacheLayout
+from ...cache_specs.group import METADATA, component_names
+from ...cache_specs.layout import COMPLETE, CacheLayout
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.storage import LocalPath, Location, location
 from ..images.manifest import KnownSamples, Manifest
 from .metadata import component_files, root_files
+from .record import (
+    check_no_record,
+    check_same_record,
+    check_writable,
+    is_being_built,
+    never_begun,
+    nothing_encoded,
+    remove_leftovers,
+)
 
 # What zarr raises on damaged metadata or chunks, as seen by flipping bits: it has no class of its own for them.
 ZARR_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError)
 
 
 class CacheStore:
-    """One cache, in a folder or below a URL, open for building or checking."""
+    """One cache, in a folder or below a URL, open for building or checking.
 
-    def __init__(self, path: str | Path | Location, layout: CacheLayout) -> None:
+    `leftover`: what lies there was never begun and of other options, and is seen as nothing until it is replaced.
+    """
+
+    def __init__(self, path: str | Path | Location, layout: CacheLayout, *, leftover: bool = False) -> None:
         self.path = location(path)
         self.layout = layout
+        self.leftover = leftover
 
     # Creation and opening
 
@@ -55,6 +68,20 @@ class CacheStore:
         return cls(path, layout)
 
     @classmethod
+    def planned(cls, path: str | Path | Location, layout: CacheLayout) -> "CacheStore":
+        """Return the cache as `create_or_open` will find it; raise as that would, and write nothing."""
+        store = cls(path, layout)
+        found = read_layout(store.path)
+        if found is None:
+            check_no_record(store.path, layout)
+        elif found != layout and never_begun(store.path):
+            store.leftover = True
+        else:
+            check_same_record(store.path, found, layout)
+        check_writable(store.path)
+        return store
+
+    @classmethod
     def create_or_open(cls, path: str | Path | Location, layout: CacheLayout, manifest: Manifest) -> "CacheStore":
         """Create the cache of `manifest`, or open the one that is there if it holds exactly that data.
 
@@ -64,29 +91,22 @@ class CacheStore:
         store = cls(path, layout)
         with store.lock("cache", wait=True):
             found = read_layout(store.path)
+            if found is not None and found != layout and never_begun(store.path) and not is_being_built(store.partial):
+                remove_leftovers(store.path)
+                found = None
             if found is None:
-                foreign = _foreign_entries(store.path)
-                if foreign:
-                    raise UsageError(
-                        f"--cache {path}: the folder holds other things ({foreign[0]}) and no cache; name a new one"
-                    )
-                store.check_orphans()
+                check_no_record(store.path, layout)
             else:
-                _check_same_cache(store.path, found, layout)
+                check_same_record(store.path, found, layout)
             rows = {"sample_id": manifest.sample_ids, "label": manifest.labels}
             store._write_missing(store.path, root_files(layout, rows))
             return store
 
-    def check_orphans(self) -> None:
-        """Raise `CacheError` where the root's own record is gone and a component is of other data than is asked."""
-        for path in self.components():
-            attributes = group_attributes(self.path / path) or {}
-            if attributes.get("dataset_fingerprint") != self.layout.dataset_fingerprint:
-                raise CacheError(
-                    f"{self.path / METADATA}: missing, and {path} was made with other options or of other images than "
-                    "are asked: give those of the cache's first build (--resolution, --flip, --labels, "
-                    "--shard-samples), and it is written again"
-                )
+    def check_record(self) -> None:
+        """Raise `JobError` where another build put its own record in the place of this one: locks are held by now."""
+        with self.lock("cache", wait=True):
+            if read_layout(self.path) != self.layout:
+                raise JobError(f"{self.path}: another build with other options began here; run this again when it ends")
 
     def _write_missing(self, folder: Location, files: Mapping[str, bytes]) -> None:
         """Write, in their order, those files that are not there."""
@@ -98,6 +118,8 @@ class CacheStore:
 
     def opened(self, path: str) -> Component | None:
         """Return the component at `path` (`features/hog`) as it is on disk, or None; raise where it does not hold."""
+        if self.leftover:
+            return None
         return read_component(self.path, self.layout, path)
 
     def component(self, path: str) -> ComponentSpec | None:
@@ -107,6 +129,8 @@ class CacheStore:
 
     def components(self) -> list[str]:
         """Return the paths of all components, latents first, by name."""
+        if self.leftover:
+            return []
         return [f"{kind}/{name}" for kind in (LATENTS, FEATURES) for name in component_names(self.path, kind)]
 
     def create_component(self, spec: ComponentSpec) -> None:
@@ -117,18 +141,24 @@ class CacheStore:
         """
         files = component_files(spec, self.layout)
         found = self.opened(spec.path)
-        if found is not None:
-            difference = found.spec.difference(spec)
-            if difference:
-                raise CacheError(
-                    f"{self.path}: {spec.path} on disk differs from what is asked: {difference}; "
-                    "build it in another cache, or ask for what is there"
-                )
+        if found is not None and found.spec.difference(spec) and nothing_encoded(self.path / spec.path):
+            (self.path / spec.path).delete_tree()
+        elif found is not None:
+            self.check_component(found.spec, spec)
             if found.complete and SHARDS_DIGEST not in found.attributes:
                 del files[f"{SHARD_CHECKSUMS}/{METADATA}"]  # completed by an earlier version: `bind` adds it
         elif not self._owns_shards(self.path / spec.path, files):
             (self.path / spec.path).delete_tree()
         self._write_missing(self.path / spec.path, files)
+
+    def check_component(self, found: ComponentSpec, asked: ComponentSpec) -> None:
+        """Raise `CacheError` where a component on disk, of which something is encoded, is not what is asked."""
+        difference = found.difference(asked)
+        if difference and not nothing_encoded(self.path / asked.path):
+            raise CacheError(
+                f"{self.path}: {asked.path} on disk differs from what is asked: {difference}; "
+                "build it in another cache, or ask for what is there"
+            )
 
     def _owns_shards(self, folder: Location, files: Mapping[str, bytes]) -> bool:
         name = f"valid/{METADATA}"  # its fingerprint, and its codecs: a compressor is no part of that
@@ -244,36 +274,15 @@ class CacheStore:
 
 
 def known_samples(path: str | Path | Location) -> KnownSamples | None:
-    """Return the samples of the cache at `path`, None where there is none, or none whose ids can be read."""
+    """Return the samples of the cache at `path`, None where there is none, or none whose ids can be read.
+
+    One that was never begun has none that count.
+    """
     try:
         store = CacheStore.open(path)
+        if never_begun(store.path):
+            return None
         ids = store.read("sample_id", 0, store.layout.num_samples)
     except CacheError:
         return None
     return KnownSamples(sample_ids=ids, class_names=store.layout.class_names)
-
-
-def _check_same_cache(path: Location, found: CacheLayout, asked: CacheLayout) -> None:
-    hints = {
-        "manifest_fingerprint": " (other file names or labels)",
-        "views": " (--flip)",
-        "num_samples": " (images were added or removed)",
-    }
-    fields = ("num_samples", "manifest_fingerprint", "resolution", "crop", "views", "class_names", "shard_samples")
-    for field in fields:
-        old, new = getattr(found, field), getattr(asked, field)
-        if old != new:
-            raise CacheError(
-                f"{path}: the cache on disk differs from what is asked: {field}{hints.get(field, '')}: "
-                f"found {_brief(old)}, asked {_brief(new)}; use another --cache, or the options it was made with"
-            )
-
-
-def _foreign_entries(path: Location) -> list[str]:
-    own = {PARTIAL_FOLDER, LATENTS, FEATURES, "sample_id", "label", METADATA + ".partial"}
-    return sorted(path.names() - own)
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
