@@ -1,6 +1,6 @@
 """Time a fresh `repa-train` from its start to its first finished step, on a cache of a million samples.
 
-    python benchmarks/start.py                           # makes a sparse cache (0.2 GB, 20 s); appends to start.jsonl
+    python benchmarks/start.py                           # makes a cache (0.3 GB, 30 s); appends to start.jsonl
     python benchmarks/start.py --cache DIR               # keeps it there, or takes what is there
 
 One round is two fresh processes: one that imports torch and no more, and `repa-train` with SiT-Ti/2 and recipe irepa,
@@ -10,7 +10,7 @@ the step, and the log; left out is the checkpoint after it. Peak memory is taken
 is the difference of the two processes of one round. The files are in the page cache but for the first round, which is
 reported apart.
 
-The cache's rows are holes (synthetic_cache.py): the losses are of zeros, the work is that of any numbers.
+The cache's rows are all the same (synthetic_cache.py): the work is that of any numbers.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 from conditions import append_line, conditions
 from peak_memory import peak_bytes
 from rounds import median_interval, show
-from synthetic_cache import make_sparse_cache
+from synthetic_cache import make_large_cache
 
 SECONDS_BAR = 3.0
 MEMORY_BAR = 300 * 2**20
@@ -93,7 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = options.cache or Path(folder) / "cache"
         if not cache.exists():
-            make_sparse_cache(cache, num_samples=options.num_samples)
+            make_large_cache(cache, num_samples=options.num_samples)
         found = measure(cache, rounds=options.rounds, batch_size=options.batch_size)
     print(f"start to first step, {options.num_samples:,} samples, batch {options.batch_size}, {options.rounds} rounds")
     print(f"  torch alone      {show(found['torch_s'])} s, {show(found['torch_mib'], '.0f')} MiB")

@@ -1,4 +1,4 @@
-"""The sparse cache and the timing of a start, in small: the cache is whole, the figures are those of processes."""
+"""The large cache and the timing of a start, in small: the cache is whole, the figures are those of processes."""
 
 import json
 
@@ -6,33 +6,33 @@ import numpy as np
 import pytest
 import start
 import zarr
-from synthetic_cache import make_sparse_cache
+from synthetic_cache import make_large_cache
 
+from repa.pipeline.checking.verify import verify
 from repa.trainer.reading.reader import CacheReader
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return make_sparse_cache(tmp_path_factory.mktemp("sparse") / "cache", num_samples=300, grid=2, width=12)
+    return make_large_cache(tmp_path_factory.mktemp("large") / "cache", num_samples=600, grid=2, width=12)
 
 
-def test_a_sparse_cache_reads_as_zeros_by_both_ways(cache):
-    reader = CacheReader(cache)
-    batch = reader.rows([299, 0, 256])
-    batch.moments.fill_(1)
-    batch = reader.rows([299, 0, 256], out=batch)
-    assert not batch.moments.any()
-    assert reader.valid_rows.tolist() == list(range(300))
-    for file in cache.glob("*/synthetic/*/c.0*"):
-        assert file.stat().st_blocks * 512 <= 16_384, (
-            file
-        )  # its index, its records; on a file system without holes more
+def test_a_large_cache_of_few_bytes_is_whole_and_reads_the_same_by_both_ways(cache):
+    assert not verify(cache, on_progress=lambda *_: None).problems
+    reader = CacheReader(cache, check_reads=True)
+    batch = reader.rows([599, 0, 256])
+    expected = np.repeat(np.array([0, 1], np.float16), 4)[:, None, None]  # mean and deviation, 4 channels each
+    assert (batch.moments.numpy() == expected).all()
+    assert reader.valid_rows.tolist() == list(range(600))
     group = zarr.open_group(cache, mode="r")
     assert np.asarray(group["latents/synthetic/valid"]).all()
-    for name in ("latents/synthetic/moments", "features/synthetic/patch_tokens"):
+    for name, values in {"latents/synthetic/moments": expected, "features/synthetic/patch_tokens": 0}.items():
         array = group[name]
         assert isinstance(array, zarr.Array)
-        assert not np.asarray(array[250:300]).any()
+        assert (np.asarray(array[250:600]) == values).all()
+        first, second, last = sorted((cache / name).glob("c.*"))
+        assert first.samefile(second)
+        assert not first.samefile(last)
 
 
 def test_a_start_is_timed_beside_that_of_torch(cache, monkeypatch, tmp_path, capsys):
