@@ -1,5 +1,6 @@
 """`repa-train`: parse, resolve the settings, call one function. torch is imported when it runs, not for its help."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,10 @@ def _checked(config: "RunConfig", world: "World", *, resume: bool, verbose: bool
 
 def train() -> None:
     """Entry point of repa-train."""
+    if os.environ.get("REPA_DIE_WITH_PARENT"):  # a run of a study; so do its ranks, whom torchrun would leave alive
+        from ..studies.trial import die_with_parent
+
+        die_with_parent()
     train_command(prog_name="repa-train")
 
 

@@ -1,4 +1,4 @@
-"""Studies: folders of runs that share a cache, read back, compared and shown."""
+"""Studies: many runs from one cache, planned from a file, scheduled, read back, compared and shown."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
