@@ -26,7 +26,7 @@ MOST_FILES, MOST_LOOSE, MOST_LINES, MOST_TEST_LINES = 16, 5, 300, 400
 
 # Each heavy import has its owners; numpy, torch and zarr are used throughout.
 OWNERS = {
-    "ray": {"pipeline/building/ray_pool.py"},
+    "ray": {"pipeline/building/ray_pool.py", "pipeline/building/ray_session.py"},
     "timm": {"pipeline/models/timm_models.py"},
     "transformers": {"pipeline/models/transformers_models.py"},
     "diffusers": {"pipeline/models/autoencoders.py"},

@@ -5,8 +5,6 @@ Lost actors are replaced, and a range that was lost with one is tried once more.
 
 import contextlib
 import math
-import os
-import socket
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,16 +14,15 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from ...cache_specs.errors import JobError, reason
+from ...cache_specs.errors import JobError
 from ...cache_specs.layout import CacheLayout
 from ...cache_specs.schema import ComponentSpec
 from ..images.decode import DecodedBatch, decode_batch
 from .encode import RangeResult, Worker
 from .job import JobOptions, RangeWork
-from .ray_start import driver_folder, give_token, nothing_left, session_folder, take_back_sigterm, terminated_quietly
+from .ray_session import ray_session
 
 RANGES_IN_FLIGHT = 3  # a worker: one being committed, one being encoded, one being decoded
-CONNECT_TIMEOUT_S = 10
 REPLACEMENT_TIMEOUT_S = 600  # for a node to come back, or models to load, once no worker is left
 ATTEMPTS = 2  # a range that kills its worker this often is reported, not tried for ever
 
@@ -77,44 +74,14 @@ class RayPool:
         self._stack.close()
 
     def _start(self, stack: contextlib.ExitStack) -> None:
+        local: dict[str, Any] = {}
         if self._address is None:
-            give_token()
-        import ray
-
-        # Ray puts the driver's folder first on its workers' path, where a checkout's `kernels` would shadow the
-        # published package of that name: start it from an empty one.
-        empty = stack.enter_context(driver_folder())
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        if self._address is None:
-            gpus = torch.cuda.device_count()
-            workers = self._num_workers or max(1, gpus)
-            settings |= {
-                "address": "local",  # one of our own, also beside a cluster that happens to run on this machine
-                "include_dashboard": False,
-                "num_gpus": gpus,
-                "object_store_memory": object_store_bytes(self._options.layout, workers),
-            }
-            sessions = stack.enter_context(session_folder())
-            if sessions is not None:
-                settings["_temp_dir"] = str(sessions)
-        else:
-            _check_reachable(self._address)
-            settings["address"] = self._address
-        stack.enter_context(terminated_quietly())
-        try:
-            with contextlib.chdir(empty), nothing_left():
-                ray.init(**settings)
-        except Exception as error:  # a raylet that was lost, a folder that cannot be written: Ray has no class for it
-            if self._address:
-                raise JobError(f"--address {self._address}: Ray could not be reached ({reason(error)})") from error
-            raise JobError(
-                f"Ray did not start ({reason(error)}); run the same command again, or encode in this process with "
-                "--workers 0"
-            ) from error
-        stack.callback(ray.shutdown)
-        take_back_sigterm()
+            here = torch.cuda.device_count()
+            store = object_store_bytes(self._options.layout, self._num_workers or max(1, here))
+            local = {"num_gpus": here, "object_store_memory": store}
+        ray = stack.enter_context(
+            ray_session(self._address, instead="encode in this process with --workers 0", **local)
+        )
         # Asked of the cluster: the driver's own machine may be a head node without a GPU.
         gpus = int(ray.cluster_resources().get("GPU", 0))
         self._device = self._options.device or ("cuda" if gpus else "cpu")
@@ -275,17 +242,6 @@ def _say(line: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(line, file=sys.stderr)  # above the progress bar, where there is one
-
-
-def _check_reachable(address: str) -> None:
-    """Raise `JobError` where nobody listens at host:port: Ray itself would try again for minutes."""
-    host, _, port = address.rpartition("//")[2].rpartition(":")
-    if not port.isdigit():
-        return  # `auto`, or a name that Ray resolves
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise JobError(f"--address {address}: Ray could not be reached ({error}); is the cluster up?") from error
 
 
 def _first_line(error: BaseException) -> str:

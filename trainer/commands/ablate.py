@@ -232,12 +232,15 @@ def _schedule(
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if address is not None:
-            from .borrowed import run_on_cluster
+        at_once = 1 if serial else machine.parallel
+        # Which GPU a run gets is for Ray to decide; on a CPU it would have nothing to do.
+        if address is not None or (machine.device == "cuda" and at_once > 1):
+            from .borrowed import run_on_ray
 
-            run_on_cluster(trials, address=address, gpus=per_gpu if machine.device == "cuda" else 0.0, on_done=on_done)
+            gpus = per_gpu if machine.device == "cuda" else 0.0
+            run_on_ray(trials, address=address, gpus=gpus, on_done=on_done, stop=lambda: bool(asked))
         else:
-            run_here(trials, parallel=1 if serial else machine.parallel, stop=lambda: bool(asked), on_done=on_done)
+            run_here(trials, parallel=at_once, stop=lambda: bool(asked), on_done=on_done)
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)

@@ -1,10 +1,10 @@
-"""What the trainer borrows from `repa.pipeline`: decoders, encoders, Inception, CKNNA, and what reports show of caches.
+"""What the trainer borrows from `repa.pipeline`: decoders, encoders, Inception, CKNNA, Ray, and what reports show.
 
 The composition root: no other module of the trainer imports the pipeline, and this one does so only when a function is
 called. It hands out plain callables; training itself needs none of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ..runs.run import Run, latent_source
 from ..sampling.sample import Decoder
 from ..studies.pictures import RealImages
 from ..studies.relations import Coefficients, Interval, Metrics
+from ..studies.trial import Trial, run_trial
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,6 +105,21 @@ def cknna(a: "Tensor", b: "Tensor", k: int) -> float:
     from ...pipeline.analysis.cknna import cknna
 
     return cknna(a, b, k)
+
+
+def run_on_ray(
+    trials: Sequence[Trial],
+    *,
+    address: str | None,
+    gpus: float,
+    on_done: Callable[[Trial, int], None],
+    stop: Callable[[], bool],
+) -> None:
+    """Do the runs of a study as Ray tasks, each with its threads and `gpus`, on a cluster or on this machine."""
+    from ...pipeline.building.ray_tasks import run_tasks
+
+    cpus = float(max((trial.threads for trial in trials), default=1))
+    run_tasks(run_trial, trials, address=address, cpus=cpus, gpus=gpus, on_done=on_done, stop=stop)
 
 
 def encoder_metrics(files: Sequence[Path]) -> Metrics:
