@@ -10,6 +10,7 @@ import click
 import pytest
 
 from repa.pipeline.commands.cache import cli
+from repa.trainer.commands.ablate import ablate_command
 from repa.trainer.commands.cknna import cknna_command
 from repa.trainer.commands.report import report_command
 from repa.trainer.commands.sample import sample_command
@@ -22,6 +23,7 @@ COMMANDS = {
     "repa-train": train_command,
     "repa-sample": sample_command,
     "repa-cknna": cknna_command,
+    "repa-ablate": ablate_command,
     "repa-report": report_command,
 }
 MOST_WORDS = 1500
@@ -83,9 +85,11 @@ def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) ->
         given = dict(command.make_context(name, list(arguments)).params)
         if name == "repa-train":
             files, assignments = given.pop("files"), given.pop("assignments")
-            for key in ("resume", "device", "dry_run", "verbose", "settings"):
+            resumed = given.pop("resume")
+            for key in ("device", "dry_run", "verbose", "settings"):
                 given.pop(key)
-            resolve_flags(files, assignments, given)
+            if resumed in (None, "auto"):  # else the settings are those of a run that is not here
+                resolve_flags(files, assignments, given)
 
 
 @every_page
