@@ -7,6 +7,7 @@ what was expected and the next step.
 import contextlib
 import difflib
 import errno
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,8 +45,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name was probably meant: `did you mean 'x'? Known: a, b, x`; of many, the nearest few."""
     names = sorted(known)
     name = name[:100]  # what is likened to each costs the product of the lengths
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    folded = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    hint = f"did you mean {folded[close[0]]!r}? " if close else ""
     if len(names) <= MAX_LISTED:
         return f"{hint}Known: {', '.join(names) if names else '(none)'}"
     shown = difflib.get_close_matches(name, names, n=6, cutoff=0) or names[:6]
@@ -80,6 +82,11 @@ def check_arguments(arguments: Sequence[str]) -> None:
             )
 
 
+def with_home(text: str) -> str:
+    """Return `text` with a `~/` at its start, or after the `=` of `--out=~/x`, as the home folder: shells leave it."""
+    return re.sub("(^|=)~(?=/)", lambda match: match[1] + os.path.expanduser("~"), text, count=1)
+
+
 @contextlib.contextmanager
 def writing(path: Path, *, then: str) -> Iterator[None]:
     """Turn an OSError into a JobError that says what could not be written, and what to do: mend it, `then` this."""
@@ -89,6 +96,11 @@ def writing(path: Path, *, then: str) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "Make room" if full else "See that it can be written"
         raise JobError(f"{path} cannot be written ({error.strerror or error}). {remedy}, then {then}") from error
+
+
+def expand_home() -> None:
+    """Write the home folder into this command's arguments; before they are parsed."""
+    sys.argv[1:] = map(with_home, sys.argv[1:])
 
 
 @contextlib.contextmanager

@@ -33,6 +33,11 @@ IMPORTED = "imported"  # key of the spec of latents that `repa-cache import` bro
 UNKNOWN: Final = "unknown"  # weights and precision of what was imported
 
 
+def component_path(kind: str, name: str, dtype: str) -> str:
+    """Return a group's path inside the cache: `features/dinov2-vit-b-int8`."""
+    return f"{kind}/{name}" + ("-int8" if dtype == "int8" else "")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComponentSpec:
     """One component of a cache.
@@ -69,7 +74,7 @@ class ComponentSpec:
     @property
     def path(self) -> str:
         """The group's path inside the cache: `features/dinov2-vit-b-int8`."""
-        return f"{self.kind}/{self.name}" + ("-int8" if self.dtype == "int8" else "")
+        return component_path(self.kind, self.name, self.dtype)
 
     def arrays(self, cache: CacheLayout) -> tuple[ArrayLayout, ...]:
         """Return the component's arrays in the order in which a range is committed, `valid` last."""

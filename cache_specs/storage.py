@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from .errors import CacheError, UsageError
+from .errors import CacheError, UsageError, with_home
 from .files.outside import MOST_METADATA_BYTES, open_regular, read_file, regular_files
 from .files.partial_files import new_file
 from .layout import PARTIAL_FOLDER
@@ -111,12 +111,12 @@ def location(where: "str | Path | Location") -> Location:
     """Return the location of a path or URL; raise `UsageError` for a URL that is not understood."""
     if not isinstance(where, str | Path):
         return where
-    text = str(where)
+    text = with_home(str(where))
     scheme, separator, rest = text.partition("://")
     if not separator and re.match(r"\w\w+:/", text):
         raise UsageError(f"{text}: a URL has two slashes, as s3://BUCKET/PREFIX (a Path drops one: give it as str)")
     if not separator:
-        return LocalPath(Path(where))
+        return LocalPath(Path(text))
     if scheme == "file":
         return LocalPath(Path("/" + rest.lstrip("/")))
     from .object_store import SCHEMES, ObjectPath

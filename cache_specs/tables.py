@@ -8,7 +8,7 @@ import contextlib
 import functools
 import importlib.resources
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,14 @@ def encoder_table_lines() -> Iterator[str]:
 def encoder_name(request: str) -> str:
     """Return the table's name for a name or a short one, with or without a variant: `siglip2@irepa`."""
     name, separator, variant = request.partition(VARIANT)
+    name = as_known(name, {*encoder_table(), *encoder_aliases(), *encoders_left_out()})
     return encoder_aliases().get(name, name) + separator + variant
+
+
+def as_known(name: str, known: Collection[str]) -> str:
+    """Return `name` as `known` has it, where only its case or its underscores differ: `DINOv2`, `SD_VAE_ft_mse`."""
+    folded = name.lower().replace("_", "-")
+    return folded if name not in known and folded in known else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +206,18 @@ class ResolvedModel:
     code: OwnCode | None = None
 
 
-def resolve_encoder(request: str, *, resolution: int, random_weights: bool = False) -> ResolvedModel:
-    """Resolve `NAME|FILE.yaml[:grid=G][:layers=I,J,...][:stage=K][:resize=bilinear]` for images of `resolution`."""
+def resolve_encoder(
+    request: str, *, resolution: int, random_weights: bool = False, default_grid: int | None = None
+) -> ResolvedModel:
+    """Resolve `NAME|FILE.yaml[:grid=G][:layers=I,J,...][:stage=K][:resize=bilinear]` for images of `resolution`.
+
+    Without `:grid=G` it is `default_grid`, without that resolution / 16.
+    """
     asked = read_encoder_request(request)
     code = asked.entry.code()
     spec = asked.entry.resolve(
         resolution=resolution,
-        grid=asked.grid,
+        grid=default_grid if asked.grid is None else asked.grid,
         layers=asked.layers,
         stage=asked.stage,
         resize=asked.resize,
@@ -219,6 +231,7 @@ def resolve_encoder(request: str, *, resolution: int, random_weights: bool = Fal
 def resolve_autoencoder(name: str, *, resolution: int, random_weights: bool = False) -> ResolvedModel:
     """Resolve an autoencoder's name or file; raise `UsageError` with the nearest known one."""
     table = autoencoder_table()
+    name = as_known(name, table)
     if not is_file(name) and name not in table:
         raise UsageError(f"unknown autoencoder {name!r}: {nearest(name, table)}")
     entry = read_autoencoder_file(name) if is_file(name) else table[name]

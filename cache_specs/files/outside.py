@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from ..errors import with_home
+
 GIB = 2**30
 MOST_METADATA_BYTES = GIB // 2  # of a zarr.json: a reason for each of ImageNet's images takes 0.3 GB
 MOST_TABLE_BYTES = GIB  # of a table of labels: 20 million lines
@@ -102,7 +104,7 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader, with integers as large as a machine's."""
+    """SafeLoader, with integers as large as a machine's, and texts that begin with `~/` in the home folder."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         digits = len(node.value)
@@ -113,8 +115,13 @@ class _Loader(yaml.SafeLoader):
             raise ValueError(f"{node.value} is larger than 64 bits hold")
         return value
 
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        text = str(super().construct_yaml_str(node))
+        return with_home(text) if text.startswith("~") else text
+
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int | None]) -> int:

@@ -63,11 +63,13 @@ def run_build(
     on_start: Callable[[int, int], None],
     on_progress: Callable[[int], None],
     on_message: Callable[[str], None] = lambda line: None,
+    on_plan: Callable[[BuildPlan], None] = lambda plan: None,
 ) -> BuildReport:
     """Build what is missing and complete every component that has all its ranges.
 
     `on_start(done, total)` and `on_progress(samples)` count samples of ranges; `on_message` gets a line for each bad
-    image when it is found, and before each component that is completed. Raises `RepaError` for what cannot be built;
+    image when it is found, and before each component that is completed; `on_plan` what is about to be encoded, if
+    anything is, before a model is loaded. Raises `RepaError` for what cannot be built;
     bad images are no error here but entries of the report.
     """
     plan = plan_build(options)
@@ -81,6 +83,7 @@ def run_build(
         plan = replace(plan, missing=missing_ranges(store, plan.requests))
         _check_on_disk(store, plan, options)
         if plan.work():
+            on_plan(plan)
             _encode(store, plan, options, report, on_start, on_progress, on_message)
         else:
             on_start(store.layout.num_samples, store.layout.num_samples)
@@ -176,7 +179,8 @@ def _complete(
             if lacks_numbers(store, component):
                 bind_ranges(store, component)
         else:
-            on_message(f"{path}: every range is there; reading {store.layout.num_ranges} shards to complete it")
+            there = "" if report.num_images else "every range is there; "
+            on_message(f"{path}: {there}reading {store.layout.num_ranges} shards to complete it")
             try:
                 report.statistics[path] = complete_component(store, component, options.manifest, reasons)
                 report.completed.append(path)

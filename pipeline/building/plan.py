@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +12,14 @@ from ...cache_specs.components import read_layout
 from ...cache_specs.errors import UsageError, nearest
 from ...cache_specs.fingerprint import transform_fingerprint
 from ...cache_specs.layout import CROP, DEFAULT_SHARD_SAMPLES, VIEWS, CacheLayout
-from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
+from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec, component_path
 from ...cache_specs.storage import location
 from ...cache_specs.tables import ResolvedModel, autoencoder_table, resolve_autoencoder, resolve_encoder
 from ..images.manifest import Manifest
 from ..store.binding import lacks_numbers
 from ..store.store import CacheStore
 from .encode import ModelRequest, check_request
+from .grids import default_grid
 
 DEFAULT_RESOLUTION = 256
 MOST_RESOLUTION = 2**14
@@ -79,6 +81,7 @@ class BuildPlan:
     requests: tuple[ModelRequest, ...]
     missing: Mapping[str, list[int]]
     exists: bool
+    latents: Mapping[str, int] = field(default_factory=dict)  # side by path, of those that are there
 
     def work(self) -> dict[int, tuple[str, ...]]:
         """Return, for each range with something missing, the component paths it is missing in."""
@@ -104,14 +107,16 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     )
     store = CacheStore.planned(options.cache, layout)
     _check_imported(options, store)
-    requests = tuple(_requests(options, layout, store))
+    latents = {component.path: int(component.spec["latent_size"][0]) for component in _latents(store)}
+    requests = tuple(_requests(options, layout, store, latents))
     for request in requests:
         check_request(request)
         on_disk = store.component(request.component("").path)
         if on_disk is not None:
             store.check_component(on_disk, request.component(on_disk.weights))
     missing = missing_ranges(store, requests)
-    return BuildPlan(layout=layout, requests=requests, missing=missing, exists=found is not None and not store.leftover)
+    exists = found is not None and not store.leftover
+    return BuildPlan(layout=layout, requests=requests, missing=missing, exists=exists, latents=latents)
 
 
 def missing_ranges(store: CacheStore, requests: Sequence[ModelRequest]) -> dict[str, list[int]]:
@@ -170,11 +175,13 @@ def _check_imported(options: BuildOptions, store: CacheStore) -> None:
             raise UsageError(f"{where}; {keep}, or name another --cache")
 
 
-def _requests(options: BuildOptions, layout: CacheLayout, store: CacheStore) -> Iterator[ModelRequest]:
+def _requests(
+    options: BuildOptions, layout: CacheLayout, store: CacheStore, latents: Mapping[str, int]
+) -> Iterator[ModelRequest]:
     resolved: list[tuple[str, str, ResolvedModel]] = []
 
-    def resolve(resolver: Callable[..., ResolvedModel], name: str) -> ResolvedModel:
-        return resolver(name, resolution=layout.resolution, random_weights=options.random_weights)
+    def resolve(resolver: Callable[..., ResolvedModel], name: str, **choice: Any) -> ResolvedModel:
+        return resolver(name, resolution=layout.resolution, random_weights=options.random_weights, **choice)
 
     autoencoder = options.autoencoder
     begun: list[ComponentSpec] = []
@@ -183,7 +190,13 @@ def _requests(options: BuildOptions, layout: CacheLayout, store: CacheStore) -> 
         autoencoder = "none" if begun else DEFAULT_AUTOENCODER
     if autoencoder != "none":
         resolved.append((LATENTS, "float16", resolve(resolve_autoencoder, autoencoder)))
-    resolved += [(FEATURES, options.dtype, resolve(resolve_encoder, request)) for request in options.encoders]
+    sides = [model.spec["latent_size"][0] for _, _, model in resolved] or list(latents.values())
+    for request in options.encoders:
+        model = resolve(resolve_encoder, request, default_grid=default_grid(layout.resolution, sides))
+        on_disk = store.component(component_path(FEATURES, model.name, options.dtype))
+        if on_disk is not None and on_disk.spec["grid"] != model.spec["grid"]:  # begun when the default was another
+            model = resolve(resolve_encoder, request, default_grid=on_disk.spec["grid"][0])
+        resolved.append((FEATURES, options.dtype, model))
     if not resolved and not begun:
         raise UsageError("nothing to build: name at least one --encoder or an --autoencoder")
     entries = {model.entry.name for _, _, model in resolved} | {component.spec["entry"] for component in begun}

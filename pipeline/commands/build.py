@@ -1,16 +1,18 @@
 """repa-cache build: parse, plan, build, report."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...cache_specs.errors import JobError, UsageError, printable
+from ...cache_specs.errors import JobError, UsageError
 from ...cache_specs.schema import COMPRESSORS, PRECISIONS, STORAGE_DTYPES
+from .progress import Progress
 from .said import say
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ..building.build import BuildReport
     from ..building.plan import BuildOptions, BuildPlan
     from ..images.manifest import KnownSamples, Manifest
@@ -74,25 +76,14 @@ def build(
         _check_own(plan)
         _print_plan(options, plan)
         return
-    from tqdm import tqdm
-
-    bar = tqdm(unit=" images", smoothing=0.1, disable=None)
-
-    def start(done: int, total: int) -> None:
-        bar.reset(total=total)
-        bar.n = bar.last_print_n = bar.initial = done  # what was there before has no part in the rate
-        bar.refresh()
-
-    def advance(samples: int) -> None:
-        bar.update(samples)
-
-    def say_above(line: str) -> None:
-        bar.write(printable(line), file=sys.stderr)
-
-    try:
-        report = run_build(options, on_start=start, on_progress=advance, on_message=say_above)
-    finally:
-        bar.close()
+    with Progress("images") as progress:
+        report = run_build(
+            options,
+            on_plan=lambda plan: progress.say("\n".join(_plan_lines(plan, manifest)), err=False),
+            on_start=progress.start,
+            on_progress=progress.advance,
+            on_message=progress.say,
+        )
     _print_report(options, report)
 
 
@@ -113,14 +104,14 @@ def manifest_of(
 
 def weights_of(pairs: tuple[str, ...]) -> dict[str, Path]:
     """Return the files of `--weights NAME=FILE` by the table's name."""
-    from ...cache_specs.tables import encoder_name
+    from ...cache_specs.tables import as_known, autoencoder_table, encoder_name
 
     files = {}
     for pair in pairs:
         name, separator, file = pair.partition("=")
         if not separator or not file:
             raise UsageError(f"--weights {pair}: expected NAME=FILE, as in --weights dinov2-vit-b=model.safetensors")
-        files[encoder_name(name)] = Path(file).absolute()
+        files[as_known(encoder_name(name), autoencoder_table())] = Path(file).absolute()
     return files
 
 
@@ -134,6 +125,15 @@ def _check_own(plan: "BuildPlan") -> None:
 
         for request in own:
             check_shapes(request.spec, request.code)
+
+
+def _plan_lines(plan: "BuildPlan", manifest: "Manifest") -> "Iterator[str]":
+    """Yield what is best known before hours of encoding: what the classes are, and which models fit."""
+    from ..building.grids import fit_lines
+    from ..images.manifest import class_lines
+
+    yield from class_lines(manifest)
+    yield from fit_lines(plan.requests, plan.latents)
 
 
 def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:
@@ -153,6 +153,8 @@ def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:
         for name, shape, size in describe(component, layout):
             total += size
             say(f"  {name:<13} {shape:<32} {human_bytes(size)}")
+    for line in _plan_lines(plan, options.manifest):
+        say(line)
     say(f"{human_bytes(total)} in all; nothing was written")
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...cache_specs.errors import JobError, UsageError, one_line_errors
+from ...cache_specs.errors import JobError, UsageError, expand_home, one_line_errors
 from .bind import bind
 from .build import build, manifest_of, weights_of
 from .encoders import encoders
 from .estimate import estimate
 from .imports import import_command
 from .metrics import COMMANDS, ENTRY
+from .progress import Progress
 from .said import say
 
 if TYPE_CHECKING:
@@ -85,20 +86,13 @@ def verify(
     repa-cache verify caches/in1k
     repa-cache verify caches/in1k --recompute 64 --data imagenet/train     # do the images still give this?
     """
-    from tqdm import tqdm
-
     from ...cache_specs.sizes import human_bytes
     from ..checking.verify import verify as check
 
     if (num is None) != (data is None):
         raise UsageError("--recompute K encodes images again: it needs --data PATH, and --data is for it alone")
-    with tqdm(unit=" shards", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        report = check(cache, on_progress=progress)
+    with Progress("shards") as progress:
+        report = check(cache, on_progress=progress.reach)
     for line in (*report.notes, *report.problems):
         say(line, err=True)
     if report.problems:
@@ -142,10 +136,14 @@ def main() -> None:
     """Run `repa-cache`."""
     with one_line_errors("repa-cache"):
         try:
-            cli(standalone_mode=False)
-        except click.UsageError as error:
+            expand_home()
+            cli(prog_name="repa-cache", standalone_mode=False)
+        except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(2)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "repa-cache"
+            raise UsageError(f"{error.format_message().rstrip('.')}; see {command} --help") from error
         except click.exceptions.Exit as error:
             sys.exit(error.exit_code)
         except (click.Abort, KeyboardInterrupt):

@@ -47,18 +47,22 @@ def estimate(
     """
     from ...cache_specs.sizes import parse_bytes
     from ...cache_specs.tables import resolve_autoencoder, resolve_encoder
+    from ..building.grids import default_grid
     from ..checking.estimate import budget_lines, cost_lines, model_costs, planned_layout, sit_gmac, speedup_line
 
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: expected at least 1")
     limit = None if budget is None else parse_bytes(budget, where="--budget")
     layout = planned_layout(num_images=num_images, resolution=resolution, flip=flip)
-    models = [(FEATURES, resolve_encoder(name, resolution=resolution)) for name in dict.fromkeys(encoders)]
     latent_size = resolution // 8  # of the SD VAE, where no autoencoder says otherwise
+    models: list[tuple[str, ResolvedModel]] = []
     if autoencoder != "none":
         latents = resolve_autoencoder(autoencoder, resolution=resolution)
         latent_size = latents.spec["latent_size"][0]
-        models.insert(0, (LATENTS, latents))
+        models = [(LATENTS, latents)]
+    grid = default_grid(resolution, [latent_size] if models else [])
+    for name in dict.fromkeys(encoders):
+        models.append((FEATURES, resolve_encoder(name, resolution=resolution, default_grid=grid)))
     if not models:
         raise UsageError("nothing to estimate: name at least one --encoder or an --autoencoder")
     sit = None if model is None else sit_gmac(model, latent_size=latent_size)

@@ -7,6 +7,7 @@ import click
 
 from ...cache_specs.errors import JobError
 from ...cache_specs.schema import COMPRESSORS
+from .progress import Progress
 from .said import say
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ def import_command(dry_run: bool, pixel_range: str | None, **asked: Any) -> None
     What the numbers mean is checked before anything is written. Killed or stopped, the same command goes on where it
     was.
     """
-    from tqdm import tqdm
-
     from ..importing.latents import run_import
     from ..importing.plan import ImportOptions, plan_import
 
@@ -53,17 +52,8 @@ def import_command(dry_run: bool, pixel_range: str | None, **asked: Any) -> None
     if dry_run:
         say("nothing was written")
         return
-    with tqdm(unit=" samples", disable=None) as bar:
-
-        def start(done: int, total: int) -> None:
-            bar.reset(total=total)
-            bar.n = bar.last_print_n = bar.initial = done  # what was there before has no part in the rate
-            bar.refresh()
-
-        def advance(samples: int) -> None:
-            bar.update(samples)
-
-        report = run_import(options, plan, on_start=start, on_progress=advance)
+    with Progress("samples") as progress:
+        report = run_import(options, plan, on_start=progress.start, on_progress=progress.advance)
     _print_report(options, plan, report)
 
 

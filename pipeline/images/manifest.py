@@ -18,7 +18,7 @@ from ...cache_specs.errors import UsageError
 from ...cache_specs.files.outside import GIB, read_file
 from ...cache_specs.fingerprint import manifest_fingerprint
 from .formats import IMAGE_SUFFIXES
-from .labels import labels_from_csv, labels_from_edm, labels_from_folders
+from .labels import NUMBER, labels_from_csv, labels_from_edm, labels_from_folders
 
 MOST_IMAGE_BYTES = GIB  # of one file: Pillow refuses more than 179 million pixels, of up to six bytes
 
@@ -126,6 +126,21 @@ def scan_folder(
         left_out=left_out,
         further=further,
     )
+
+
+def class_lines(manifest: Manifest) -> Iterator[str]:
+    """Yield what the classes of `manifest` are called, and where folders below them are none: `2023/cats` is 2023."""
+    names = manifest.class_names
+    shown = ", ".join(names[:8]) + (f", ... {names[-1]}" if len(names) > 8 else "")
+    yield f"{len(manifest)} images of {len(names)} class{'es' * (len(names) > 1)}: {shown}"
+    if len(names) > 1 and all(NUMBER.fullmatch(name) for name in names):
+        first = next((path for path in manifest.sample_ids if str(path).startswith(f"{names[0]}/")), "")
+        below = str(first).split("/")[1:-1]
+        if below:
+            yield (
+                f"  the class of {first} is {names[0]}, its first folder, not {below[0]}; "
+                "if that is not what you mean, name them with --labels FILE.csv"
+            )
 
 
 def _check_folder(root: Path) -> None:

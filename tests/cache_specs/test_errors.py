@@ -1,10 +1,22 @@
 """What is said: one line, that a terminal shows and never obeys, and of an exception what it says."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
-from repa.cache_specs.errors import UsageError, check_arguments, nearest, one_line_errors, printable, reason
+from repa.cache_specs.errors import (
+    UsageError,
+    check_arguments,
+    expand_home,
+    nearest,
+    one_line_errors,
+    printable,
+    reason,
+)
+from repa.cache_specs.files.outside import parse_yaml
+from repa.cache_specs.storage import location
+from repa.cache_specs.tables import as_known, encoder_name
 
 
 @pytest.mark.parametrize(
@@ -70,3 +82,27 @@ def test_what_an_exception_says(error: BaseException, said: str) -> None:
 def test_a_name_without_end_is_likened_in_its_beginning() -> None:
     assert "did you mean 'dinov2'" in nearest("dinov3", ["dinov2", "clip"])
     assert nearest("x" * 10**7, ["dinov2", "clip"]) == "Known: clip, dinov2"
+
+
+def test_the_home_folder_is_expanded_where_a_shell_leaves_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["--out=~/x", "~/x", "--weights", "dinov2=~/w.pth", "a~/b", "--set=a=b~", "~", "~other/x"]
+    monkeypatch.setattr("sys.argv", ["repa-cache", *words])
+    expand_home()
+    home = str(tmp_path)
+    assert sys.argv[1:5] == [f"--out={home}/x", f"{home}/x", "--weights", f"dinov2={home}/w.pth"]
+    assert sys.argv[5:] == words[4:]
+    assert str(location("~/cache")) == f"{home}/cache"
+    assert parse_yaml("cache: ~/c\nentries: [~/e.yaml]\nname: a~/b\nnone: ~") == {
+        "cache": f"{home}/c",
+        "entries": [f"{home}/e.yaml"],
+        "name": "a~/b",
+        "none": None,
+    }
+
+
+def test_a_name_is_found_whatever_its_case() -> None:
+    assert "did you mean 'sd-vae-ft-mse'" in nearest("SD-VAE-MSE", ["sd-vae-ft-mse", "pixels"])
+    assert as_known("DINOv2_ViT_B", {"dinov2-vit-b"}) == "dinov2-vit-b"
+    assert as_known("My-Net", {"dinov2-vit-b"}) == "My-Net"
+    assert encoder_name("DINOv2") == encoder_name("dinov2") == "dinov2-vit-b"

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ...cache_specs.errors import one_line_errors
+from ...cache_specs.errors import expand_home, one_line_errors
 from .checkpoint import checkpoint_options, open_checkpoint
 from .train import CONTEXT
 
@@ -67,4 +67,5 @@ def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any)
 
 def cknna() -> None:
     """Entry point of repa-cknna."""
+    expand_home()
     cknna_command(prog_name="repa-cknna")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...cache_specs.errors import UsageError, one_line_errors
+from ...cache_specs.errors import UsageError, expand_home, one_line_errors
 from .train import CONTEXT
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def _components(study: "Study", run: "RunRecord", options: dict[str, Any]) -> di
 
 def report() -> None:
     """Entry point of repa-report."""
+    expand_home()
     report_command(prog_name="repa-report")
 
 

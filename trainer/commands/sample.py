@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...cache_specs.errors import one_line_errors
+from ...cache_specs.errors import expand_home, one_line_errors
 from .checkpoint import check_name, checkpoint_options, open_checkpoint
 from .train import CONTEXT
 
@@ -123,4 +123,5 @@ def samples_file(trained: "TrainedModel", request: "SampleRequest", weights: str
 
 def sample() -> None:
     """Entry point of repa-sample."""
+    expand_home()
     sample_command(prog_name="repa-sample")

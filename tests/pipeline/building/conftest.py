@@ -21,4 +21,4 @@ def refuse(outcome: Any, code: int, *parts: str) -> None:
     for part in parts:
         assert part in lines[-1], (part, lines[-1])
     if code == 2:
-        assert len(lines) == 1 or lines[0].startswith("Usage:"), lines
+        assert len(lines) == 1, lines

@@ -208,7 +208,10 @@ def test_a_link_to_itself_is_named(images: Path, tmp_path: Path, build: Callable
         (["--encoder", "hog:gird=4"], ["unknown option 'gird'", "did you mean 'grid'"]),
         (["--encoder", "hog:grid=0"], ["grid is '0'"]),
         (["--encoder", "hog:grid=1"], ["at least 2 x 2"]),
-        (["--encoder", "hog", "--resolution", "40"], ["resolution / 16 is not whole", "--encoder hog:grid=2"]),
+        (
+            ["--encoder", "hog", "--autoencoder", "none", "--resolution", "40"],
+            ["resolution / 16 is not whole", "--encoder hog:grid=2"],
+        ),
         (["--autoencoder", "pixel"], ["unknown autoencoder 'pixel'", "did you mean 'pixels'"]),
         (["--autoencoder", "sd-vae-ft-mse", "--resolution", "20"], ["multiple of 8, not 20", "--resolution"]),
         (["--resolution", "4"], ["expected at least 8"]),
@@ -221,7 +224,7 @@ def test_a_link_to_itself_is_named(images: Path, tmp_path: Path, build: Callable
         (["--weights", "dinov2=x.pth"], ["dinov2-vit-b is not asked for"]),
         (["--weights", "hog=x.pth"], ["hog has no weights"]),
         (["--dtype", "int4"], ["'int4' is not one of 'float16', 'int8'"]),
-        (["--skipbad"], ["No such option", "--skip-bad"]),
+        (["--skipbad"], ["No such option", "--skip-bad", "see repa-cache build --help"]),
     ],
 )
 def test_requests_that_make_no_sense(
