@@ -38,6 +38,7 @@ def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any)
     from ..distributed import default_device
     from ..evaluating.reference import Reference
     from ..models.layers import pooled_layers
+    from ..objectives.choose import stored_field
     from ..reading.reader import CacheReader
     from ..runs.run import settle_convolutions
     from .borrowed import cknna
@@ -54,12 +55,20 @@ def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any)
     reference = Reference(cache, autoencoder=latents.name, encoder=encoder, pooling="mean")
     rows = reference.some_rows(options["num"], seed=0)
     vectors = torch.from_numpy(reference.vectors(rows))
+    field = stored_field(trained.method, trained.interpolant)
     depths = options["depths"] or tuple(range(1, model.config.depth + 1))
     untrained = "  UNTRAINED ENCODER: no result" if reference.component.spec["random_weights"] else ""
     click.echo(f"{trained.path}: CKNNA with {reference.name}, k = {options['k']}, {len(rows)} images{untrained}")
     for t in options["times"]:
         layers = pooled_layers(
-            model, reader, rows, t=t, depths=depths, norm=latents.norm, interpolant=trained.interpolant
+            model,
+            reader,
+            rows,
+            t=t,
+            depths=depths,
+            norm=latents.norm,
+            interpolant=trained.interpolant,
+            noise_scale=field.noise_scale(model),
         )
         for depth, tokens in layers.items():
             click.echo(f"  t {t:g}  after block {depth:>2}  {cknna(tokens, vectors, options['k']):.4f}")

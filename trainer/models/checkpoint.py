@@ -35,6 +35,7 @@ from ...cache_specs.errors import RepaError
 from ...cache_specs.files.impostors import impostor
 from ...cache_specs.files.partial_files import new_file
 from ...cache_specs.files.whole_file import partial_of, sync_folder, write_all
+from .architectures import config_record
 from .sit import SiT
 
 FOLDER = "checkpoints"
@@ -110,7 +111,7 @@ def _about(
         "args": _published_args(model) | dict(args),
         "steps": steps,
         "architecture": {
-            "sit": dataclasses.asdict(model.config),
+            **config_record(model.config),
             "projectors": [dataclasses.asdict(projector) for projector in model.projector_configs],
             "encoder_depth": model.encoder_depth,
         },

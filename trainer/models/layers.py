@@ -4,6 +4,7 @@ REPA compares them with an encoder's (CKNNA). The noise of a sample is a functio
 ones.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,12 +31,14 @@ def pooled_layers(
     depths: Sequence[int],
     norm: LatentNorm,
     interpolant: Interpolant,
+    noise_scale: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
 ) -> dict[int, Tensor]:
     """Return, by depth, the mean over tokens after block `depth` (from 1), [n, D] float32 on the CPU.
 
-    A model with a class token is given that of the reader's first encoder, noised too; it is not in the mean.
+    `noise_scale` is that of the field of the model's method. A model with a class token is given that of the reader's
+    first encoder, noised too; only the patches' tokens are in the mean.
 
     Raises UsageError for a depth that the model does not have, a time outside 0 to 1, or latents and a class token that
     do not fit.
@@ -62,12 +65,12 @@ def pooled_layers(
             f"{reader.path}: {model.config.name} takes a class token of {width} channels, which {found_names} has not. "
             f"Name a cache that holds the encoder it was trained with"
         )
-    extra = 0 if width is None else 1
+    num_patches = math.prod(model.grid)  # what stands before them are class tokens
     device = model.pos_embed.device
     found: dict[int, list[Tensor]] = {depth: [] for depth in depths}
 
     def keep(depth: int) -> Any:
-        return lambda _module, _inputs, tokens: found[depth].append(tokens[:, extra:].float().mean(1).cpu())
+        return lambda _module, _inputs, tokens: found[depth].append(tokens[:, -num_patches:].float().mean(1).cpu())
 
     hooks = [model.blocks[depth - 1].register_forward_hook(keep(depth)) for depth in depths]
     was_training = model.training
@@ -80,7 +83,7 @@ def pooled_layers(
             posterior, eps = noise.unbind(1)
             x = to_model_input(draw_latents(batch.moments, posterior, reader.latents.kind), *norm.tensors("cpu"))
             times = torch.full((len(x),), t)
-            x_t, _ = interpolant.x_t_and_velocity(x, eps, times)
+            x_t, _ = interpolant.x_t_and_velocity(x, noise_scale * eps, times)
             inputs: list[Tensor | None] = [x_t, times, batch.labels]
             if width is not None:
                 cls_token = batch.features[0].cls_token

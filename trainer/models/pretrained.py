@@ -15,10 +15,11 @@ from torch import Tensor
 from ...cache_specs.errors import UsageError
 from ..diffusion.interpolant import Interpolant
 from ..diffusion.latents import LatentSource
+from .architectures import make_model, recorded_config
 from .checkpoint import CheckpointError, damaged, latest_checkpoint, load_checkpoint
 from .projector import ProjectorConfig
 from .published import Published, bare_names, is_sit, listed, read_published, settings, short
-from .sit import Convention, SiT, SiTConfig
+from .sit import Convention, SiT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ def _ours(stored: Mapping[str, Any], state: Mapping[str, Tensor], file: Path) ->
     try:
         record, config = stored["architecture"], stored["config"]
         built = Published(
-            config=SiTConfig(**record["sit"]),
+            config=recorded_config(record),
             projectors=[ProjectorConfig(**projector) for projector in record["projectors"]],
             encoder_depth=record["encoder_depth"],
             state=state,
@@ -179,7 +180,7 @@ def _filled(built: Published, file: Path) -> SiT:
         raise CheckpointError(f"{file}: {config.name} is said to have {config.depth} blocks; the file holds {blocks}")
     try:
         with torch.device("meta"):
-            model = SiT(config, built.projectors, encoder_depth=built.encoder_depth)
+            model = make_model(config, built.projectors, encoder_depth=built.encoder_depth)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes past what a tensor may have, or no numbers
         raise CheckpointError(damaged(file, f"no {config.name} can be of the sizes in its record")) from error
     expected = {name: value.shape for name, value in model.state_dict().items()}

@@ -14,6 +14,7 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "meanflow": ("meanflow", "MeanFlow"),
     "reg": ("reg", "REG"),
     "sra": ("sra", "SRA"),
+    "jit": ("jit", "JiT"),
 }
 
 

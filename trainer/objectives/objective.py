@@ -86,8 +86,9 @@ class Field(Protocol):
     """What an integrator asks of a trained model: the velocity of each part of a state whose first part is x.
 
     `samplers` are those that may follow it, `guided` says whether classifier-free guidance may; `interpolant` gives the
-    SDE's score; with `own_times` the guidance interval is judged at each evaluation's time, not at its step's start;
-    `cls_token` says that a class token, with a guidance scale of its own, is part of the state.
+    SDE's score; with `own_times` the guidance interval is judged at each evaluation's time, not at its step's start,
+    and its ends are outside it; `cls_token` says that a class token, with a guidance scale of its own, is part of the
+    state.
     """
 
     @property
@@ -102,7 +103,11 @@ class Field(Protocol):
     def interpolant(self) -> Interpolant: ...
 
     def shapes(self, model: SiT) -> tuple[tuple[int, ...], ...]:
-        """Return the shape of each part of a sample's state, x [C,H,W] first; all begin as standard normal noise."""
+        """Return the shape of each part of a sample's state, x [C,H,W] first; all begin as normal noise."""
+        ...
+
+    def noise_scale(self, model: SiT) -> float:
+        """Return the deviation of the noise that a sample's state begins as."""
         ...
 
     def velocities(
@@ -130,6 +135,7 @@ class Objective:
     papers: ClassVar[str]  # where the method is published, as it is printed with a run's settings
     section: ClassVar[str | None] = None  # of a run's configuration, where the method has settings of its own:
     Settings: ClassVar[Any] = None  # the dataclass of that section
+    architecture: ClassVar[str] = "SiT"  # of the models that it trains, the first word of their names
 
     def __init__(self, given: Given, settings: Any = None) -> None:
         """`settings` is the method's own section of the configuration, a `Settings`, where it has one.

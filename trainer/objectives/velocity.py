@@ -64,6 +64,10 @@ class VelocityField:
         shape = model.config
         return ((shape.in_channels, shape.input_size, shape.input_size),)
 
+    def noise_scale(self, model: SiT) -> float:
+        """Return 1."""
+        return 1.0
+
     def velocities(
         self, model: Any, state: tuple[Tensor, ...], t: Tensor, t_next: Tensor, labels: Tensor
     ) -> tuple[Tensor, ...]:

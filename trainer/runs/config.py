@@ -11,6 +11,7 @@ from ...cache_specs.errors import UsageError, at_least, nearest
 from ..diffusion.interpolant import Interpolant
 from ..objectives.alignment import AlignmentConfig
 from ..objectives.choose import objective_class, other_sections, settings_of
+from ..objectives.jit import JiTMethodConfig
 from ..objectives.meanflow import MeanFlowConfig
 from ..objectives.reg import REGConfig
 from ..objectives.sra import SRAConfig
@@ -81,7 +82,7 @@ class RunConfig:
     objective: str = "velocity"  # the method behind the recipe
     cache: str  # folder or URL of the cache
     out: str  # folder of the run
-    model: str  # SiT-{Ti,S,B,L,XL}/patch
+    model: str  # SiT-{Ti,S,B,L,XL}/patch, JiT-{Ti,B,L,H}/patch
     autoencoder: str | None = None  # null: the only one in the cache
     encoders: tuple[str, ...] = ()  # empty: the only one in the cache, or none with alignment.projector=none
     steps: int = 400_000  # optimizer steps in all
@@ -101,6 +102,7 @@ class RunConfig:
     meanflow: MeanFlowConfig = field(default_factory=MeanFlowConfig)
     reg: REGConfig = field(default_factory=REGConfig)
     sra: SRAConfig = field(default_factory=SRAConfig)
+    jit: JiTMethodConfig = field(default_factory=JiTMethodConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -9,7 +9,8 @@ from ...cache_specs.errors import UsageError
 from ...cache_specs.tables import autoencoder_table
 from ..diffusion.latents import LatentNorm, resolve_latent_norm
 from ..distributed import World
-from ..models.sit import SiT, sit_config
+from ..models.architectures import make_model, model_config
+from ..models.sit import SiT
 from ..objectives.choose import objective_class, settings_of
 from ..objectives.objective import Given, Objective, Reads
 from ..reading.batches import Batches, Place
@@ -58,13 +59,14 @@ def make_batches(config: RunConfig, reader: CacheReader, world: World, objective
 
 
 def build_model(config: RunConfig, reader: CacheReader) -> SiT:
-    """Return SiT and its projectors for the cache, freshly initialised from the seed."""
+    """Return the network and its projectors for the cache, freshly initialised from the seed."""
     height, width = reader.latents.size
     if height != width:
-        raise UsageError(f"{reader.path}: latents are {height} x {width}; SiT takes square ones")
+        raise UsageError(f"{reader.path}: latents are {height} x {width}; models take square ones")
     method = objective_class(config.objective)
-    shape = sit_config(
+    shape = model_config(
         config.model,
+        architecture=method.architecture,
         input_size=height,
         in_channels=reader.latents.channels,
         num_classes=reader.num_classes,
@@ -79,7 +81,7 @@ def build_model(config: RunConfig, reader: CacheReader) -> SiT:
             )
     projectors = method.projectors(config.alignment, reader.features, shape, settings_of(config))
     depth = config.alignment.encoder_depth if projectors else None
-    return SiT(shape, projectors, encoder_depth=depth, seed=config.seed)
+    return make_model(shape, projectors, encoder_depth=depth, seed=config.seed)
 
 
 def latent_norm(config: RunConfig, reader: CacheReader) -> LatentNorm:

@@ -96,7 +96,7 @@ def recipe_layer(name: str, model: str) -> Layer:
     recipes = known_recipes()
     if name not in recipes:
         raise UsageError(f"unknown recipe {name!r}; {nearest(name, recipes)}")
-    size = model.removeprefix("SiT-").split("/")[0]
+    size = model.partition("-")[2].split("/")[0]
     values: dict[str, Any] = {"recipe": name}
     for key, value in recipes[name].items():
         if isinstance(value, dict):

@@ -126,7 +126,8 @@ def draw_samples(
         return tuple(noise.next(shape).to(device) for shape in field.shapes(model))
 
     with _evaluating(model):
-        x, *_ = sample_latents(model, draw_noise(), labels, request.sampler, field=field, sde_noise=draw_noise)
+        start = tuple(field.noise_scale(model) * part for part in draw_noise())
+        x, *_ = sample_latents(model, start, labels, request.sampler, field=field, sde_noise=draw_noise)
     return finish(x, norm, decode)
 
 

@@ -20,6 +20,7 @@ from ..objectives.objective import Field
 
 SamplerName = Literal["euler", "heun", "sde"]
 
+ROUNDING = 1e-9  # of a time in equal steps
 SDE_LAST_TIME = 0.04  # the score of the last stretch is stiff: one deterministic step covers it
 
 
@@ -28,8 +29,9 @@ class SamplerConfig:
     """How to integrate, and how strongly to guide.
 
     `steps` counts drift evaluations, but Heun's takes 2 * steps - 1. Guidance with `cfg_scale` above 1 acts where
-    guidance_low <= t <= guidance_high; elsewhere the model is conditional only. A guided evaluation doubles the batch.
-    `cls_cfg_scale` is the class token's own scale, where the image is guided (REG); None is the image's.
+    guidance_low <= t <= guidance_high, for some methods without these ends; elsewhere the model is conditional only. A
+    guided evaluation doubles the batch. `cls_cfg_scale` is the class token's own scale, where the image is guided
+    (REG); None is the image's.
     """
 
     sampler: SamplerName = "euler"
@@ -61,9 +63,15 @@ class SamplerConfig:
                 f"guidance interval is {self.guidance_low} to {self.guidance_high}; expected 0 <= low <= high <= 1"
             )
 
-    def guides(self, t: float) -> bool:
-        """Whether guidance acts at time t."""
-        return self.cfg_scale > 1 and self.guidance_low <= t <= self.guidance_high
+    def guides(self, t: float, *, ends: bool = True) -> bool:
+        """Whether guidance acts at time t; without `ends` not at the interval's own, but for those at 0 and 1."""
+        if self.cfg_scale == 1:
+            return False
+        if ends:
+            return self.guidance_low <= t <= self.guidance_high
+        return (self.guidance_low == 0 or t > self.guidance_low + ROUNDING) and (
+            self.guidance_high == 1 or t < self.guidance_high - ROUNDING
+        )
 
 
 State = tuple[Tensor, ...]  # parts [B, *shape], float64 while they are integrated
@@ -88,9 +96,9 @@ def sample_latents(
 ) -> State:
     """Return the state at t = 0 in the noise's dtype, model-space latents [B,C,H,W] first.
 
-    noise is standard normal, one part a shape of `field.shapes`, labels [B] int64. `sde_noise` is called once a
-    stochastic step and returns the like; only the sampler "sde" asks for it. The model's mode is left as it is: hand
-    it over in eval mode.
+    noise is normal of deviation `field.noise_scale`, one part a shape of `field.shapes`, labels [B] int64. `sde_noise`
+    is called once a stochastic step and returns standard normal parts; only the sampler "sde" asks for it. The model's
+    mode is left as it is: hand it over in eval mode.
 
     Raises UsageError where the method has no such sampler, or guidance is asked for that it does not know.
     """
@@ -168,7 +176,7 @@ class _Drift:
         self.model_dtype = model_dtype
 
     def __call__(self, x: State, t: float, t_next: float, *, guide_at: float) -> State:
-        guide, labels = self.config.guides(guide_at), self.labels
+        guide, labels = self.config.guides(guide_at, ends=not self.field.own_times), self.labels
         if guide:
             x, labels = tuple(torch.cat([part, part]) for part in x), self.both_labels
         now, then = (torch.full((len(x[0]),), time, dtype=self.model_dtype, device=x[0].device) for time in (t, t_next))

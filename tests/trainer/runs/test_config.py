@@ -6,6 +6,7 @@ import os
 import pytest
 
 from repa.cache_specs.errors import UsageError
+from repa.trainer.models.jit import SIZES as JIT_SIZES
 from repa.trainer.models.sit import SIZES
 from repa.trainer.runs.config import MAY_CHANGE
 from repa.trainer.runs.settings import (
@@ -64,8 +65,9 @@ def test_defaults_are_the_published_ones():
 
 def test_every_recipe_resolves_for_every_size():
     for recipe in known_recipes():
-        for size, (depth, _, _) in SIZES.items():
-            config = resolve([recipe_layer(recipe, f"SiT-{size}/2"), FLAGS])
+        family, sizes = ("JiT", JIT_SIZES) if recipe.startswith("jit") else ("SiT", SIZES)
+        for size, (depth, *_) in sizes.items():
+            config = resolve([recipe_layer(recipe, f"{family}-{size}/2"), FLAGS])
             assert config.recipe == recipe
             assert config.alignment.projector == "none" or config.alignment.encoder_depth <= depth
 
