@@ -105,8 +105,11 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         shard_samples=options.shard_samples,
         flip=options.flip,
     )
+    if found is not None:  # first of all: whatever is asked, nothing goes with some imported latents
+        _check_imported(options, CacheStore(options.cache, found))
     store = CacheStore.planned(options.cache, layout)
-    _check_imported(options, store)
+    if found is None:
+        _check_imported(options, store)
     latents = {component.path: int(component.spec["latent_size"][0]) for component in _latents(store)}
     requests = tuple(_requests(options, layout, store, latents))
     for request in requests:
