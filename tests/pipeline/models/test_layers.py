@@ -52,7 +52,7 @@ def test_each_layer_has_its_own_arrays_and_is_picked_by_name(cache: Path, repa_c
     assert group["patch_tokens_layer0"].shape == (5, 2, 4, 64)
     names = {"patch_tokens", "channel_mean", "channel_std", "cls_token"}
     arrays = {f"{name}_layer{layer}" for name in names for layer in (0, 2)}
-    assert set(group.array_keys()) == arrays | {"valid", "source_bytes"}
+    assert set(group.array_keys()) == arrays | {"valid", "source_bytes", "shard_checksums"}
     reader = CacheReader(cache, encoder=[f"{GROUP}:layer=0", f"{GROUP}:layer=2", f"{GROUP}-int8:layer=2"])
     assert [spec.name for spec in reader.features][1] == f"{GROUP}:layer=2"
     first, last, small = reader.rows([3, 1], [1, 0]).features
