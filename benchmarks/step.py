@@ -1,6 +1,7 @@
 """Time the training step fed by a cache: against the same step on tensors in memory, and with the encoder online.
 
     python benchmarks/step.py                            # two models, two encoders; appends to results/step.jsonl
+    python benchmarks/step.py --recipe reg --model SiT-Ti/2 --encoder dinov2-vit-s               # by another method
     python benchmarks/step.py --model SiT-S/2 --encoder dinov2-vit-b --batch-size 256 --steps 10         # on a GPU
 
 The step is the trainer's own `train_step` on one model; only what hands it micro-batches differs:
@@ -39,6 +40,7 @@ from repa.trainer.distributed import World, default_device
 from repa.trainer.reading.batches import MicroBatch
 from repa.trainer.reading.prefetch import ReadAhead, batches_ahead, map_tensors
 from repa.trainer.rows.row_batch import FeatureBatch
+from repa.trainer.runs.parts import reads_of
 from repa.trainer.runs.run import Run, prepare
 from repa.trainer.runs.settings import Layer, recipe_layer, resolve
 from repa.trainer.training.loop import train_step
@@ -78,15 +80,20 @@ class Online:
         self._batches = batches
         device = run.world.device
         self._encode = load_encoder(encoder.spec, precision=run.config.precision, device=device.type)
+        self._with_cls = reads_of(run.config).cls_token
         generator = torch.Generator().manual_seed(0)
         shape = (images, 3, RESOLUTION, RESOLUTION)
         self._images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
 
     def next(self) -> MicroBatch:
         batch = self._batches.next()
-        tokens, _ = self._encode(self._images)
+        tokens, cls_token = self._encode(self._images)
         features = FeatureBatch(
-            tokens=tokens.half(), channel_mean=tokens.mean(1), channel_std=tokens.std(1), token_scale=None
+            tokens=tokens.half(),
+            channel_mean=tokens.mean(1),
+            channel_std=tokens.std(1),
+            token_scale=None,
+            cls_token=cls_token.half() if self._with_cls and cls_token is not None else None,
         )
         return replace(batch, data=replace(batch.data, features=[features]))
 
@@ -103,7 +110,7 @@ class Steps:
             "batch_size": options.batch_size,
             "latent_norm": "channel",
         }
-        config = resolve([recipe_layer("irepa", model), Layer(source="benchmarks/step.py", values=values)])
+        config = resolve([recipe_layer(options.recipe, model), Layer(source="benchmarks/step.py", values=values)])
         self.run = prepare(config, World(rank=0, size=1, device=torch.device(options.device)))
         self.losses = torch.empty(0)  # of the last step
 
@@ -169,6 +176,7 @@ def measure(model: str, encoder: ResolvedModel, cache: Path, options: argparse.N
     trained = sit_gmac(model, latent_size=steps.run.model.config.input_size) + steps.projector_gmac
     return {
         "benchmark": "step",
+        "recipe": options.recipe,
         "model": model,
         "encoder": encoder.entry.name,
         "device": options.device,
@@ -202,8 +210,8 @@ def text(line: dict[str, Any]) -> str:
     rates = line["steps_per_s"]
     memory = {name: max(found.values(), key=lambda b: b or 0) / 2**20 for name, found in line["peak_memory"].items()}
     return (
-        f"{line['model']}, {line['encoder']}, batches of {line['batch_size']} on {line['device']}, steps/s: cached "
-        f"{rates['cached']:.3f}, in memory {rates['in_memory']:.3f}, online {rates['online']:.3f}\n"
+        f"{line['recipe']}, {line['model']}, {line['encoder']}, batches of {line['batch_size']} on {line['device']}, "
+        f"steps/s: cached {rates['cached']:.3f}, in memory {rates['in_memory']:.3f}, online {rates['online']:.3f}\n"
         f"  {'pass' if line['holds'] else 'FAIL'}  lost to data {show(line['lost_to_data'], '.1%')}, at most "
         f"{LOSS_BAR:.0%}; waited {line['data_wait']:.2%} of the time\n"
         f"  speedup over the encoder online {show(line['speedup'])}, predicted {line['predicted_speedup']:.2f}\n"
@@ -218,13 +226,21 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         encoder = resolve_encoder(name, resolution=RESOLUTION, random_weights=True)
         grid, width = encoder.spec["grid"][0], encoder.spec["width"]
         with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-            cache = make_cache(Path(folder) / "cache", num_samples=options.num_samples, grid=grid, width=width)
+            kinds = {"grid": grid, "width": width, "cls_token": encoder.spec["cls_token"]}
+            cache = make_cache(Path(folder) / "cache", num_samples=options.num_samples, **kinds)
             for model in options.model:
                 line = measure(model, encoder, cache, options)
                 line["peak_memory"] = {}
                 for source in ("cached", "online"):
                     asked = ["--peak-of", source, "--cache", cache, "--model", model, "--encoder", name]
-                    asked += ["--batch-size", options.batch_size, "--device", options.device]
+                    asked += [
+                        "--recipe",
+                        options.recipe,
+                        "--batch-size",
+                        options.batch_size,
+                        "--device",
+                        options.device,
+                    ]
                     line["peak_memory"][source] = in_own_process(__file__, *asked)
                 print(text(line), flush=True)
                 lines.append(line)
@@ -235,6 +251,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", help=f"by default {' and '.join(MODELS)}")
     parser.add_argument("--encoder", action="append", help=f"by default {' and '.join(ENCODERS)}")
+    parser.add_argument("--recipe", default="irepa", help="one that reads an encoder [%(default)s]")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=1, help="a round; 10 or more on a GPU [%(default)s]")
     parser.add_argument("--rounds", type=int, default=21)

@@ -34,11 +34,12 @@ def make_cache(
     dtype: str = "float16",
     num_views: int = 1,
     shard_samples: int = 256,
+    cls_token: bool = False,
 ) -> Path:
     """Write a complete cache of SD-VAE-shaped moments and `grid` x `grid` tokens of `width` channels."""
     rng = np.random.default_rng(0)
     store = make_root(path, num_samples=num_samples, grid=grid, num_views=num_views, shard_samples=shard_samples)
-    for component in _components(grid=grid, width=width, dtype=dtype):
+    for component in _components(grid=grid, width=width, dtype=dtype, cls_token=cls_token):
         store.create_component(component)
         for index in range(store.layout.num_ranges):
             _write_range(store, component, index, functools.partial(_random_chunk, rng))
@@ -93,7 +94,7 @@ def make_root(path: Path, *, num_samples: int, grid: int, num_views: int, shard_
     return CacheStore.create_or_open(path, layout, manifest)
 
 
-def _components(*, grid: int, width: int, dtype: str) -> tuple[ComponentSpec, ComponentSpec]:
+def _components(*, grid: int, width: int, dtype: str, cls_token: bool = False) -> tuple[ComponentSpec, ComponentSpec]:
     latents = {
         "entry": "sd-vae-ft-mse",
         "loader": "synthetic",
@@ -111,7 +112,7 @@ def _components(*, grid: int, width: int, dtype: str) -> tuple[ComponentSpec, Co
         "model": "random numbers",
         "width": width,
         "grid": [grid, grid],
-        "cls_token": False,
+        "cls_token": cls_token,
         "random_weights": True,
     }
     return (

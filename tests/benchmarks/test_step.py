@@ -17,7 +17,7 @@ MODEL, ENCODER = "SiT-Ti/2", "dinov2-vit-s"
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("step") / "cache", num_samples=8, grid=16, width=384)
+    return make_cache(tmp_path_factory.mktemp("step") / "cache", num_samples=8, grid=16, width=384, cls_token=True)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +41,11 @@ def test_a_step_on_tensors_in_memory_is_the_step_from_the_cache(cache: Path, opt
     assert same.losses.isfinite().all()
 
 
+@pytest.mark.parametrize("recipe", ["irepa", "reg"])
 def test_the_encoder_online_gives_what_a_cache_holds(
-    cache: Path, encoder: ResolvedModel, options: argparse.Namespace
+    cache: Path, encoder: ResolvedModel, options: argparse.Namespace, recipe: str
 ) -> None:
-    steps = step.Steps(MODEL, cache, options)
+    steps = step.Steps(MODEL, cache, argparse.Namespace(**vars(options) | {"recipe": recipe}))
     in_memory = steps.in_memory()
     online = step.Online(in_memory, encoder, steps.run, images=2)
     batch = online.next()
@@ -52,6 +53,8 @@ def test_the_encoder_online_gives_what_a_cache_holds(
         cached = map_tensors(ahead.next(), torch.clone)
     assert torch.equal(batch.data.moments, cached.data.moments)
     (features,), (expected,) = batch.data.features, cached.data.features
+    assert features.tensors().keys() == expected.tensors().keys()
+    assert ("cls_token" in features.tensors()) == (recipe == "reg")
     for name, tensor in features.tensors().items():
         other = expected.tensors()[name]
         assert (tensor.shape, tensor.dtype) == (other.shape, other.dtype), name

@@ -189,7 +189,7 @@ def _shape(state: Mapping[str, Tensor], args: Mapping[str, Any], file: Path) -> 
         num_labels, _ = state["y_embedder.embedding_table.weight"].shape
         num_outputs, _ = state["final_layer.linear.weight"].shape
         _, num_tokens, _ = state["pos_embed"].shape
-        cls_width = None if CLS_HEAD not in state else state[CLS_HEAD].shape[0]
+        cls_width, _ = state[CLS_HEAD].shape if CLS_HEAD in state else (None, None)
     except KeyError as error:
         raise CheckpointError(f"{file}: not a SiT: it has no {error.args[0]} (found {listed(state)})") from error
     except ValueError as error:
@@ -205,7 +205,7 @@ def _shape(state: Mapping[str, Tensor], args: Mapping[str, Any], file: Path) -> 
         raise CheckpointError(f"{file}: trained without label dropout, it has no null class; SiT here needs one")
     return SiTConfig(
         name=f"SiT-{size}/{patch_size}",
-        input_size=math.isqrt(num_tokens - (cls_width is not None)) * patch_size,
+        input_size=math.isqrt(max(0, num_tokens - (cls_width is not None))) * patch_size,
         patch_size=patch_size,
         in_channels=in_channels,
         hidden_size=hidden_size,

@@ -137,6 +137,15 @@ def test_a_published_checkpoint_answers_as_its_equations(published: Path):
         torch.save({"ema": rest, "args": {"encoder_depth": 1}}, published)
         with pytest.raises(CheckpointError, match=rf"{name} is absent"):
             load_model(published)
+    for name, value, words in (
+        ("final_layer.linear_cls.weight", torch.zeros(()), "a weight has another number of dimensions"),
+        ("final_layer.linear_cls.weight", torch.zeros(0, WIDTH), "cls_width is 0"),
+        ("pos_embed", torch.zeros(1, 0, WIDTH), "input_size is 0"),
+        ("pos_embed", torch.zeros(1, 16, WIDTH), r"names differ"),
+    ):
+        torch.save({"ema": state | {name: value}, "args": {"encoder_depth": 1}}, published)
+        with pytest.raises((CheckpointError, UsageError), match=words):
+            load_model(published)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
