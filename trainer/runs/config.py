@@ -88,6 +88,7 @@ class RunConfig:
     steps: int = 400_000  # optimizer steps in all
     batch_size: int = 256  # samples an optimizer step, over all ranks and micro-batches
     accumulation: int = 1  # micro-batches an optimizer step
+    init: str | None = None  # run or checkpoint whose averaged weights training begins with; null: drawn from the seed
     seed: int = 0  # of weights, order and noise
     shuffle: Shuffle = "global"  # or blocks: shards in random order, shuffled within a window of shuffle_window
     shuffle_window: int = DEFAULT_WINDOW  # shards, of shuffle=blocks

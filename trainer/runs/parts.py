@@ -17,6 +17,7 @@ from ..reading.batches import Batches, Place
 from ..reading.draws import DrawSpec
 from ..reading.reader import CacheReader
 from .config import RunConfig
+from .start import conventions
 
 
 def reads_of(config: RunConfig) -> Reads:
@@ -71,6 +72,7 @@ def build_model(config: RunConfig, reader: CacheReader) -> SiT:
         in_channels=reader.latents.channels,
         num_classes=reader.num_classes,
         **method.model_extras(reader.features, settings_of(config)),
+        **conventions(config.init),
     )
     for features in reader.features:
         if features.grid != shape.grid:

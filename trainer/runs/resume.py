@@ -23,9 +23,10 @@ from ...cache_specs.files.whole_file import write_whole
 from ..models.checkpoint import FOLDER, CheckpointError, damaged, latest_checkpoint, load_own_checkpoint
 from ..reading.reader import CacheReader
 from .history import start_of
-from .metrics import METRICS_FILE
+from .metrics import METRICS_FILE, say
 from .run import Run
 from .settings import FINGERPRINTS, HISTORY, differences, used
+from .start import take_weights
 from .stored import CONFIG_FILE, in_todays_words
 
 LOCK_FOLDER = ".training"  # there while a process trains
@@ -44,11 +45,16 @@ def enter_folder(run: Run, *, resume: bool) -> Iterator[None]:
         if taken:
             raise JobError(f"{run.folder}: another process trains there. Wait for its end, or choose another --out")
         stored = check_folder(run.folder, run.record(), run.reader, resume=resume)
+        said: list[str] = []
         if stored is not None:
             restore(run, stored)
+        elif run.config.init is not None:
+            said = take_weights(run.config.init, run.model, (run.ema, *run.more_emas))
         run.world.wait()  # every rank has looked before rank 0 writes
         if run.world.is_main:
             write_config(run)
+            for line in said:
+                say(line)
         yield
 
 
