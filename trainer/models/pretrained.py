@@ -17,8 +17,10 @@ from ..diffusion.interpolant import Interpolant
 from ..diffusion.latents import LatentSource
 from .architectures import make_model, recorded_config
 from .checkpoint import CheckpointError, damaged, latest_checkpoint, load_checkpoint
+from .jit import JiT
 from .projector import ProjectorConfig
 from .published import Published, bare_names, is_sit, listed, read_published, settings, short
+from .published_jit import named_averages
 from .sit import Convention, SiT
 
 
@@ -43,6 +45,8 @@ class TrainedModel:
         """What `stored_field` needs to know of its training: the run's settings; a published model's shape tells."""
         if self.config is not None:
             return self.config
+        if isinstance(self.model, JiT):
+            return {"objective": "jit"}
         return {"objective": "velocity" if self.model.config.cls_width is None else "reg"}
 
     def latents(self, autoencoder: str | None) -> LatentSource:
@@ -59,6 +63,8 @@ class TrainedModel:
             if not fits:
                 raise CheckpointError(damaged(self.path, "its record of whose latents it draws cannot be read"))
             return source
+        if autoencoder is None and isinstance(self.model, JiT):
+            autoencoder = "pixels"
         if autoencoder is None:
             raise UsageError(
                 f"{self.path} does not say whose latents it draws. Name them with --autoencoder (REPA's and SiT's are "
@@ -91,6 +97,7 @@ def open_model(path: str | Path, *, weights: str = "ema", convention: Convention
             raise CheckpointError(f"{file}: there is no checkpoint in this run yet; train it, or name a .pt file")
         file = newest
     stored = load_checkpoint(file, mmap=True)
+    stored = dict(named_averages(stored, settings(stored.get("args"), file)))
     if weights not in stored and (is_sit(stored) or is_sit(stored.get("state_dict"))):
         if weights == "model":
             raise CheckpointError(f"{file}: a bare state dict holds one set of weights; ask for --weights ema")

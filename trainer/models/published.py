@@ -21,6 +21,7 @@ from torch import Tensor
 from ..diffusion.interpolant import PathName
 from .checkpoint import CheckpointError
 from .projector import ProjectorConfig
+from .published_jit import is_jit, jit_shape
 from .sit import SIZES, Convention, SiTConfig
 
 REPA_ENCODER_DEPTH = 8  # REPA's default; it stands in `args`, which a bare state dict lacks
@@ -29,6 +30,7 @@ REPA_PATHS: dict[str, PathName] = {"linear": "linear", "cosine": "cosine"}
 DATA_AT: dict[Convention, str] = {"sit": "t = 1 is data, as in SiT's own code", "repa": "t = 0 is data, as in REPA's"}
 CLS_HEAD = "final_layer.linear_cls.weight"  # of REG, which denoises a class token too
 MOST_NAME_CHARACTERS = 60
+WRAPPERS = r"(?:module\.|_orig_mod\.|model\.|net\.)*"  # what modules around a model put before its names
 
 # What else is found in files of weights, by a name that it has and SiT has not.
 OTHERS = {
@@ -61,6 +63,8 @@ def read_published(
 
     Raises CheckpointError for a model that answers no velocity, or is not SiT.
     """
+    if is_jit(state):
+        return _read_jit(state, args, file, convention)
     path = _path(args, file)
     state = {_our_name(name): value for name, value in state.items()}
     config = _shape(state, args, file)
@@ -88,6 +92,23 @@ def read_published(
     )
 
 
+def _read_jit(
+    state: Mapping[str, Tensor], args: Mapping[str, Any], file: Path, convention: Convention | None
+) -> Published:
+    """Read a state dict of JiT's own code, whose t runs one way alone: `JiT.forward` knows it."""
+    if convention is not None:
+        raise CheckpointError(f"{file}: JiT's weights know one convention; leave out --checkpoint-convention")
+    state = {_our_name(name): value for name, value in state.items()}
+    config, projectors = jit_shape(state, file), _projectors(state)
+    depth = args.get("encoder_depth", config.class_tokens_at) if projectors else None
+    if depth is not None and type(depth) is not int:
+        raise CheckpointError(f"{file}: args.encoder_depth is {short(depth)}; expected a number of a block")
+    said = (f"{config.name} by its shapes, on pixels; noise and clip as published",)
+    return Published(
+        config=config, projectors=projectors, encoder_depth=depth, state=state, path="linear", assumed=said
+    )
+
+
 def settings(args: Any, file: Path) -> Mapping[str, Any]:
     """Return the `args` of a published file as a mapping, empty where there are none."""
     if isinstance(args, argparse.Namespace):
@@ -101,7 +122,7 @@ def settings(args: Any, file: Path) -> Mapping[str, Any]:
 
 def bare_names(state: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], str]:
     """Return a state dict without what wrappers put before its names, and these prefixes ("" where there were none)."""
-    found = re.compile(r"((?:module\.|_orig_mod\.|model\.)*)pos_embed")
+    found = re.compile(rf"({WRAPPERS})pos_embed")
     prefix = next((match[1] for name in state if isinstance(name, str) and (match := found.fullmatch(name))), "")
     compiled = "_orig_mod."  # also within, where parts were compiled
     bare = {str(name).removeprefix(prefix).replace(compiled, ""): value for name, value in state.items()}
@@ -113,7 +134,7 @@ def bare_names(state: Mapping[str, Any], file: Path) -> tuple[dict[str, Any], st
 def is_sit(state: Any) -> TypeGuard[Mapping[str, Any]]:
     """Whether this is a mapping by the names of SiT, wrapped or not."""
     return isinstance(state, Mapping) and any(
-        isinstance(name, str) and re.fullmatch(r"(?:module\.|_orig_mod\.|model\.)*pos_embed", name) for name in state
+        isinstance(name, str) and re.fullmatch(rf"{WRAPPERS}pos_embed", name) for name in state
     )
 
 
