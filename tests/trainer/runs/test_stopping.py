@@ -19,6 +19,15 @@ from repa.trainer.training import loop
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
+@pytest.fixture
+def from_a_keyboard():
+    """Let SIGINT end the process, as in a terminal: a shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("from_a_keyboard")
 def test_the_first_ctrl_c_saves_at_the_next_step_and_says_how_to_go_on(make_cache, repa_train, tmp_path, monkeypatch):
     step, cache, out = loop.train_step, make_cache().path, tmp_path / "run"
 
@@ -43,6 +52,7 @@ def test_the_first_ctrl_c_saves_at_the_next_step_and_says_how_to_go_on(make_cach
     assert [tuple(record[name] for name in names) for record in records] == whole.losses()
 
 
+@pytest.mark.usefixtures("from_a_keyboard")
 def test_the_second_ctrl_c_aborts():
     with StopRequest(ALONE) as stop:
         os.kill(os.getpid(), signal.SIGINT)
