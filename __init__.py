@@ -4,7 +4,14 @@
 alignment op, `repa.trainer` trains and samples SiT from a cache.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["CacheError", "JobError", "RepaError", "UsageError", "__version__"]
+
+if TYPE_CHECKING:
+    from .cache_specs.errors import CacheError, JobError, RepaError, UsageError
+
+    __version__: str
 
 
 def __getattr__(name: str) -> Any:
@@ -15,4 +22,12 @@ def __getattr__(name: str) -> Any:
             return version("repa-cache")
         except PackageNotFoundError:  # a checkout that is on the path and not installed
             return "unknown"
+    if name in __all__:
+        from .cache_specs import errors
+
+        return getattr(errors, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,11 +4,14 @@ A component's group carries this whole record as attributes, and its fingerprint
 stored value. The compressor is kept beside it, outside the fingerprint: it changes bytes on disk, no value.
 """
 
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self
+
+import numpy as np
 
 from .errors import CacheError, UsageError
 from .fingerprint import digest
@@ -233,3 +236,15 @@ def component_arrays(kind: str, spec: Mapping[str, Any], dtype: str, cache: Cach
 def _pair(value: Any, name: str) -> tuple[int, int]:
     height, width = value
     return whole(height, name, most=MOST_SIDE), whole(width, name, most=MOST_SIDE)
+
+
+def describe(component: ComponentSpec, layout: CacheLayout) -> list[tuple[str, str, int]]:
+    """Return a line an array, `(name, dtype and shape, bytes)`, uncompressed and without checksums."""
+    return [
+        (
+            array.name,
+            f"{array.dtype} {list(array.shape)}",
+            math.prod(array.shape) * np.dtype(array.dtype).itemsize,
+        )
+        for array in component.arrays(layout)
+    ]

@@ -103,12 +103,16 @@ def _estimate(coefficient: Any, x: np.ndarray, y: np.ndarray) -> Estimate:
 def lines(found: list[Correlation], results: Results) -> Iterator[str]:
     """Yield the table that is printed."""
     yield f"{len(results.names)} encoders, quality {results.quality_name}"
-    yield f"  {'metric':<18}{'Pearson':<34}{'Spearman':<34}Pearson with one encoder left out"
+    rows = [("metric", "Pearson", "Spearman", "Pearson with one encoder left out")]
     for one in found:
         if one.pearson.value is None:
-            yield f"  {one.metric:<18}left out: {one.pearson.reason}"
-            continue
-        yield f"  {one.metric:<18}{one.pearson!s:<34}{one.spearman!s:<34}{range_without(one)}"
+            rows.append((one.metric, f"left out: {one.pearson.reason}", "", ""))
+        else:
+            rows.append((one.metric, str(one.pearson), str(one.spearman), range_without(one)))
+    measured = [row for row in rows if row[2]]  # a reason is as long as it is, and has no column beside it
+    metric, first, second = (max(len(row[i]) for row in (measured if i else rows)) + 2 for i in range(3))
+    for row in rows:
+        yield f"  {row[0]:<{metric}}{row[1]:<{first}}{row[2]:<{second}}{row[3]}".rstrip()
 
 
 def range_without(one: Correlation) -> str:

@@ -24,6 +24,12 @@ from .measure import ALL_CLASSES, CSV_HEADER, METRICS
 EVALUATION_FILE = "evaluation.jsonl"  # of a run
 CONFIG_FILE = "config.json"
 _METRIC = re.compile(rf"{'|'.join(METRICS)}|(linear_probe|knn\d+)(_cls)?")
+# Of a config.json: what changes no result, or is no setting; and the seed, over which runs are averaged.
+_AVERAGED = frozenset(
+    {"seed", "steps", "log_every", "save_every", "save_minutes", "keep_last", "keep_every", "stage", "check_reads"}
+    | {"prefetch_bytes", "cache", "out", "entries", "logger", "grid", "evaluation"}
+    | {"resolved", "history", "fingerprints"}
+)
 _SETTINGS = ("step", "num")  # of an evaluation: runs are compared at equal ones
 
 
@@ -174,14 +180,18 @@ def _number(text: str, file: Path, encoder: str, column: str) -> float:
 
 
 def _runs(folders: Sequence[Path], notes: list[str]) -> dict[str, dict[str, float]]:
-    """Return quality by encoder, the mean over its runs, each at its last evaluated step."""
+    """Return quality by encoder, the mean over runs that differ in their seed alone, at the last evaluated step."""
     figures: dict[str, list[dict[str, float]]] = {}
     settings: dict[tuple[Any, ...], Path] = {}
+    configs: dict[str, tuple[Path, dict[str, Any]]] = {}
     for folder in folders:
-        encoders, record = _run(folder)
+        config, record = _run(folder)
+        encoders = [str(encoder) for encoder in config["encoders"]]
         if len(encoders) != 1:
             notes.append(f"left out: {folder} is aligned with {_list(encoders) if encoders else 'no encoder'}, not one")
             continue
+        first_folder, first_config = configs.setdefault(encoders[0], (folder, config))
+        _check_alike(encoders[0], first_folder, first_config, folder, config)
         settings.setdefault(tuple(record.get(key) for key in _SETTINGS), folder)
         values = {name: float(value) for name, value in record.items() if name not in _SETTINGS}
         figures.setdefault(encoders[0], []).append(values)
@@ -194,20 +204,58 @@ def _runs(folders: Sequence[Path], notes: list[str]) -> dict[str, dict[str, floa
     for encoder, runs in figures.items():
         if len(runs) > 1:
             notes.append(f"{encoder}: the mean of {len(runs)} runs")
+    (_, first_config), *others = configs.values() if configs else [(None, {})]
+    across = sorted({key for _, config in others for key in _differing(first_config, config)} - {"encoders"})
+    if across:
+        notes.append(f"runs of different encoders differ in {', '.join(across)}, too")
     return {
         encoder: {name: float(np.mean([run[name] for run in runs])) for name in runs[0] if all(name in r for r in runs)}
         for encoder, runs in figures.items()
     }
 
 
-def _run(folder: Path) -> tuple[list[str], dict[str, Any]]:
+def _check_alike(encoder: str, first: Path, before: dict[str, Any], folder: Path, config: dict[str, Any]) -> None:
+    """Raise `UsageError` where two runs with one encoder differ in more than their seed: their mean says nothing."""
+    differing = _differing(before, config)
+    if differing:
+        shown = "; ".join(f"{key}: {_short(one)} and {_short(other)}" for key, (one, other) in differing.items())
+        raise UsageError(
+            f"{encoder}: {first} and {folder} differ in {shown}. Runs are averaged over seed alone: give those of one "
+            f"value of {', '.join(differing)} at a time"
+        )
+
+
+def _differing(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return both values of each setting, by dotted name, in which two runs differ and that could matter."""
+    one, other = _flat(before), _flat(config)
+    keys = sorted({*one, *other})
+    return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if not prefix and key in _AVERAGED:
+            continue
+        nested = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    return "absent" if value is None else str(value)[:40]
+
+
+def _run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         config = parse_json(read_file(folder / CONFIG_FILE, most=MOST_SETTINGS_BYTES))
         lines = read_text(folder / EVALUATION_FILE, most=MOST_TABLE_BYTES).splitlines()
         record = dict(parse_json(lines[-1]))
         if not all(isinstance(figure, int | float) for figure in record.values()):
             raise TypeError("not all figures are numbers")
-        return [str(encoder) for encoder in config["encoders"]], record
+        if not isinstance(config["encoders"], list):
+            raise TypeError("encoders is no list")
+        return dict(config), record
     except FileNotFoundError as error:
         raise UsageError(
             f"{folder}: no {Path(error.filename).name}; expected the folder of a run with evaluations (repa-train "

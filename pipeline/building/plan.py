@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ...cache_specs.components import read_layout
@@ -250,15 +249,3 @@ def _as_begun(component: ComponentSpec, options: BuildOptions, store: CacheStore
         compressor=component.compressor,
         weights_file=None if random_weights else options.weights.get(entry),
     )
-
-
-def describe(component: ComponentSpec, layout: CacheLayout) -> list[tuple[str, str, int]]:
-    """Return a line an array, `(name, dtype and shape, bytes)`, uncompressed and without checksums."""
-    return [
-        (
-            array.name,
-            f"{array.dtype} {list(array.shape)}",
-            int(np.prod(array.shape, dtype=np.int64)) * np.dtype(array.dtype).itemsize,
-        )
-        for array in component.arrays(layout)
-    ]

@@ -7,8 +7,8 @@ from pathlib import Path
 from ...cache_specs.components import Component
 from ...cache_specs.errors import CacheError
 from ...cache_specs.layout import CacheLayout
+from ...cache_specs.schema import describe
 from ...cache_specs.sizes import human_bytes
-from ..building.plan import describe
 from ..store.binding import unbound
 from ..store.store import CacheStore
 

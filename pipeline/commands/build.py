@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...cache_specs.errors import JobError, UsageError
-from ...cache_specs.schema import COMPRESSORS, PRECISIONS, STORAGE_DTYPES
+from ...cache_specs.schema import COMPRESSORS, PRECISIONS, STORAGE_DTYPES, describe
 from .progress import Progress
 from .said import say
 
@@ -138,7 +138,6 @@ def _plan_lines(plan: "BuildPlan", manifest: "Manifest") -> "Iterator[str]":
 
 def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:
     from ...cache_specs.sizes import human_bytes
-    from ..building.plan import describe
 
     layout = plan.layout
     say(

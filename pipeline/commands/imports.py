@@ -58,8 +58,8 @@ def import_command(dry_run: bool, pixel_range: str | None, **asked: Any) -> None
 
 
 def _print_plan(options: "ImportOptions", plan: "ImportPlan") -> None:
+    from ...cache_specs.schema import describe
     from ...cache_specs.sizes import human_bytes
-    from ..building.plan import describe
     from ..importing.checks import numbers
 
     source, layout = plan.source, plan.layout

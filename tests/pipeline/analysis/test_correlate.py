@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import stats
 
 from repa.cache_specs.errors import UsageError
-from repa.pipeline.analysis.correlate import correlate, pearson, spearman
+from repa.pipeline.analysis.correlate import correlate, lines, pearson, spearman
 from repa.pipeline.analysis.measure import write_rows
 from repa.pipeline.analysis.results import Results, join
 
@@ -88,7 +88,7 @@ def test_the_command_draws_and_writes_tables(repa_cache: Callable[..., Any], tmp
     out = tmp_path / "figure.png"
     outcome = repa_cache("correlate", tmp_path / "results.csv", "--quality", "fid", "--out", out)
     assert outcome.code == 0, outcome.err
-    assert "srss              left out: not measured" in outcome.out
+    assert "srss          left out: not measured" in outcome.out
     with Image.open(out) as picture:
         assert picture.width > 4 * picture.height  # one panel a metric, side by side
         assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 50
@@ -102,9 +102,9 @@ def test_the_command_draws_and_writes_tables(repa_cache: Callable[..., Any], tmp
         assert [row["encoder"] for row in csv.DictReader(stream)] == ENCODERS
 
 
-def make_run(folder: Path, encoders: list[str], frechet: float, *, step: int = 100) -> Path:
+def make_run(folder: Path, encoders: list[str], frechet: float, *, step: int = 100, **config: Any) -> Path:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"encoders": encoders}))
+    (folder / "config.json").write_text(json.dumps({"encoders": encoders, **config}))
     records = [
         {"step": 50, "num": 64, "frechet_hog_mean": 99.0},
         {"step": step, "num": 64, "frechet_hog_mean": frechet},
@@ -135,6 +135,29 @@ def test_runs_are_joined_with_metrics_by_encoder(tmp_path: Path) -> None:
         f"left out: {tmp_path / 'plain'} is aligned with no encoder, not one",
         "left out: z has no metrics",
     ]
+
+
+def test_runs_are_averaged_over_their_seed_alone(tmp_path: Path) -> None:
+    metrics = [write_metrics(tmp_path / "m.csv", ["a", "b", "c"])]
+    runs = [
+        make_run(tmp_path / f"r{seed}", ["a"], 10.0 * seed, seed=seed, out=f"r{seed}", alignment={"gamma": 0.6})
+        for seed in range(3)
+    ]
+    assert join(runs, metrics, None).quality.tolist() == [10.0]
+    other = make_run(tmp_path / "other", ["a"], 99.0, seed=0, alignment={"gamma": 0.8})
+    with pytest.raises(UsageError, match=r"r0 and .*other differ in alignment.gamma: 0.6 and 0.8. Runs are averaged"):
+        join([*runs, other], metrics, None)
+    across = make_run(tmp_path / "across", ["b"], 5.0, alignment={"gamma": 0.8})
+    assert "runs of different encoders differ in alignment.gamma, too" in join([*runs, across], metrics, None).notes
+
+
+def test_columns_stay_apart_without_an_interval() -> None:
+    results = make_results(5)
+    found = correlate(results)
+    said = list(lines(found, results))
+    row = next(line for line in said if line.startswith("  lds"))
+    assert said[1].index("Spearman") == row.index(str(found[1].spearman), row.index(")"))
+    assert ")  0." in row or ")  -0." in row
 
 
 def test_sources_that_cannot_be_joined_are_refused(tmp_path: Path) -> None:
