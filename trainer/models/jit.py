@@ -55,7 +55,7 @@ class JiTConfig(SiTConfig):
             raise UsageError(f"{self.name}: dropout is {self.dropout}; expected 0 <= dropout < 1")
 
 
-def jit_config(name: str, *, input_size: int, in_channels: int, num_classes: int) -> JiTConfig:
+def jit_config(name: str, *, input_size: int, in_channels: int, num_classes: int, **extras: Any) -> JiTConfig:
     """Return the configuration of a model by name, "JiT-{Ti,B,L,H}/patch" with any patch; raises as `sit_config`."""
     size, slash, patch = name.removeprefix("JiT-").partition("/")
     known = [f"JiT-{size}/{patch if patch.isdecimal() else 16}" for size in SIZES]
@@ -74,6 +74,7 @@ def jit_config(name: str, *, input_size: int, in_channels: int, num_classes: int
         bottleneck=bottleneck,
         class_tokens_at=class_tokens_at,
         dropout=dropout,
+        **extras,
     )
 
 
