@@ -296,7 +296,7 @@ def test_arrow_rows_that_are_not_the_images(repa_cache: Run, tmp_path: Path) -> 
     [
         (["--autoencoder", "sd-vae-ft-mes", "--resolution", "32"], "did you mean 'sd-vae-ft-mse'?"),
         (["--autoencoder", "ours"], "give a name of your own and --resolution"),
-        (["--autoencoder", "", "--resolution", "32"], "becomes a folder's name"),
+        (["--autoencoder", "", "--resolution", "32"], "--autoencoder: an empty value follows"),
         (["--autoencoder", "../ours", "--resolution", "32"], "becomes a folder's name"),
         (["--autoencoder", "taesd"], "has moments of 4 channels; taesd gives a sample of 4"),
         (["--autoencoder", "flux-vae"], "has moments of 4 channels; flux-vae gives moments of 16"),
