@@ -6,10 +6,11 @@ No encoder, autoencoder or Ray is needed, or imported, to train.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Batch", "CacheReader", "FeatureBatch", "SiT", "load_model", "stage_cache"]
+__all__ = ["Batch", "CacheDataset", "CacheReader", "FeatureBatch", "SiT", "load_model", "stage_cache"]
 
 _HOMES = {
     "Batch": "rows.row_batch",
+    "CacheDataset": "reading.dataset",
     "CacheReader": "reading.reader",
     "FeatureBatch": "rows.row_batch",
     "SiT": "models.sit",
@@ -20,6 +21,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from .models.pretrained import load_model
     from .models.sit import SiT
+    from .reading.dataset import CacheDataset
     from .reading.reader import CacheReader
     from .reading.stage import stage_cache
     from .rows.row_batch import Batch, FeatureBatch
