@@ -1,8 +1,8 @@
 """A cache as a data set of PyTorch's, for loops that are not ours: batches of tensors by name, in the trainer's order.
 
-Batch s holds what step s of `repa-train` sees with the same seed, batch size and ranks: the same rows, views and draws
-from the posterior (batches.py). Epoch e is the steps that begin in it: all batches are full, one may straddle two
-epochs, and every rank has as many. So the whole state is the number of the next step.
+Batch s holds what step s of `repa-train` sees with the same seed, batch size and ranks and without accumulation: the
+same rows, views and draws from the posterior (batches.py). Epoch e is the steps that begin in it: all batches are
+full, one may straddle two epochs, and every rank has as many. So the whole state is the number of the next step.
 
 Reading ahead is done by threads of this process (prefetch.py). Batches are the caller's to keep, as Lightning and
 accelerate fetch one ahead: on the CPU each is copied out of the ring, whose buffers are filled anew.
