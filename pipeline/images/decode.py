@@ -7,6 +7,7 @@ a `BadImage` with its reason; it never stops the others.
 
 import errno
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ LASTING_ERRORS = frozenset(
     [errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG]
 )
 NO_MEMORY = "out of memory error"  # Pillow's words where one of its decoders could not allocate: an OSError, no number
+LARGE_PIXELS = 2**26  # beyond it a lack of memory may be the file's: a side that no decoder of Pillow's takes. From
+# 179 million on Pillow refuses the file itself.
+PIXEL_BYTES = 16  # of memory, more than decoding any mode takes
 EXTREME = 16  # times as long as wide: what is scaled is then only the middle, in the memory of the crop
 
 # How what a camera stored is turned upright: EXIF 2.32, tag 0x0112.
@@ -100,7 +104,7 @@ def decode(data: bytes, resolution: int) -> np.ndarray:
         raise BadImage("an empty file")
     try:
         with open_picture(io.BytesIO(data)) as image:
-            image.load()
+            _load(image, data)
             return center_crop(_to_rgb(_upright(image)), resolution)
     except (BadImage, MemoryError):
         raise
@@ -115,6 +119,45 @@ def decode(data: bytes, resolution: int) -> np.ndarray:
         if isinstance(error, Image.UnidentifiedImageError):
             raise BadImage("not an image") from error
         raise BadImage(f"cannot be decoded ({reason(error)})") from error
+
+
+def _load(image: Image.Image, data: bytes) -> None:
+    """Decode an opened picture's pixels; raise `BadImage` where memory fails because of what the file claims.
+
+    A damaged file may have tiles or lines of a size that is never allocated, and would pass for the machine's fault for
+    ever. It is the file's where one of Pillow's decoders says so, or the pixels are many, and a fresh attempt fails
+    too, with room for several times as many pixels before and after it.
+    """
+    try:
+        image.load()
+    except (MemoryError, OSError) as error:
+        pixels = image.width * image.height
+        if NO_MEMORY not in str(error) and not (isinstance(error, MemoryError) and pixels > LARGE_PIXELS):
+            raise
+        if _has_room(pixels) and _lacks_memory(data) and _has_room(pixels):
+            raise BadImage(
+                f"cannot be decoded (it asks for more memory than its {image.width} x {image.height} pixels take)"
+            ) from error
+        raise
+
+
+def _has_room(pixels: int) -> bool:
+    try:
+        bytearray(PIXEL_BYTES * pixels + 2**20)  # allocated, never touched
+    except MemoryError:
+        return False
+    return True
+
+
+def _lacks_memory(data: bytes) -> bool:
+    try:
+        with open_picture(io.BytesIO(data)) as image:
+            image.load()
+    except MemoryError:
+        return True
+    except OSError as error:
+        return NO_MEMORY in str(error)
+    return False
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -147,17 +190,41 @@ def center_crop(image: Image.Image, resolution: int) -> np.ndarray:
 
     Halve with a box filter while the short side is at least twice the resolution, scale the short side to it
     (bicubic), cut out the centre: [resolution, resolution, 3] uint8. Of an extreme picture the same centre is scaled
-    alone: a line of 5,000 pixels would become 4 GB.
+    alone: a line of 5,000 pixels would become 4 GB. Its values are those of the whole scaled, within 1.
     """
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = resolution / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
-    top, left = (size[1] - resolution) // 2, (size[0] - resolution) // 2
     if max(size) > EXTREME * resolution:
-        x, y = image.width / size[0], image.height / size[1]
-        right, bottom = min((left + resolution) * x, image.width), min((top + resolution) * y, image.height)
-        box = (left * x, top * y, right, bottom)
-        return np.asarray(image.resize((resolution, resolution), resample=Image.Resampling.BICUBIC, box=box))
+        return _centre_scaled(image, size)
+    top, left = (size[1] - resolution) // 2, (size[0] - resolution) // 2
     pixels = np.asarray(image.resize(size, resample=Image.Resampling.BICUBIC))
     return pixels[top : top + resolution, left : left + resolution]
+
+
+def _centre_scaled(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Return the centre square of the image scaled to `size`, scaling no more than it.
+
+    Scaled alone, a box of noise differs by up to 10 levels from the whole scaled, for two reasons. Pillow keeps a box's
+    edges as float32, 0.004 apart at pixel 50,000: so the surroundings are cut out first, all that bicubic reaches, and
+    the edges are small numbers. And it rounds to 8 bits between its two passes, whose order Pillow 13 chooses by the
+    shape: here it is the one that it was found to take for the whole, the height first where a tall picture is made
+    smaller. Earlier ones begin with the width always, and of such a picture they would make another whole.
+    """
+    side, tall = min(size), image.height > image.width
+    whole, step, start = max(image.size), max(image.size) / max(size), (max(size) - side) // 2
+    low, high = start * step, min((start + side) * step, whole)
+    reach = math.ceil(2 * max(step, 1)) + 1
+    first, last = max(0, math.floor(low) - reach), min(whole, math.ceil(high) + reach)
+    part = image.crop((0, first, image.width, last) if tall else (first, 0, last, image.height))
+    columns: tuple[float, float] = (0, part.width) if tall else (low - first, high - first)
+    rows: tuple[float, float] = (low - first, high - first) if tall else (0, part.height)
+    bicubic = Image.Resampling.BICUBIC
+    if tall and step > 1:
+        part = part.resize((part.width, side), bicubic, box=(0, rows[0], part.width, rows[1]))
+        part = part.resize((side, side), bicubic)
+    else:
+        part = part.resize((side, part.height), bicubic, box=(columns[0], 0, columns[1], part.height))
+        part = part.resize((side, side), bicubic, box=(0, rows[0], side, rows[1]))
+    return np.asarray(part)

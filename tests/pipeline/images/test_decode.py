@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from repa.pipeline.images import formats
-from repa.pipeline.images.decode import BadImage, decode, decode_batch
+from repa.pipeline.images.decode import BadImage, center_crop, decode, decode_batch
 from repa.pipeline.images.manifest import FolderSource
 
 
@@ -162,6 +163,40 @@ def test_memory_that_is_not_there_is_no_fault_of_the_file(monkeypatch: pytest.Mo
     assert set(batch.bad.values()) == {"cannot be decoded (there was not enough memory)"}
 
 
+def bitmap(width: int) -> bytes:
+    """Return the head of a BMP of one line and no pixels; Pillow says that it lacks memory for lines of 2^31 bits."""
+    info = struct.pack("<IiiHHIIiiII", 40, width, 1, 1, 32, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + info
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_file_that_always_claims_too_much_memory_is_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    width = 80_000_000
+    with pytest.raises(MemoryError):
+        Image.open(io.BytesIO(bitmap(width))).load()
+    batch = decode_batch(_Source({"a": bitmap(width)}), ["a"], 16, np.zeros(1, np.int64))
+    assert batch.passing == frozenset()
+    assert batch.bad == {0: f"cannot be decoded (it asks for more memory than its {width} x 1 pixels take)"}
+    # Where the machine has no room for so many pixels, the file may still be right.
+    monkeypatch.setattr("repa.pipeline.images.decode.PIXEL_BYTES", 2**32)
+    assert decode_batch(_Source({"a": bitmap(width)}), ["a"], 16, np.zeros(1, np.int64)).passing == {0}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_decoder_that_lacks_memory_is_asked_again(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors, load = [OSError("out of memory error when reading image file")] * times, PngImageFile.load
+
+    def once(self: PngImageFile) -> Any:
+        if errors:
+            raise errors.pop()
+        return load(self)
+
+    monkeypatch.setattr(PngImageFile, "load", once)
+    good = encoded(Image.new("RGB", (16, 16)))
+    batch = decode_batch(_Source({"a": good}), ["a"], 16, np.zeros(1, np.int64))
+    assert (list(batch.bad), batch.passing) == ([0], frozenset({0} if times == 1 else ()))
+
+
 def test_memory_that_is_not_there_for_the_file_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     source = _Source({})
     monkeypatch.setattr(source, "read", lambda _: bytes(2**62))
@@ -239,6 +274,25 @@ def test_extreme_pictures_take_no_memory_and_keep_their_centre() -> None:
         assert most < 10**6
 
 
+@pytest.mark.parametrize(("width", "height"), [(5000, 1), (50_001, 2), (7001, 63), (4999, 3), (999, 37), (100_001, 5)])
+@pytest.mark.parametrize("lying", [True, False])
+def test_of_noise_too_an_extreme_picture_s_centre_is_that_of_the_whole_scaled(
+    width: int, height: int, lying: bool
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(np.ascontiguousarray(noise if lying else noise.transpose(1, 0, 2)))
+    pixels = center_crop(image, 32)
+    scale = 32 / height  # nothing is halved first
+    size = [round(side * scale) for side in image.size]
+    if not lying and scale < 1:  # the order of passes that Pillow takes from 13 on
+        image = image.resize((image.width, size[1]), Image.Resampling.BICUBIC)
+    whole = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    top, left = ((side - 32) // 2 for side in whole.shape[:2])
+    differs = np.abs(pixels.astype(int) - whole[top : top + 32, left : left + 32])
+    assert differs.max() <= 1
+    assert np.mean(differs > 0) < 0.001
+
+
 def test_an_extreme_picture_is_never_scaled_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     scaled = []
     resize = Image.Image.resize
@@ -249,7 +303,7 @@ def test_an_extreme_picture_is_never_scaled_whole(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Image.Image, "resize", watched)
     decode(encoded(Image.new("L", (5000, 1))), 256)
-    assert scaled == [(256, 256)]
+    assert scaled == [(256, 1), (256, 256)]
 
 
 def test_no_other_program_is_started_for_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
