@@ -5,8 +5,6 @@ The library computes them; it is imported here and nowhere else, and nothing is 
 itself a Frechet distance in this house names the encoder in whose space it is.
 """
 
-import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ...cache_specs.errors import UsageError
+from ...cache_specs.errors import UsageError, reason
+from ...cache_specs.files.npz import open_rows
 from ..images.decode import BadImage, decode
 from ..images.demo_data import demo_manifest
 from ..images.manifest import Manifest, scan_folder
@@ -24,18 +23,16 @@ class NpzImages(Dataset[torch.Tensor]):
     """The pictures [3, H, W] uint8 of an .npz's `arr_0` [N, H, W, 3], mapped, not read: it is stored uncompressed."""
 
     def __init__(self, npz: Path) -> None:
-        with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as member:
-            np.lib.format.read_magic(member)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-            header_bytes = member.tell()
-            entry = archive.getinfo("arr_0.npy")
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or entry.compress_type != zipfile.ZIP_STORED:
-            raise UsageError(f"{npz}: arr_0 is {dtype} {list(shape)}; expected stored pictures uint8 [N, H, W, 3]")
-        with npz.open("rb") as file:
-            file.seek(entry.header_offset + 26)  # of the local header of 30 bytes: the lengths of name and extra field
-            name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
-        start = entry.header_offset + 30 + name_bytes + extra_bytes + header_bytes
-        self._pictures = np.memmap(npz, dtype=dtype, mode="r", offset=start, shape=shape)
+        try:
+            stream, rows = open_rows(npz)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{npz}: {reason(error)}; expected stored pictures uint8 [N, H, W, 3]") from error
+        with stream:
+            if rows.dtype != np.uint8 or len(rows.shape) != 4 or rows.shape[-1] != 3:
+                raise UsageError(
+                    f"{npz}: arr_0 is {rows.dtype} {list(rows.shape)}; expected stored pictures uint8 [N, H, W, 3]"
+                )
+            self._pictures = np.memmap(stream, dtype=rows.dtype, mode="r", offset=rows.offset, shape=rows.shape)
 
     def __len__(self) -> int:
         return len(self._pictures)

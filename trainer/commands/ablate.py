@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...cache_specs.errors import one_line_errors
+from .said import say
 from .train import CONTEXT
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _explain(ablation: "Ablation", *, device: str, serial: bool) -> None:
     _list(ablation)
     todo = [run for run in ablation.runs if not run.finished]
     if not todo:
-        click.echo("every run is done; nothing would be trained")
+        say("every run is done; nothing would be trained")
         return
     cores = len(os.sched_getaffinity(0))
     measured = costs(todo, device=device, threads=cores)
@@ -105,21 +106,21 @@ def _explain(ablation: "Ablation", *, device: str, serial: bool) -> None:
         measured[run.folder.name].row_bytes * run.config.batch_size * (run.config.steps - run.done) for run in todo
     )
     at_once = 1 if serial else machine.parallel
-    click.echo(
+    say(
         f"{len(todo)} runs to do: {human_seconds(seconds)} of this machine one after another with all {cores} threads, "
         f"measured on {len({id(cost) for cost in measured.values()})} kinds of run; {at_once} at once, "
         f"{human_bytes(largest.peak_bytes)} each at most; {human_bytes(read)} read from the cache"
     )
-    click.echo("dry run: nothing was trained or written")
+    say("dry run: nothing was trained or written")
 
 
 def _list(ablation: "Ablation") -> None:
     for run in ablation.runs:
         how = "done" if run.finished else f"step {run.done}" + (", failed" if run.failed else "")
         same = f"; {len(run.same)} more rows are this very run" if run.same else ""
-        click.echo(f"{run.folder.name}: {how} of {run.config.steps}{same}")
+        say(f"{run.folder.name}: {how} of {run.config.steps}{same}")
     for row, why in ablation.refused:
-        click.echo(f"{row.label}: {why}")
+        say(f"{row.label}: {why}")
 
 
 def _run(
@@ -148,7 +149,7 @@ def _run(
         todo = [run for run in ablation.runs if not run.finished]
         _list(ablation)
         if not todo:
-            click.echo(f"{out}: all {len(ablation.runs)} runs done")
+            say(f"{out}: all {len(ablation.runs)} runs done")
             return
         machine = _machine(out, todo, device=device, ranks=ranks, per_gpu=per_gpu, serial=serial)
         write_whole(out / STUDY_FILE, study.read_bytes())
@@ -156,9 +157,7 @@ def _run(
         for run in todo:
             write_settings(run)
             by_folder[trial_of(run, machine).folder] = run
-        click.echo(
-            f"{len(todo)} runs to do, {1 if serial else machine.parallel} at once on {machine.threads} threads each"
-        )
+        say(f"{len(todo)} runs to do, {1 if serial else machine.parallel} at once on {machine.threads} threads each")
         failed = _schedule(list(by_folder), by_folder, machine, serial=serial, address=address, per_gpu=per_gpu)
     if failed:
         raise JobError(
@@ -167,7 +166,7 @@ def _run(
         )
     left = [run for run in ablation.runs if not run.finished]
     again = "; the same command goes on" if left else ""
-    click.echo(f"{out}: {len(ablation.runs) - len(left)} of {len(ablation.runs)} runs done{again}")
+    say(f"{out}: {len(ablation.runs) - len(left)} of {len(ablation.runs)} runs done{again}")
 
 
 def _machine(out: Path, todo: list["Planned"], *, device: str, ranks: int, per_gpu: float, serial: bool) -> "Machine":
@@ -180,13 +179,9 @@ def _machine(out: Path, todo: list["Planned"], *, device: str, ranks: int, per_g
     machine = stored_machine(out)
     if machine is not None:
         if machine.threads > cores:
-            click.echo(
-                f"{out}: its runs have {machine.threads} threads, this machine has {cores}: slower, other last bits"
-            )
+            say(f"{out}: its runs have {machine.threads} threads, this machine has {cores}: slower, other last bits")
         if (machine.device, machine.ranks) != (device, ranks):
-            click.echo(
-                f"{out}: its runs so far were on {machine.device} with {machine.ranks} ranks; the digests differ"
-            )
+            say(f"{out}: its runs so far were on {machine.device} with {machine.ranks} ranks; the digests differ")
             machine = dataclasses.replace(machine, device=device, ranks=ranks)
         return machine
     largest: Cost | None = None
@@ -222,7 +217,7 @@ def _schedule(
         how = "stopped" if code == STOPPED else "done" if code == 0 else f"FAILED (exit {code})"
         if code not in (0, STOPPED):
             failed.append(run.folder.name)
-        click.echo(f"{number[0]} of {len(trials)}  {run.folder.name}: {how} at step {run.done}")
+        say(f"{number[0]} of {len(trials)}  {run.folder.name}: {how} at step {run.done}")
 
     def ask(_signal: int, _frame: Any) -> None:
         if asked:

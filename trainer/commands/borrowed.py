@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 import numpy as np
 
 from ...cache_specs.errors import UsageError
@@ -19,6 +18,7 @@ from ..sampling.sample import Decoder
 from ..studies.pictures import RealImages
 from ..studies.relations import Coefficients, Interval, Metrics
 from ..studies.trial import Trial, run_trial
+from .said import say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,9 +38,7 @@ def load_decoder(
     from ...pipeline.models.autoencoders import load_autoencoder
 
     if source.spec["loader"] == UNKNOWN:
-        click.echo(
-            f"{source.name} is an autoencoder that only its import knows: latents are saved as they are", err=True
-        )
+        say(f"{source.name} is an autoencoder that only its import knows: latents are saved as they are", err=True)
         return None, "none"
     try:
         code = code_of(source.name, source.spec, entries)
@@ -48,7 +46,7 @@ def load_decoder(
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
-        click.echo("diffusers is not installed: latents are saved as they are", err=True)
+        say("diffusers is not installed: latents are saved as they are", err=True)
         return None, "none"
     if source.weights not in (None, UNKNOWN, loaded.weights):
         raise UsageError(
@@ -81,7 +79,7 @@ def load_evaluation(run: Run) -> Evaluation:
     if decode is None:
         raise UsageError("evaluation compares pictures, and without diffusers there are none; set evaluation.every=0")
     score = _inception(run)
-    return Evaluation(run, reference, decode=decode, decoder=decoder, encode=encode, score=score, tell=click.echo)
+    return Evaluation(run, reference, decode=decode, decoder=decoder, encode=encode, score=score, tell=say)
 
 
 def _inception(run: Run) -> Scorer | None:
@@ -93,7 +91,7 @@ def _inception(run: Run) -> Scorer | None:
     reason = why_not(weights)
     if weights is None or reason is not None:
         if run.world.is_main:
-            click.echo(f"no FID and no Inception score: {reason}; the samples are .npz files for the field's own tools")
+            say(f"no FID and no Inception score: {reason}; the samples are .npz files for the field's own tools")
         return None
     data, resolution = settings.inception_data, run.reader.resolution
     real = None if data is None else RealImages(manifest_of(data), resolution)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...cache_specs.errors import UsageError
+from .said import say
 
 if TYPE_CHECKING:
     from ..models.pretrained import TrainedModel
@@ -38,7 +39,7 @@ def open_checkpoint(checkpoint: Path, options: dict[str, Any], *, shown: bool = 
     trained = open_model(checkpoint, weights=options["weights"], convention=options["convention"])
     if shown:
         for line in trained.assumed:
-            click.echo(f"{trained.path}: {line}", err=True)
+            say(f"{trained.path}: {line}", err=True)
     return trained
 
 

@@ -7,6 +7,7 @@ import click
 
 from ...cache_specs.errors import expand_home, one_line_errors
 from .checkpoint import checkpoint_options, open_checkpoint
+from .said import say
 from .train import CONTEXT
 
 
@@ -58,7 +59,7 @@ def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any)
     field = stored_field(trained.method, trained.interpolant)
     depths = options["depths"] or tuple(range(1, model.config.depth + 1))
     untrained = "  UNTRAINED ENCODER: no result" if reference.component.spec["random_weights"] else ""
-    click.echo(f"{trained.path}: CKNNA with {reference.name}, k = {options['k']}, {len(rows)} images{untrained}")
+    say(f"{trained.path}: CKNNA with {reference.name}, k = {options['k']}, {len(rows)} images{untrained}")
     for t in options["times"]:
         layers = pooled_layers(
             model,
@@ -71,7 +72,7 @@ def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any)
             noise_scale=field.noise_scale(model),
         )
         for depth, tokens in layers.items():
-            click.echo(f"  t {t:g}  after block {depth:>2}  {cknna(tokens, vectors, options['k']):.4f}")
+            say(f"  t {t:g}  after block {depth:>2}  {cknna(tokens, vectors, options['k']):.4f}")
 
 
 def cknna() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...cache_specs.errors import UsageError, expand_home, one_line_errors
+from .said import say
 from .train import CONTEXT
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ def _report(folders: tuple[Path, ...], *, table: bool, as_json: bool, out: Path 
     found.notes += mixed([run for one in found.settings for run in one.runs])
     made = make_table(found)
     if as_json:
-        click.echo(json.dumps(plain(made), ensure_ascii=False, indent=1))
+        say(json.dumps(plain(made), indent=1))
     elif table:
         width = shutil.get_terminal_size((120, 24)).columns
         for line in as_text(made, width=width):
-            click.echo(line)
+            say(line)
     else:
         from ..studies.page import render, write_page
 
@@ -86,8 +87,8 @@ def _report(folders: tuple[Path, ...], *, table: bool, as_json: bool, out: Path 
             **_components(study, run, options),
         )
         write_page(out, html)
-        click.echo(made.facts[0])
-        click.echo(f"{out}: {len(study)} runs, {len(html) / 1e6:.1f} MB")
+        say(made.facts[0])
+        say(f"{out}: {len(study)} runs, {len(html) / 1e6:.1f} MB")
 
 
 def _relations(

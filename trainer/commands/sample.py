@@ -8,6 +8,7 @@ import click
 
 from ...cache_specs.errors import expand_home, one_line_errors
 from .checkpoint import check_name, checkpoint_options, open_checkpoint
+from .said import say
 from .train import CONTEXT
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
             progress=progress.advance,
         )
     if world.is_main:
-        click.echo(f"{request.num} samples: {npz}")
-        click.echo(f"grid: {sheet_of_file(npz, request=request, num_classes=model.config.num_classes)}")
+        say(f"{request.num} samples: {npz}")
+        say(f"grid: {sheet_of_file(npz, request=request, num_classes=model.config.num_classes)}")
 
 
 def samples_file(trained: "TrainedModel", request: "SampleRequest", weights: str, precision: str) -> Path:

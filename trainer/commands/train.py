@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...cache_specs.errors import one_line_errors
+from .said import say
 
 if TYPE_CHECKING:
     from ..distributed import World
@@ -71,7 +72,7 @@ def train_command(
         if settings:
             from ..runs.catalogue import as_text
 
-            click.echo(as_text())
+            say(as_text())
             return
         from ..distributed import default_device, join
 
@@ -128,14 +129,14 @@ def _train(config: "RunConfig", world: "World", *, resume: bool, verbose: bool) 
     evaluation = load_evaluation(run) if config.evaluation.every else None
     with enter_folder(run, resume=resume):
         if world.is_main:
-            click.echo(describe(run.config, run.reader, run.norm, world, step=run.step, verbose=verbose))
+            say(describe(run.config, run.reader, run.norm, world, step=run.step, verbose=verbose))
         train(run, draw_grid=lambda run: draw_training_grid(run, decode), evaluation=evaluation)
     if world.is_main:
         done = f"{run.folder}: {run.step} of {run.config.steps} steps done"
         rest = (
             "" if run.step >= run.config.steps else f"; go on with repa-train --resume {shlex.quote(str(run.folder))}"
         )
-        click.echo(f"{done}{rest}")
+        say(f"{done}{rest}")
 
 
 def _staged(config: "RunConfig", world: "World") -> tuple["RunConfig", Path]:
@@ -150,17 +151,17 @@ def _staged(config: "RunConfig", world: "World") -> tuple["RunConfig", Path]:
             tenths.intersection_update({0})
         elif (tenth := 10 * done // total) not in tenths:
             tenths.add(tenth)
-            click.echo(f"staged {human_bytes(done)} of {human_bytes(total)}")
+            say(f"staged {human_bytes(done)} of {human_bytes(total)}")
 
-    return stage(config, on_progress=tell, on_message=lambda line: click.echo(line) if world.is_main else None)
+    return stage(config, on_progress=tell, on_message=lambda line: say(line) if world.is_main else None)
 
 
 def _explain(config: "RunConfig", world: "World", *, resume: bool, verbose: bool) -> None:
     described, step = _checked(config, world, resume=resume, verbose=verbose)
     if world.is_main:
-        click.echo(described)
-        click.echo(f"start: step {step}")
-        click.echo("dry run: nothing was trained or written")
+        say(described)
+        say(f"start: step {step}")
+        say("dry run: nothing was trained or written")
 
 
 def _checked(config: "RunConfig", world: "World", *, resume: bool, verbose: bool = False) -> tuple[str, int]:

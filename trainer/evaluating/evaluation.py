@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ...cache_specs.errors import JobError, UsageError
+from ...cache_specs.files.outside import MOST_TABLE_BYTES, read_text
 from ...cache_specs.files.whole_file import write_whole
 from ..distributed import Stopped
 from ..runs.config import RunConfig
@@ -142,9 +143,7 @@ class Evaluation:
 def read_records(file: Path) -> list[dict[str, Any]]:
     """Return the records of `file`, none where there is no such file. Raises UsageError where it is damaged."""
     try:
-        if file.exists() and not file.is_file():
-            raise ValueError("it is no regular file")
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        lines = read_text(file, most=MOST_TABLE_BYTES).splitlines() if file.exists() else []
         return [record for line in lines if (record := json.loads(line))["step"] >= 0]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{file} is damaged ({error!r}); move it away, then continue with --resume auto") from error

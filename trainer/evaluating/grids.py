@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ...cache_specs.errors import UsageError, writing
+from ...cache_specs.files.npz import MEMBER, open_rows
 from ...cache_specs.files.whole_file import write_whole
 from ..runs.metrics import RESUME
 from ..runs.run import Run
@@ -70,13 +71,14 @@ def pictures_of(npz: Path, batch_size: int) -> Iterator[np.ndarray]:
     Raises UsageError where the file is damaged.
     """
     try:
-        with zipfile.ZipFile(npz) as archive, archive.open("arr_0.npy") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-            for start in range(0, shape[0], batch_size):
-                num = min(batch_size, shape[0] - start)
-                yield np.frombuffer(file.read(num * row_bytes), dtype=dtype).reshape(num, *shape[1:])
+        stream, rows = open_rows(npz)
+        # Through the archive, which checks the sum of what was read at its end.
+        with stream, zipfile.ZipFile(stream) as archive, archive.open(MEMBER) as file:
+            file.read(rows.header_bytes)
+            for start in range(0, rows.shape[0], batch_size):
+                num = min(batch_size, rows.shape[0] - start)
+                data = file.read(num * rows.row_bytes)
+                yield np.frombuffer(data, dtype=rows.dtype).reshape(num, *rows.shape[1:])
     except (OSError, EOFError, ValueError, LookupError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(
             f"{npz} is damaged ({str(error) or type(error).__name__}); delete it, and it is drawn again"

@@ -140,10 +140,15 @@ def _weights(stored: Mapping[str, Any], weights: str, file: Path) -> Any:
         return stored.get(part)
     config = stored.get("config")
     decays = config.get("ema_decay") if isinstance(config, Mapping) else None
-    first = decays[0] if isinstance(decays, list) else decays  # of older runs, one number
-    averages = {str(first): stored.get("ema"), **stored.get("emas", {})}
+    first = decays[0] if isinstance(decays, list) and decays else decays  # of older runs, one number
+    others = stored.get("emas", {})
+    if not isinstance(others, Mapping):
+        raise CheckpointError(damaged(file, f"its emas are a {type(others).__name__}; expected averages by decay"))
+    averages = {short(first): stored.get("ema"), **others}
     if decay not in averages:
-        raise UsageError(f"{file} holds averages of decay {', '.join(averages)}; --weights ema:{decay} names none")
+        raise UsageError(
+            f"{file} holds averages of decay {', '.join(map(short, averages))}; --weights ema:{decay} names none"
+        )
     return averages[decay]
 
 

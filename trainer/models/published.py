@@ -150,15 +150,19 @@ def listed(names: Iterable[Any]) -> str:
 
 def short(value: Any) -> str:
     """Return a name or a value of a file for one line: printable, and cut where it is long."""
-    text = str(value) if isinstance(value, str) and str(value).isprintable() else repr(value)
+    try:
+        text = str(value) if isinstance(value, str) and str(value).isprintable() else repr(value)
+    except (ValueError, RecursionError):  # more digits than Python writes out, or more brackets
+        text = f"a {type(value).__name__} too large to be shown"
     return text if len(text) <= MOST_NAME_CHARACTERS else f"{text[:MOST_NAME_CHARACTERS]}..."
 
 
 def _path(args: Mapping[str, Any], file: Path) -> PathName | None:
     """Return the path that `args` names, None where it names none; refuse what answers no velocity on a known path."""
-    if str(args.get("model", "")).startswith("DiT"):
+    model = args.get("model")
+    if isinstance(model, str) and model.startswith("DiT"):
         raise CheckpointError(
-            f"{file}: args.model is {short(args['model'])}: DiT predicts noise at 1,000 discrete steps; models here "
+            f"{file}: args.model is {short(model)}: DiT predicts noise at 1,000 discrete steps; models here "
             f"answer a velocity, as SiT's do"
         )
     prediction = args.get("prediction")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from ...cache_specs.errors import JobError, writing
+from ...cache_specs.errors import JobError, printable, writing
 from ...cache_specs.files.whole_file import write_all
 
 Record = Mapping[str, float | int]
@@ -47,7 +47,7 @@ class MetricsFile:
             self._file = os.fdopen(os.open(self.path, APPEND, 0o666), "ab", buffering=0)
             self._file.truncate(end)
         if first > 1:
-            print(f"{self.path} begins at step {first}: the steps before it were lost", file=sys.stderr)
+            print(printable(f"{self.path} begins at step {first}: the steps before it were lost"), file=sys.stderr)
 
     def __enter__(self) -> Self:
         return self
@@ -81,8 +81,17 @@ class MetricsFile:
                     )
                 end += len(line)
                 if b'"wall_s"' in line:
-                    self.wall_s = float(json.loads(line)["wall_s"])
+                    self.wall_s = self._wall_s_of(line, number)
         return first, end
+
+    def _wall_s_of(self, line: bytes, number: int) -> float:
+        try:
+            return float(json.loads(line)["wall_s"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise JobError(
+                f"{self.path}: line {number} has a wall_s that is no number of seconds; restore the file, or move it "
+                f"away, then {RESUME}"
+            ) from error
 
 
 def _step_of(line: bytes) -> int | str:
@@ -115,6 +124,8 @@ class TensorBoard:
     def __init__(self, folder: Path, *, done: int) -> None:
         self._folder = folder / TENSORBOARD_FOLDER
         self._board: Board | None = None
+        if self._folder.is_symlink():  # its files would be made in whatever folder somebody has it name
+            raise JobError(f"{self._folder} is a link, not a folder of the run; remove it, then {RESUME}")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -206,9 +217,9 @@ class Progress:
 def say(line: str) -> None:
     """Print a line; above the bar, where there is one on this terminal."""
     if sys.stderr.isatty() and "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(line)
+        sys.modules["tqdm"].tqdm.write(printable(line))
     else:
-        print(line, flush=True)
+        print(printable(line), flush=True)
 
 
 def human_seconds(seconds: float) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from ...cache_specs.errors import JobError, UsageError
 from ...cache_specs.files.locks import locked
+from ...cache_specs.files.outside import MOST_TABLE_BYTES, parse_json, read_file
 from ...cache_specs.files.whole_file import write_whole
 from ..models.checkpoint import FOLDER, CheckpointError, damaged, latest_checkpoint, load_own_checkpoint
 from ..reading.reader import CacheReader
@@ -135,7 +136,7 @@ def write_config(run: Run) -> None:
 def _history(path: Path) -> list[Any]:
     """Return the starts that config.json holds already; none where it is new, lost or of an older version."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))[HISTORY]
+        found = parse_json(read_file(path, most=MOST_TABLE_BYTES))[HISTORY]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return found if isinstance(found, list) else []

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...cache_specs.errors import UsageError
+from ...cache_specs.errors import UsageError, reason
+from ...cache_specs.files.outside import MOST_TABLE_BYTES, parse_json, read_file
 from ..models.checkpoint import latest_checkpoint, load_checkpoint
 from .settings import NOT_SETTINGS, RESOLVED, Layer, flatten, resolve
 
@@ -30,7 +31,7 @@ def stored_layer(folder: Path) -> Layer | None:
     if newest is None:
         return None
     try:
-        return layer_of(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), source=str(folder))
+        return layer_of(parse_json(read_file(folder / CONFIG_FILE, most=MOST_TABLE_BYTES)), source=str(folder))
     except (OSError, ValueError, AttributeError, RecursionError):  # lost or damaged: every checkpoint has it too
         stored = load_checkpoint(newest, mmap=True)
     if not isinstance(stored.get("config"), Mapping):
@@ -53,7 +54,11 @@ def named_run(run: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_of(config: Mapping[str, Any], *, source: str) -> Layer:
-    """Return a stored configuration as settings by dotted key, translated."""
+    """Return a stored configuration as settings by dotted key, translated; raise UsageError where it is none."""
+    try:
+        json.dumps(config)  # a checkpoint may hold what no config.json does: numbers of 5,000 digits, a list in itself
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{source}: its settings cannot be written out ({reason(error)}); it is damaged") from error
     values = flatten({key: value for key, value in config.items() if key not in NOT_SETTINGS})
     return Layer(source=source, values=NEUTRAL | {RENAMED.get(key, key): value for key, value in values.items()})
 

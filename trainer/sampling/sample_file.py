@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from ...cache_specs.errors import JobError, UsageError, writing
+from ...cache_specs.files.outside import MOST_TABLE_BYTES, read_file
 from ...cache_specs.files.partial_files import new_file
 from ...cache_specs.files.whole_file import write_whole
 from ...cache_specs.fingerprint import weights_digest
@@ -228,9 +229,7 @@ def _pack(partial: Path, out: Path, asked: dict[str, Any], num: int) -> None:
 def _check_same(record: Path, asked: dict[str, Any], where: Path) -> None:
     """Raise UsageError where `record`, the request on disk of the samples at `where`, is not what is asked."""
     try:
-        if record.exists() and not record.is_file():
-            raise ValueError("it is no regular file")
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = json.loads(read_file(record, most=MOST_TABLE_BYTES))
         if not isinstance(found, dict):
             raise ValueError("not a request")
     except FileNotFoundError:

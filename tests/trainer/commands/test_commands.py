@@ -3,18 +3,21 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from repa.cache_specs.errors import UsageError
-from repa.trainer.commands import borrowed
+from repa.trainer.commands import borrowed, said
 from repa.trainer.commands import sample as sample_cli
 from repa.trainer.diffusion.latents import LatentSource
 from repa.trainer.models.checkpoint import load_checkpoint
+from repa.trainer.runs import metrics
 
 HEAVY = ("torch", "ray", "timm", "diffusers", "transformers", "zarr", "tensorboard", "matplotlib", "repa.pipeline")
 
@@ -239,3 +242,17 @@ def test_a_decoder_of_other_weights_is_refused():
     other = dataclasses.replace(source, weights="sha256:0")
     with pytest.raises(UsageError, match=r"weights of pixels \(none\) are not those .* \(sha256:0\)"):
         borrowed.load_decoder(other, weights=None, device="cpu")
+
+
+def test_names_are_shown_and_never_obeyed(capsys, monkeypatch):
+    said.say("out: runs/\x1b[2Ja\u202eb\nsecond\udcff", err=True)
+    assert capsys.readouterr().err == "out: runs/\\x1b[2Ja\\u202eb\nsecond\\udcff\n"
+    metrics.say("\x1b]0;title\x07")
+    assert capsys.readouterr().out == "\\x1b]0;title\\x07\n"
+
+
+def test_every_line_of_a_command_is_said():
+    folder = Path(said.__file__).parent
+    for file in folder.glob("*.py"):
+        if file.name != "said.py":
+            assert not re.search(r"\bclick\.echo\b|(?<!\w)print\(", file.read_text()), file.name

@@ -2,14 +2,17 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from repa.cache_specs.errors import UsageError
 from repa.trainer.models.checkpoint import CheckpointError, save_checkpoint
 from repa.trainer.models.ema import EMA
-from repa.trainer.models.pretrained import load_model, open_model
+from repa.trainer.models.pretrained import _weights, load_model, open_model
 from repa.trainer.models.projector import ProjectorConfig
+from repa.trainer.models.published import short
 from repa.trainer.models.sit import SIZES, SiT, sit_config
 
 MLP = ProjectorConfig(kind="mlp", out_dim=5, hidden_dim=7)
@@ -163,3 +166,30 @@ def test_other_models_are_refused_in_words(tmp_path: Path):
     refuse(r"blocks\.3\.mlp\.fc1\.bias is absent, expected \[128\]", missing)
     with pytest.raises(CheckpointError, match="no checkpoint in this run yet"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("emas", [[1], 7, "x", None])
+def test_averages_that_are_no_mapping_are_damage(emas: Any):
+    with pytest.raises(CheckpointError, match=r"a\.pt: .*its emas are a"):
+        _weights({"ema": {}, "emas": emas, "config": {"ema_decay": [0.9]}}, "ema:0.5", Path("a.pt"))
+
+
+@pytest.mark.parametrize("decays", [[], [10**5000], None, "\x1b[31m"])
+def test_averages_are_listed_whatever_their_names(decays: Any):
+    stored = {"ema": {}, "emas": {7: {}, "0.5": {"w": 1}}, "config": {"ema_decay": decays}}
+    assert _weights(stored, "ema:0.5", Path("a.pt")) == {"w": 1}
+    with pytest.raises(
+        UsageError, match=r"holds averages of decay .*, 7, 0\.5; --weights ema:0\.1 names none"
+    ) as error:
+        _weights(stored, "ema:0.1", Path("a.pt"))
+    assert str(error.value).isprintable()
+
+
+def test_a_value_too_large_to_be_written_is_named():
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert short(10**5000) == "a int too large to be shown"
+    assert short(deep) == "a list too large to be shown"
+    assert short([10**5000]) == "a list too large to be shown"
+    assert short(0.9999) == "0.9999"

@@ -154,3 +154,24 @@ def test_without_a_terminal_a_log_is_a_line(capsys):
         progress.advance(1)
         progress.log({"step": 1, "denoising_loss": 0.25, "samples_per_s": 32.0})
     assert capsys.readouterr().out.startswith("step 1/8  denoising 0.2500  32 samples/s")
+
+
+@pytest.mark.parametrize("wall_s", ["null", "[]", '"x"', "1" * 400])
+def test_a_time_that_is_no_number_is_named(wall_s, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "wall_s": {wall_s}}}\n')
+    with pytest.raises(JobError, match="line 1 has a wall_s that is no number of seconds"):
+        MetricsFile(tmp_path, done=1)
+
+
+def test_tensorboards_folder_is_not_entered_through_a_link(tmp_path):
+    pytest.importorskip("tensorboard")
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "tensorboard").symlink_to(other)
+    with pytest.raises(JobError, match="tensorboard is a link, not a folder of the run; remove it"):
+        TensorBoard(tmp_path, done=0)
+    assert not list(other.iterdir())
+    (tmp_path / "tensorboard").unlink()
+    with TensorBoard(tmp_path, done=0) as board:
+        board.write(records(1, 1))
+    assert list((tmp_path / "tensorboard").iterdir())
