@@ -23,7 +23,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.option("--encoder", "encoders", multiple=True, metavar="NAME", help="Encoder to align with, repeatable.")
 @click.option("--autoencoder", metavar="NAME", help="Latents to train on. [default: the only ones in the cache]")
 @click.option("--model", metavar="SiT-B/2", help="SiT-{Ti,S,B,L,XL}/patch.")
-@click.option("--recipe", metavar="NAME", help="sit, repa, irepa, reg, sra, ... (trainer/runs/recipes.yaml).")
+@click.option("--recipe", metavar="NAME", help="sit, repa, irepa, meanflow, reg, sra, ... (trainer/runs/recipes.yaml).")
 @click.option("--init", metavar="RUN|FILE", help="Begin with the weights of a run or a published checkpoint.")
 @click.option("--steps", help="Optimizer steps in all. [default: 400000]")
 @click.option("--batch-size", type=int, help="Samples a step, over all ranks. [default: 256]")

@@ -141,7 +141,7 @@ class MeanFlow(Objective):
 
         rows = self.derived
         with self.autocast(), sdpa_kernel(SDPBackend.MATH):  # no other attention has a forward derivative
-            du_dt = self._derivative(model, *(part[rows].contiguous() for part in (z, r, t, v, labels)))
+            du_dt = self._derivative(model, *(part[rows].clone() for part in (z, r, t, v, labels)))
         target = v.clone()
         target[rows] -= _as_images((t - r)[rows]) * du_dt.float()  # eq. 10; exactly v where r = t
         return Posed(inputs=(z, t, labels, t - r), target=target)

@@ -223,7 +223,7 @@ class Objective:
     def autocast(self) -> torch.autocast:
         """Return the context of the model's passes in `pose`: one of its own, entered for each kind of pass.
 
-        Before PyTorch 2.10 weights that autocast has cast without gradient stay so for the rest of that context.
+        In older PyTorch, weights that were cast without gradient stay so until the context ends (pytorch #112583).
         """
         bf16 = self.given.precision == "bf16"
         return torch.autocast(self.given.device.type, torch.bfloat16, enabled=bf16)

@@ -72,7 +72,7 @@ def build_model(config: RunConfig, reader: CacheReader) -> SiT:
         in_channels=reader.latents.channels,
         num_classes=reader.num_classes,
         **method.model_extras(reader.features, settings_of(config)),
-        **conventions(config.init),
+        **conventions(config.init, config.out),
     )
     for features in reader.features:
         if features.grid != shape.grid:

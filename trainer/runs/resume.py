@@ -50,7 +50,7 @@ def enter_folder(run: Run, *, resume: bool) -> Iterator[None]:
         if stored is not None:
             restore(run, stored)
         elif run.config.init is not None:
-            said = take_weights(run.config.init, run.model, (run.ema, *run.more_emas))
+            said = take_weights(run.config.init, run.model, (run.ema, *run.more_emas), run.norm)
         run.world.wait()  # every rank has looked before rank 0 writes
         if run.world.is_main:
             write_config(run)

@@ -9,7 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...cache_specs.errors import UsageError
+from ..diffusion.latents import LatentNorm
+from ..models.checkpoint import latest_checkpoint
 from ..models.ema import EMA
 from ..models.pretrained import TrainedModel, open_model
 from ..models.sit import SiT
@@ -21,21 +25,30 @@ def initial(path: str) -> TrainedModel:
     return open_model(Path(path))
 
 
-def conventions(path: str | None) -> dict[str, Any]:
-    """Return the fields of `SiTConfig` that come with the weights of `init`."""
-    if path is None:
+def conventions(init: str | None, out: str) -> dict[str, Any]:
+    """Return the fields of `SiTConfig` that came with the weights of `init`: a run that has begun needs it no more."""
+    if init is None:
         return {}
-    shape = initial(path).model.config
+    own = latest_checkpoint(Path(out))
+    shape = initial(init if own is None else str(own)).model.config
     return {"convention": shape.convention, "learn_sigma": shape.learn_sigma}
 
 
-def take_weights(path: str, model: SiT, averages: Sequence[EMA]) -> list[str]:
-    """Give a model and its averages the weights that `init` names; return what to say of it.
+@torch.no_grad()
+def take_weights(path: str, model: SiT, averages: Sequence[EMA], norm: LatentNorm) -> list[str]:
+    """Give a model and its averages the weights that `init` names, for latents normalised by `norm`.
 
     Parts that the checkpoint lacks, a method's own or projectors, stay as the seed drew them; so do projectors of
-    another shape. Raises UsageError where the rest does not fit.
+    another shape. MeanFlow's second time embedder then ends in zero, so that the model answers what the trained one
+    did. Returns what to say of it. Raises UsageError where the rest does not fit, or its latents are normalised
+    otherwise.
     """
     trained = initial(path)
+    if trained.config is not None and (found_norm := trained.latents(None).norm) != norm:  # a published file says none
+        raise UsageError(
+            f"init: the latents of {trained.path} are normalised otherwise (scale {list(found_norm.scale)}, bias "
+            f"{list(found_norm.bias)}; here {list(norm.scale)}, {list(norm.bias)}). Train with its latent_norm"
+        )
     found, ours = trained.model.state_dict(), model.state_dict()
     taken = {name: tensor for name, tensor in found.items() if name in ours and tensor.shape == ours[name].shape}
     unfit = [name for name in found if name not in taken and not name.startswith("projectors.")]
@@ -47,6 +60,9 @@ def take_weights(path: str, model: SiT, averages: Sequence[EMA]) -> list[str]:
             f"({len(unfit)} names differ); start from weights of the same model, latents and classes"
         )
     model.load_state_dict(ours | taken)
+    if model.r_embedder is not None and not any(name.startswith("r_embedder") for name in taken):
+        for parameter in model.r_embedder.mlp[-1].parameters():
+            parameter.zero_()
     for average in averages:
         average.model.load_state_dict(model.state_dict())
     fresh = sorted({name.partition(".")[0] for name in ours if name not in taken})

@@ -26,7 +26,8 @@ def test_a_run_begins_with_the_average_of_another_and_with_nothing_else_of_it(ma
     assert ours["steps"] == 1
     # What was begun goes on without the run that it began with.
     (tmp_path / "first").rename(tmp_path / "moved")
-    repa_train(cache, tmp_path / "run", "--recipe", "repa", "--steps", "2", "--resume", "auto")
+    resumed = repa_train(cache, tmp_path / "run", "--recipe", "repa", "--steps", "2", "--resume", "auto")
+    assert resumed.code == 0, resumed.error
 
 
 def test_a_foreign_convention_comes_with_the_weights(make_cache, repa_train, tmp_path):
