@@ -166,13 +166,13 @@ def _explain(config: "RunConfig", world: "World", *, resume: bool, verbose: bool
 
 def _checked(config: "RunConfig", world: "World", *, resume: bool, verbose: bool = False) -> tuple[str, int]:
     """Check settings, cache and folder, writing nothing; return what would run, and from which step on."""
+    from ..reading.norm import reader_norm
     from ..runs.describe import describe
-    from ..runs.parts import latent_norm
     from ..runs.resume import check_folder
     from ..runs.run import open_cache, record
 
     config, reader = open_cache(config, world)
-    norm = latent_norm(config, reader)
+    norm = reader_norm(reader, config.latent_norm)
     stored = check_folder(Path(config.out), record(config, reader, norm), reader, resume=resume)
     step = stored["steps"] if stored else 0
     return describe(config, reader, norm, world, step=step, verbose=verbose), step

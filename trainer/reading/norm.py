@@ -24,7 +24,7 @@ def reader_norm(reader: CacheReader, mode: Literal["fixed", "channel"]) -> Laten
     if mode == "fixed" and published is None:
         raise UsageError(
             f"latent_norm=fixed: {latents.name} has no published scale in the table of autoencoders. "
-            f"Train with latent_norm=channel"
+            f"Train with --set latent_norm=channel"
         )
     return resolve_latent_norm(
         mode,

@@ -6,8 +6,7 @@ Everything that does not fit is refused here, before the first step.
 import torch
 
 from ...cache_specs.errors import UsageError
-from ...cache_specs.tables import autoencoder_table
-from ..diffusion.latents import LatentNorm, resolve_latent_norm
+from ..diffusion.latents import LatentNorm
 from ..distributed import World
 from ..models.architectures import make_model, model_config
 from ..models.sit import SiT
@@ -84,29 +83,6 @@ def build_model(config: RunConfig, reader: CacheReader) -> SiT:
     projectors = method.projectors(config.alignment, reader.features, shape, settings_of(config))
     depth = config.alignment.encoder_depth if projectors else None
     return make_model(shape, projectors, encoder_depth=depth, seed=config.seed)
-
-
-def latent_norm(config: RunConfig, reader: CacheReader) -> LatentNorm:
-    """Return the numbers between the cache's latents and the model's input."""
-    spec = reader.latents.spec
-    entry = autoencoder_table().get(spec["entry"])
-    # Imported moments may be of other pixels than the published scale is for.
-    published = entry.published if entry and list(entry.pixel_range) == spec["pixel_range"] else None
-    if entry is None and spec.get("scale") is not None:  # an autoencoder of one's own, whose file said so
-        published = (spec["scale"], spec["bias"])
-    if config.latent_norm == "fixed" and published is None:
-        raise UsageError(
-            f"latent_norm=fixed: {reader.latents.name} has no published scale in the table of autoencoders. "
-            f"Train with --set latent_norm=channel"
-        )
-    return resolve_latent_norm(
-        config.latent_norm,
-        channels=reader.latents.channels,
-        published=published or (1.0, 0.0),
-        mean=reader.latents.mean,
-        std=reader.latents.std,
-        where=f"{reader.path}/latents/{reader.latents.name}",
-    )
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -23,13 +23,13 @@ from ..models.sit import SiT
 from ..objectives.objective import Field, Objective
 from ..reading.batches import Batches
 from ..reading.components import choose_component
+from ..reading.norm import reader_norm
 from ..reading.reader import CacheReader
 from ..reading.stage import stage_cache
 from .config import RunConfig
 from .optimizer import GatedAdamW
 from .parts import (
     build_model,
-    latent_norm,
     make_batches,
     make_objective,
     reads_of,
@@ -177,7 +177,7 @@ def prepare(config: RunConfig, world: World, *, copy: Path | None = None) -> Run
     ema, *more_emas = (EMA(model, decay) for decay in config.ema_decay)
     if config.compile:
         model.compile(fullgraph=True)  # in place: parameters keep their names
-    norm = latent_norm(config, reader)
+    norm = reader_norm(reader, config.latent_norm)
     objective = make_objective(config, reader, norm, world)
     return Run(
         config=config,

@@ -17,8 +17,7 @@ from repa.pipeline.models.autoencoders import load_autoencoder
 from repa.trainer import CacheReader
 from repa.trainer.commands.borrowed import load_decoder
 from repa.trainer.diffusion.latents import LatentNorm, LatentSource
-from repa.trainer.runs.config import RunConfig
-from repa.trainer.runs.parts import latent_norm
+from repa.trainer.reading.norm import reader_norm
 
 # A picture's 2 x 2 pixels are the 12 channels of a latent: nothing is lost.
 SOURCE = """
@@ -101,8 +100,7 @@ def test_a_run_takes_its_scale_from_the_file_and_decodes_with_it(
     file, cache = write(tmp_path / "own"), tmp_path / "cache"
     assert build(images, cache, "--autoencoder", file).code == 0
     reader = CacheReader(cache, encoder="hog-grid4")
-    config = RunConfig(recipe="sit", cache=str(cache), out=str(tmp_path / "run"), model="SiT-Ti/2")
-    norm = latent_norm(config, reader)
+    norm = reader_norm(reader, "fixed")
     assert norm == LatentNorm(scale=(0.5,) * 12, bias=(0.25,) * 12)
     latents = reader.latents
     source = LatentSource(name=latents.name, spec=latents.spec, weights=latents.weights, norm=norm)
