@@ -1,7 +1,7 @@
 """Show that each training method learns: train it from one small cache, and say how far its samples are from the data.
 
     python benchmarks/methods.py                            # every method; appends lines to results/methods.jsonl
-    python benchmarks/methods.py --only meanflow --only sit --steps 200 --out /tmp/methods.jsonl
+    python benchmarks/methods.py --only meanflow --only sit --steps 200 --out methods.jsonl
 
 The cache is built from the demo's photographs at 16 px: pixels as latents, HOG tokens as the encoder. Each method
 trains a SiT of 16 tokens for the same number of steps on the same images in the same order, without guidance. The

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...cache_specs.errors import one_line_errors
+from ...cache_specs.errors import expand_home, one_line_errors
 from .said import say
 from .train import CONTEXT
 
@@ -225,7 +225,9 @@ def _schedule(
         asked.append(1)
         os.write(2, b"\nstopping: runs save at their next step. Ctrl-C again aborts\n")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A shell's background job ignores interrupts, and goes on doing so.
+    heard = [kind for kind in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(kind) is not signal.SIG_IGN]
+    before = {kind: signal.signal(kind, ask) for kind in heard}
     try:
         at_once = 1 if serial else machine.parallel
         # Which GPU a run gets is for Ray to decide; on a CPU it would have nothing to do.
@@ -244,6 +246,7 @@ def _schedule(
 
 def ablate() -> None:
     """Entry point of repa-ablate."""
+    expand_home()
     ablate_command(prog_name="repa-ablate")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...cache_specs.errors import one_line_errors
+from ...cache_specs.errors import expand_home, one_line_errors
 from .said import say
 
 if TYPE_CHECKING:
@@ -184,6 +184,7 @@ def train() -> None:
         from ..studies.trial import die_with_parent
 
         die_with_parent()
+    expand_home()
     train_command(prog_name="repa-train")
 
 
