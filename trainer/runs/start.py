@@ -34,38 +34,48 @@ def conventions(init: str | None, out: str) -> dict[str, Any]:
     return {"convention": shape.convention, "learn_sigma": shape.learn_sigma}
 
 
-@torch.no_grad()
 def take_weights(path: str, model: SiT, averages: Sequence[EMA], norm: LatentNorm) -> list[str]:
     """Give a model and its averages the weights that `init` names, for latents normalised by `norm`.
 
-    Parts that the checkpoint lacks, a method's own or projectors, stay as the seed drew them; so do projectors of
-    another shape. MeanFlow's second time embedder then ends in zero, so that the model answers what the trained one
-    did. Returns what to say of it. Raises UsageError where the rest does not fit, or its latents are normalised
-    otherwise.
+    Returns what to say of it. Raises UsageError where they do not fit, or their latents are normalised otherwise.
     """
     trained = initial(path)
-    if trained.config is not None and (found_norm := trained.latents(None).norm) != norm:  # a published file says none
+    if trained.config is not None and (found := trained.latents(None).norm) != norm:  # a published file does not say
         raise UsageError(
-            f"init: the latents of {trained.path} are normalised otherwise (scale {list(found_norm.scale)}, bias "
-            f"{list(found_norm.bias)}; here {list(norm.scale)}, {list(norm.bias)}). Train with its latent_norm"
+            f"init: the latents of {trained.path} are normalised otherwise (scale {list(found.scale)}, bias "
+            f"{list(found.bias)}; here {list(norm.scale)}, {list(norm.bias)}). Train with its latent_norm"
         )
-    found, ours = trained.model.state_dict(), model.state_dict()
+    try:
+        fresh = take_over(model, trained.model)
+    except UsageError as error:
+        raise UsageError(f"init: {trained.path} {error}") from error
+    for average in averages:
+        average.model.load_state_dict(model.state_dict())
+    initial.cache_clear()
+    drawn = f"; drawn from the seed: {', '.join(sorted({name.partition('.')[0] for name in fresh}))}" if fresh else ""
+    num = len(model.state_dict())
+    return [*trained.assumed, f"init: {trained.path}, {num - len(fresh)} of {num} tensors{drawn}"]
+
+
+@torch.no_grad()
+def take_over(model: SiT, trained: SiT) -> list[str]:
+    """Copy the weights of `trained` into `model`; return the names of those that stay as the seed drew them.
+
+    They are what `trained` lacks, projectors of another shape among them. MeanFlow's second time embedder then ends in
+    zero, so that the model answers what the trained one did. Raises UsageError where the rest does not fit.
+    """
+    found, ours = trained.state_dict(), model.state_dict()
     taken = {name: tensor for name, tensor in found.items() if name in ours and tensor.shape == ours[name].shape}
     unfit = [name for name in found if name not in taken and not name.startswith("projectors.")]
     if unfit:
         name = unfit[0]
         has = list(ours[name].shape) if name in ours else "none"
         raise UsageError(
-            f"init: {trained.path} holds {name} {list(found[name].shape)}, and {model.config.name} has {has} "
-            f"({len(unfit)} names differ); start from weights of the same model, latents and classes"
+            f"holds {name} {list(found[name].shape)}, and {model.config.name} has {has} ({len(unfit)} names differ); "
+            f"start from weights of the same model, latents and classes"
         )
     model.load_state_dict(ours | taken)
     if model.r_embedder is not None and not any(name.startswith("r_embedder") for name in taken):
         for parameter in model.r_embedder.mlp[-1].parameters():
             parameter.zero_()
-    for average in averages:
-        average.model.load_state_dict(model.state_dict())
-    fresh = sorted({name.partition(".")[0] for name in ours if name not in taken})
-    initial.cache_clear()
-    drawn = f"; drawn from the seed: {', '.join(fresh)}" if fresh else ""
-    return [*trained.assumed, f"init: {trained.path}, {len(taken)} of {len(ours)} tensors{drawn}"]
+    return [name for name in ours if name not in taken]

@@ -19,13 +19,13 @@ from repa.trainer.diffusion.interpolant import Interpolant
 from repa.trainer.diffusion.latents import LatentNorm
 from repa.trainer.models.blocks import TimestepEmbedder
 from repa.trainer.models.sit import SiT, SiTConfig
-from repa.trainer.models.warm_start import take_over
 from repa.trainer.objectives import meanflow
 from repa.trainer.objectives.alignment import AlignmentConfig
 from repa.trainer.objectives.meanflow import MeanFlow, MeanFlowConfig, MeanFlowField, total_derivative
 from repa.trainer.objectives.objective import Given
 from repa.trainer.objectives.velocity import Velocity
 from repa.trainer.reading.draws import DrawSpec
+from repa.trainer.runs.start import take_over
 from repa.trainer.sampling.samplers import SamplerConfig, sample_latents
 
 from ..models.test_sit import randomized
