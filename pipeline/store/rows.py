@@ -7,7 +7,7 @@ damaged bytes.
 
 import numpy as np
 
-from ...cache_specs.errors import CacheError
+from ...cache_specs.errors import CacheError, reason
 from ...cache_specs.layout import ArrayLayout
 from ...cache_specs.schema import ComponentSpec
 from ...cache_specs.shard_index import ABSENT, CHECKSUM_BYTES, checksum, read_index
@@ -23,7 +23,7 @@ class ComponentRows:
         self._folder = store.path / component.path
         self._views = store.layout.num_views
         self._arrays = {layout.name: layout for layout in component.arrays(store.layout)}
-        self._decode = chunk_decoder(component.compressor)
+        self._compressor = component.compressor
 
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
@@ -45,6 +45,7 @@ class ComponentRows:
         self, layout: ArrayLayout, shard: int, rows: np.ndarray, values: np.ndarray, places: np.ndarray
     ) -> None:
         path = self._folder / layout.name / layout.shard_file(shard)
+        decode = chunk_decoder(self._compressor, layout.inner_bytes)
         with path.open() as source:
             index = read_index(source, layout, where=path)
             chunks = (rows - shard * layout.shard[0]) * self._views
@@ -56,11 +57,14 @@ class ComponentRows:
                 raw = stored[:-CHECKSUM_BYTES]
                 if num_read != length or checksum(raw) != stored[-CHECKSUM_BYTES:].tobytes():
                     raise CacheError(_damaged(path, row, "its checksum does not hold"))
-                data = self._decode(raw)
+                try:
+                    data = decode(raw)
+                except Exception as error:  # the decompressors' own classes
+                    raise CacheError(_damaged(path, row, f"it cannot be decompressed ({reason(error)})")) from error
                 if len(data) != layout.inner_bytes:
                     raise CacheError(_damaged(path, row, f"{len(data)} bytes, expected {layout.inner_bytes}"))
                 values[place] = np.frombuffer(data, dtype=layout.dtype).reshape(values.shape[1:])
 
 
-def _damaged(path: Location, row: int, reason: str) -> str:
-    return f"{path}: sample {row}: {reason}; repa-cache verify lists everything damaged, and says how to mend it"
+def _damaged(path: Location, row: int, what: str) -> str:
+    return f"{path}: sample {row}: {what}; repa-cache verify lists everything damaged, and says how to mend it"

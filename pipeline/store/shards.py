@@ -47,14 +47,45 @@ def chunk_encoder(compressor: str, dtype: str) -> Callable[[np.ndarray], bytes |
     return numcodecs.blosc.Blosc(cname=config["cname"], clevel=config["clevel"], shuffle=shuffle).encode
 
 
-def chunk_decoder(compressor: str) -> Callable[[Any], Any]:
-    """Return the inverse of `chunk_encoder`, from one buffer of bytes to another."""
+def chunk_decoder(compressor: str, num_bytes: int) -> Callable[[Any], Any]:
+    """Return the inverse of `chunk_encoder`, from one buffer of bytes to another, of `num_bytes`.
+
+    What a compressed chunk says of its own size is looked at before memory is taken for it: ValueError where it is
+    another. The decompressors' own errors are of many classes.
+    """
     if compressor == "none":
         return lambda data: data
     import numcodecs.blosc
     import numcodecs.zstd
 
-    return (numcodecs.zstd.Zstd() if compressor == "zstd" else numcodecs.blosc.Blosc()).decode
+    codec = numcodecs.zstd.Zstd() if compressor == "zstd" else numcodecs.blosc.Blosc()
+    claim = _zstd_claim if compressor == "zstd" else _blosc_claim
+
+    def decode(data: Any) -> Any:
+        claimed = claim(bytes(memoryview(data)[:18]))
+        if claimed not in (None, num_bytes):
+            raise ValueError(f"it says that it holds {claimed} bytes, expected {num_bytes}")
+        return codec.decode(data, out=np.empty(num_bytes, dtype=np.uint8))
+
+    return decode
+
+
+def _blosc_claim(head: bytes) -> int | None:
+    """Return the unpacked size in the header of a blosc chunk (blosc/README_CHUNK_FORMAT), None where it is cut."""
+    return int.from_bytes(head[4:8], "little") if len(head) >= 16 else None
+
+
+def _zstd_claim(head: bytes) -> int | None:
+    """Return the unpacked size in the header of a zstd frame (RFC 8878, section 3.1.1.1), None where it says none."""
+    if len(head) < 6:
+        return None
+    descriptor = head[4]
+    single, dictionary = descriptor >> 5 & 1, (0, 1, 2, 4)[descriptor & 3]
+    size = (single, 2, 4, 8)[descriptor >> 6]
+    start = 5 + (1 - single) + dictionary
+    if size == 0 or head[:4] != b"\x28\xb5\x2f\xfd":
+        return None
+    return int.from_bytes(head[start : start + size], "little") + (256 if size == 2 else 0)
 
 
 class ShardWriter:
@@ -149,7 +180,7 @@ def iter_chunks(
     that exist; the last shard has room for more. `checksums` is extended by those that are stored, of which the shard's
     number is made. Raises `CacheError` where the file or its index cannot be used at all.
     """
-    decode = chunk_decoder(compressor)
+    decode = chunk_decoder(compressor, layout.inner_bytes)
     row_shape = layout.inner if len(layout.inner) == 1 else layout.inner[2:]
     with location(path).open() as source:
         for i, data in stored_chunks(source, layout, where=path, checksums=checksums):

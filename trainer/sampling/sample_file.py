@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ...cache_specs.errors import JobError, UsageError, writing
-from ...cache_specs.files.outside import MOST_TABLE_BYTES, read_file
+from ...cache_specs.files.outside import MOST_TABLE_BYTES, UnfitFileError, open_regular, read_file
 from ...cache_specs.files.partial_files import new_file
 from ...cache_specs.files.whole_file import write_whole
 from ...cache_specs.fingerprint import weights_digest
@@ -166,7 +166,8 @@ class _Rows:
 
     def __init__(self, partial: Path, num: int) -> None:
         try:
-            with open(partial / "images.npy", "rb") as file:
+            os.close(open_regular(partial / "done"))
+            with os.fdopen(open_regular(partial / "images.npy"), "rb") as file:
                 np.lib.format.read_magic(file)
                 shape, _, self._dtype = np.lib.format.read_array_header_1_0(file)
                 self._header_bytes = file.tell()
@@ -175,7 +176,7 @@ class _Rows:
             sizes = [os.stat(partial / name).st_size for name in ("images.npy", "done")]
             if shape[0] != num or sizes != [self._header_bytes + num * self._row_bytes, num]:
                 raise ValueError("its files are not of the request's size")
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, UnfitFileError, ValueError) as error:
             raise UsageError(f"{partial} is damaged ({error}); delete it, then give the same command again") from error
         self._images = os.open(partial / "images.npy", os.O_WRONLY | os.O_NOFOLLOW)
         self._done = os.open(partial / "done", os.O_RDWR | os.O_NOFOLLOW)

@@ -11,7 +11,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 from repa.cache_specs.errors import CacheError
 from repa.cache_specs.layout import ArrayLayout
 from repa.cache_specs.shard_index import index_bytes, unpack_index
-from repa.pipeline.store.shards import ShardWriter, iter_chunks, read_shard
+from repa.pipeline.store.shards import ShardWriter, chunk_decoder, chunk_encoder, iter_chunks, read_shard
 
 LAYOUT = ArrayLayout(name="x", shape=(7, 2, 3, 5), dtype="float16", inner=(1, 1, 3, 5), shard=(4, 2, 3, 5))
 
@@ -102,6 +102,37 @@ def test_a_chunk_that_is_whole_and_not_compressed_is_a_problem_of_its_own(
     found = dict(iter_chunks(tmp_path / "c.0", LAYOUT, compressor, num_chunks=8))
     assert sorted(found) == list(range(8))
     assert all(isinstance(what, str) and what.startswith("cannot be decompressed (") for what in found.values())
+
+
+@pytest.mark.parametrize("compressor", ["zstd", "blosc"])
+@pytest.mark.parametrize("claimed", [1, 2**31 - 1])
+def test_a_chunk_that_claims_another_size_is_refused_before_memory_is_taken_for_it(
+    tmp_path: Path, compressor: str, claimed: int
+) -> None:
+    expected, data = LAYOUT.inner_bytes, np.arange(LAYOUT.inner_bytes, dtype=np.uint8)
+    packed = bytearray(chunk_encoder(compressor, "uint8")(data))
+    decode = chunk_decoder(compressor, expected)
+    assert bytes(decode(bytes(packed))) == data.tobytes()
+    if compressor == "blosc":
+        packed[4:8] = claimed.to_bytes(4, "little")
+    else:  # the same frame with a header of four bytes of size, one segment, no dictionary
+        header = 5 + (1 if packed[4] >> 5 & 1 else 0) + (0 if packed[4] >> 5 & 1 else 1)
+        assert packed[4] >> 6 == 0
+        packed[4:header] = bytes([0b1010_0000]) + claimed.to_bytes(4, "little")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"it says that it holds {claimed} bytes, expected {expected}"):
+        decode(bytes(packed))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize("num_bytes", [1, 255, 256, 65_791, 65_792, 1_000_000])
+def test_what_zstd_itself_writes_says_its_size(num_bytes: int) -> None:
+    data = np.zeros(num_bytes, dtype=np.uint8)
+    assert len(chunk_decoder("zstd", num_bytes)(chunk_encoder("zstd", "uint8")(data))) == num_bytes
+    with pytest.raises(ValueError, match="it says that it holds"):
+        chunk_decoder("zstd", num_bytes + 1)(chunk_encoder("zstd", "uint8")(data))
 
 
 def test_a_shard_that_is_not_there(tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ def test_what_is_in_the_way_is_one_line(model: SiT, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["images.npy", "done", "request.json"])
-@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "noise"])
+@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "noise", "FIFO"])
 def test_a_damaged_unfinished_file_is_refused_or_begun_again(model: SiT, tmp_path: Path, name: str, damage: str):
     whole = write(model, tmp_path / "whole.npz").read_bytes()
     out = tmp_path / "a.npz"
@@ -315,7 +315,9 @@ def test_a_damaged_unfinished_file_is_refused_or_begun_again(model: SiT, tmp_pat
     file = tmp_path / "a.npz.partial" / name
     data = file.read_bytes()
     file.unlink()
-    if damage != "gone":
+    if damage == "FIFO":
+        os.mkfifo(file)
+    elif damage != "gone":
         file.write_bytes({"cut": data[:-3], "longer": data + data, "noise": bytes(9)}[damage])
     if name == "request.json" and damage == "gone":
         assert write(model, out).read_bytes() == whole
