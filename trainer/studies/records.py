@@ -26,8 +26,8 @@ from ..runs.metrics import METRICS_FILE
 from ..runs.resume import LOCK_FOLDER
 from ..runs.settings import NOT_SETTINGS, RESOLVED, flatten, used
 from ..runs.stored import CONFIG_FILE, in_todays_words
+from .trial import OUTCOME_FILE
 
-OUTCOME_FILE = "outcome.json"  # {"status": "stopped" or "failed", "reason": one line}, by whoever ended a run early
 DEEPEST = 3  # folders below a study in which a run is looked for
 LIVE_S = 600  # a run whose lock is of another machine trains if it has written within so many seconds
 

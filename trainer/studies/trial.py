@@ -7,7 +7,6 @@ that is finished is not touched. Nothing here imports torch; who schedules sends
 import ctypes
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from ...cache_specs.files.whole_file import write_whole
 
 SETTINGS_FILE = "settings.json"  # of the run, by the study
 LOG_FILE = "log.txt"
-OUTCOME_FILE = "outcome.json"
+OUTCOME_FILE = "outcome.json"  # {"status": "stopped" or "failed", "reason": one line}, by whoever ended a run early
 DIE_WITH_PARENT = "REPA_DIE_WITH_PARENT"  # set for ranks, too: torchrun leaves them alive where it is killed
 GRACE_S = 120.0  # for a run that is asked to stop: it saves at its next step
 STOPPED = -1  # the code of a run that was asked to stop and did
@@ -120,8 +119,3 @@ def last_line(log: Path) -> str:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 10_000))
         lines = file.read().decode(errors="replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")[:1000]
-
-
-def visible(path: str) -> bool:
-    """Whether a run's folder can be seen here: on a cluster the study must lie where every node sees it."""
-    return Path(path, SETTINGS_FILE).exists() and shutil.disk_usage(path).free > 0
