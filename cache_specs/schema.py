@@ -34,6 +34,7 @@ PRECISIONS = ("fp32", "bf16")
 COMPRESSORS = ("none", "zstd", "blosc")
 IMPORTED = "imported"  # key of the spec of latents that `repa-cache import` brought in: from which layout, and how
 UNKNOWN: Final = "unknown"  # weights and precision of what was imported
+TOKENS = "tokens"  # key of the spec of features that repa-features made: a trained model's tokens, of which latents
 
 
 def component_path(kind: str, name: str, dtype: str) -> str:
@@ -75,6 +76,11 @@ class ComponentSpec:
         return self.spec.get(IMPORTED)
 
     @property
+    def tokens(self) -> Mapping[str, Any] | None:
+        """Of which latents and how a trained model's tokens were made, which only repa-features can; else None."""
+        return self.spec.get(TOKENS)
+
+    @property
     def path(self) -> str:
         """The group's path inside the cache: `features/dinov2-vit-b-int8`."""
         return component_path(self.kind, self.name, self.dtype)
@@ -100,6 +106,8 @@ class ComponentSpec:
         """Return the command that builds or finishes this component; only the data's place is not known to a cache."""
         if self.imported is not None:
             return self._import_command(cache)
+        if self.tokens is not None:
+            return self._features_command(cache)
         from .tables import autoencoder_table, encoder_table
 
         request = str(self.spec["entry"])
@@ -120,6 +128,21 @@ class ComponentSpec:
         if self.spec["random_weights"]:
             options.append("--random-weights")
         return f"repa-cache build --data PATH --cache {shlex.quote(str(cache))} {' '.join(options)}"
+
+    def _features_command(self, cache: object) -> str:
+        tokens = self.tokens or {}
+        options = [f"--cache {shlex.quote(str(cache))}", f"--layer {tokens['block']}", f"--t {tokens['t']:g}"]
+        options.append(f"--name {shlex.quote(self.name)}")
+        for option, value, default in (
+            ("weights", tokens["average"], "ema"),
+            ("seed", tokens["seed"], 0),
+            ("dtype", self.dtype, "float16"),
+            ("precision", self.precision, "fp32"),
+            ("compressor", self.compressor, "none"),
+        ):
+            if value != default:
+                options.append(f"--{option} {value}")
+        return f"repa-features RUN {' '.join(options)}"
 
     def _import_command(self, cache: object) -> str:
         imported = self.imported or {}

@@ -12,6 +12,7 @@ import pytest
 from repa.pipeline.commands.cache import cli
 from repa.trainer.commands.ablate import ablate_command
 from repa.trainer.commands.cknna import cknna_command
+from repa.trainer.commands.features import features_command
 from repa.trainer.commands.report import report_command
 from repa.trainer.commands.sample import sample_command
 from repa.trainer.commands.train import resolve_flags, train_command
@@ -22,6 +23,7 @@ PAGES = [*HOUSE.glob("*.md"), *(page for folder in FOLDERS for page in sorted((H
 COMMANDS = {
     "repa-train": train_command,
     "repa-sample": sample_command,
+    "repa-features": features_command,
     "repa-cknna": cknna_command,
     "repa-ablate": ablate_command,
     "repa-report": report_command,

@@ -4,6 +4,8 @@ One cache and one aligned run of a tiny SiT in pixel space, as `make demo` has t
 """
 
 import json
+import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,14 @@ from repa.cache_specs.tables import resolve_encoder
 from repa.kernels import cosine_alignment, reference
 from repa.pipeline.building.build import run_build
 from repa.pipeline.building.plan import BuildOptions
+from repa.pipeline.checking.info import info_lines
+from repa.pipeline.checking.recompute import recompute
 from repa.pipeline.checking.verify import verify
 from repa.pipeline.images import demo_data
 from repa.pipeline.images.decode import decode
 from repa.pipeline.models.encoders import load_encoder
 from repa.trainer import CacheReader, SiT, load_model
+from repa.trainer.commands.features import features_command
 from repa.trainer.commands.sample import sample_command
 from repa.trainer.commands.train import train_command
 from repa.trainer.diffusion.interpolant import Interpolant
@@ -220,3 +225,23 @@ def test_samples_are_more_than_noise(house: House, tmp_path: Path, share_recogni
     print(f"recognised: trained {trained:.2f}, untrained {untrained:.2f}, chance {1 / NUM_CLASSES:.2f}")
     assert trained >= 3 / NUM_CLASSES
     assert untrained < 3 / NUM_CLASSES
+
+
+def test_the_runs_own_tokens_are_a_component_that_is_verified(house: House, tmp_path: Path):
+    cache = Path(shutil.copytree(house.cache, tmp_path / "cache"))
+    features_command.main([str(house.run), "--cache", str(cache), "--layer", "3", "--t", "0.2"], standalone_mode=False)
+    path = f"features/run-s{STEPS}-b3-t0.2"
+    assert verify(cache, on_progress=lambda done, total: None).problems == []
+    agreements = {one.path: one for one in recompute(cache, house.manifest.source, num=4, weights={})}
+    assert [one.path for one in agreements.values() if one.left_out] == [path]
+    assert "only repa-features RUN --cache CACHE --verify derives again" in (agreements[path].left_out or "")
+    lines = list(info_lines(cache))
+    assert "  tokens after block 3 at t 0.2, null label, of latents/pixels" in lines
+
+    shutil.rmtree(cache / path / "valid")
+    lines = list(info_lines(cache))
+    command = f"repa-features RUN --cache {cache} --layer 3 --t 0.2 --name run-s{STEPS}-b3-t0.2"
+    assert f"  finish it: {command}" in lines
+    words = shlex.split(command)[2:]
+    features_command.main([str(house.run), *words], standalone_mode=False)
+    assert verify(cache, on_progress=lambda done, total: None).problems == []

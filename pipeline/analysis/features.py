@@ -167,6 +167,11 @@ def choose_rows(encoders: Sequence[Features], num: int | None) -> np.ndarray:
     rows = np.flatnonzero(np.logical_and.reduce([encoder.valid() for encoder in encoders]))
     if len(rows) == 0:
         raise CacheError("no sample is valid in every encoder that was asked for")
+    return draw_rows(rows, num)
+
+
+def draw_rows(rows: np.ndarray, num: int | None) -> np.ndarray:
+    """Return `num` of these samples, ascending, the same in every run; or all where there are fewer."""
     if num is None or num >= len(rows):
         return rows
     return np.sort(np.random.default_rng(SAMPLE_SEED).choice(rows, num, replace=False))

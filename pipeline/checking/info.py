@@ -48,6 +48,9 @@ def _component_lines(store: CacheStore, opened: Component) -> Iterator[str]:
     if component.imported is not None:
         images = "with its images" if component.imported["images"] else "without images"
         yield f"  imported from the layout {component.imported['layout']}, {images}"
+    if component.tokens is not None:
+        tokens = component.tokens
+        yield f"  tokens after block {tokens['block']} at t {tokens['t']:g}, null label, of {tokens['from']}"
     yield f"  fingerprint {attributes.get('fingerprint')}"
     for name, shape, size in describe(component, store.layout):
         yield f"  {name:<13} {shape:<32} {human_bytes(size)}"
@@ -65,9 +68,9 @@ def _component_lines(store: CacheStore, opened: Component) -> Iterator[str]:
             samples = _ranges(store.layout, missing)
             yield f"  {len(missing)} of {store.layout.num_ranges} ranges missing: samples {samples}"
         yield f"  finish it: {component.build_command(store.path)}"
-        if component.imported is None:
+        if component.tokens is None and component.imported is None:
             yield "    with --labels and --weights as at the first build, if they were given"
-        else:
+        elif component.imported is not None:
             yield "    with --labels and --images as at the first import, if they were given"
 
 

@@ -19,6 +19,7 @@ from ..building.encode import ModelRequest, load_model
 from ..images.decode import decode_batch
 from ..images.manifest import ImageSource
 from ..store.store import CacheStore
+from ..store.token_writer import Tokens, stored_views
 
 BATCH = 8
 SEED = 0  # the same samples each time
@@ -81,14 +82,50 @@ def recompute(
     rows = np.flatnonzero(valid)
     if not len(rows):
         raise CacheError(f"{cache}: no sample is valid in every component")
-    rows = np.sort(np.random.default_rng(SEED).choice(rows, min(num, len(rows)), replace=False))
+    rows = _some(rows, num)
     return [
-        # Whose weights made imported latents is not known, so that a difference would say nothing.
-        Agreement(path=component.path, left_out="imported, of weights that are not known")
-        if component.imported
+        Agreement(path=component.path, left_out=why)
+        if (why := _not_from_images(component))
         else _recompute_component(store, component, source, rows, weights, device, entries)
         for component in components
     ]
+
+
+def compare_tokens(store: CacheStore, component: ComponentSpec, tokens: Tokens, *, num: int) -> Agreement:
+    """Compare what is stored of `num` samples of a finished component with what `tokens` gives."""
+    if num < 1:
+        raise UsageError(f"--num {num}: expected 1 or more samples")
+    rows = np.flatnonzero(store.read(f"{component.path}/valid", 0, store.layout.num_samples))
+    agreement = Agreement(path=component.path)
+    if not len(rows):
+        return agreement
+    rows = _some(rows, num)
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        fresh = stored_views(tokens(part), component.dtype)
+        for i, row in enumerate(part.tolist()):
+            views = [
+                {name: values[i, view] for name, values in fresh.items()} for view in range(store.layout.num_views)
+            ]
+            _compare(
+                agreement, store, component, row, f"{component.path}: sample {row}", views, "the tokens derived again"
+            )
+    return agreement
+
+
+def _some(rows: np.ndarray, num: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(SEED).choice(rows, min(num, len(rows)), replace=False))
+
+
+def _not_from_images(component: ComponentSpec) -> str | None:
+    """Return why the images of a component cannot be encoded to it here, None where they can."""
+    if component.imported:  # whose weights made it is not known, so that a difference would say nothing
+        return "imported, of weights that are not known"
+    if component.tokens:
+        return (
+            f"tokens of a {component.spec['model']}, which only repa-features RUN --cache CACHE --verify derives again"
+        )
+    return None
 
 
 def _recompute_component(
@@ -135,19 +172,31 @@ def _recompute_component(
             if i in batch.bad:
                 agreement.problems.append(f"{where}: {batch.bad[i]}")
                 continue
-            stored = _stored_sample(store, component, row)
-            for view, arrays in enumerate(fresh):
-                cosine = _cosines(
-                    component, {k: v[view] for k, v in stored.items()}, {k: v[i] for k, v in arrays.items()}
-                )
-                agreement.cosines.append(cosine)
-                if len(cosine) and cosine.mean() < MIN_COSINE:
-                    agreement.problems.append(
-                        f"{where}, view {store.layout.views[view]}: the image's values have cosine {cosine.mean():.3f} "
-                        f"with those stored (expected {MIN_COSINE} or more); the file was changed, or what encodes it"
-                    )
-            agreement.num_samples += 1
+            views_of_row = [{name: values[i] for name, values in arrays.items()} for arrays in fresh]
+            _compare(agreement, store, component, row, where, views_of_row, "the image's values")
     return agreement
+
+
+def _compare(
+    agreement: Agreement,
+    store: CacheStore,
+    component: ComponentSpec,
+    row: int,
+    where: str,
+    fresh: Sequence[Mapping[str, np.ndarray]],
+    what: str,
+) -> None:
+    """Compare a sample's stored values with those made again, `fresh` a view; note the cosines and what is wrong."""
+    stored = _stored_sample(store, component, row)
+    for view, arrays in enumerate(fresh):
+        cosine = _cosines(component, {name: values[view] for name, values in stored.items()}, arrays)
+        agreement.cosines.append(cosine)
+        if len(cosine) and cosine.mean() < MIN_COSINE:
+            agreement.problems.append(
+                f"{where}, view {store.layout.views[view]}: {what} have cosine {cosine.mean():.3f} "
+                f"with those stored (expected {MIN_COSINE} or more); the file was changed, or what encodes it"
+            )
+    agreement.num_samples += 1
 
 
 def _stored_sample(store: CacheStore, component: ComponentSpec, row: int) -> dict[str, np.ndarray]:

@@ -21,10 +21,14 @@ def complete_component(
 
     `reasons` are those found by this build, by row. Raises `JobError` where a row was left out that could be used now.
     """
-    bad = _bad_files(store, component, manifest, reasons)
+    return complete_without(store, component, _bad_files(store, component, manifest, reasons))
+
+
+def complete_without(store: CacheStore, component: ComponentSpec, bad: Mapping[str, str]) -> dict[str, Any]:
+    """Complete a component that has all its ranges; `bad` says by sample id why a row is not valid."""
     results = component_statistics(store, component)
     if bad:
-        results[BAD_FILES] = bad
+        results[BAD_FILES] = dict(bad)
     results |= binding(store, component, bind_ranges(store, component))
     store.complete_component(component, results)
     return results

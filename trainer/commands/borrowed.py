@@ -1,4 +1,4 @@
-"""What the trainer borrows from `repa.pipeline`: decoders, encoders, Inception, CKNNA, Ray, and what reports show.
+"""What the trainer borrows from `repa.pipeline`: decoders, encoders, the store, metrics, Ray, and what reports show.
 
 The composition root: no other module of the trainer imports the pipeline, and this one does so only when a function is
 called. It hands out plain callables; training itself needs none of them.
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...cache_specs.errors import UsageError
+from ...cache_specs.schema import TOKENS, ComponentSpec
 from ..diffusion.latents import LatentSource
 from ..evaluating.evaluation import Evaluation, Scorer, open_reference
 from ..runs.run import Run, latent_source
@@ -21,7 +22,11 @@ from ..studies.trial import Trial, run_trial
 from .said import say
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+    from ...pipeline.analysis.scan import Measures, TokenScan
+    from ...pipeline.checking.recompute import Agreement
+    from ...pipeline.store.token_writer import Tokens
 
 
 def load_decoder(
@@ -170,3 +175,60 @@ def component_pictures(
     from ...pipeline.analysis.gallery import component_pictures
 
     return component_pictures(cache, encoders, num, gamma=gamma, **source)
+
+
+def model_digest(model: "nn.Module") -> str:
+    """Return what identifies a model's weights in a component."""
+    from ...pipeline.models.weights import digest_of
+
+    return digest_of(model)
+
+
+def write_tokens(
+    cache: str,
+    component: ComponentSpec,
+    tokens: "Tokens",
+    *,
+    batch_size: int,
+    on_start: Callable[[int, int], None],
+    on_progress: Callable[[int], None],
+) -> int:
+    """Write a component of a model's tokens into a cache; return how many samples were missing of it."""
+    from ...pipeline.store.store import CacheStore
+    from ...pipeline.store.token_writer import source_of
+    from ...pipeline.store.token_writer import write_tokens as write
+
+    store = CacheStore.open(cache)
+    source = source_of(store, component.spec[TOKENS]["from"])
+    return write(store, component, source, tokens, batch_size=batch_size, on_start=on_start, on_progress=on_progress)
+
+
+def token_components(cache: str) -> list[ComponentSpec]:
+    """Return the finished components of a cache that are tokens of a model of the trainer's."""
+    from ...pipeline.store.store import CacheStore
+
+    store = CacheStore.open(cache)
+    found = [component for path in store.components() if (component := store.opened(path)) and component.complete]
+    return [one.spec for one in found if one.spec.tokens]
+
+
+def compare_tokens(cache: str, component: ComponentSpec, tokens: "Tokens", *, num: int) -> "Agreement":
+    """Compare `num` samples of a component with what `tokens` gives."""
+    from ...pipeline.checking.recompute import compare_tokens as compare
+    from ...pipeline.store.store import CacheStore
+
+    return compare(CacheStore.open(cache), component, tokens, num=num)
+
+
+def measured_rows(rows: np.ndarray, num: int) -> np.ndarray:
+    """Return `num` of these samples, or all of them where there are fewer: those that `repa-cache probe` takes."""
+    from ...pipeline.analysis.features import draw_rows
+
+    return draw_rows(rows, num)
+
+
+def token_scan(title: str, grid: tuple[int, int], **options: Any) -> "tuple[TokenScan, Callable[[], Measures]]":
+    """Return what figures of tokens are gathered in, and the function that makes an empty place of it."""
+    from ...pipeline.analysis.scan import Measures, TokenScan
+
+    return TokenScan(title, **options), lambda: Measures(grid)

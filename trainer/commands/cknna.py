@@ -28,6 +28,8 @@ def cknna_command(checkpoint: Path, **options: Any) -> None:
 
     \b
     repa-cknna runs/irepa --cache caches/in1k --encoder dinov2-vit-b --depth 4 --depth 8 --time 0.5
+
+    Layers are taken under the null label: a true one lies in every token, and would be measured with them.
     """
     with one_line_errors("repa-cknna"):
         _cknna(checkpoint, **options)

@@ -1,7 +1,12 @@
-"""What a trained SiT holds inside: the mean-pooled tokens after its blocks, for noised latents at a given time.
+"""What a trained SiT holds inside: the patches' tokens after its blocks, for noised latents at a given time.
 
-REPA compares them with an encoder's (CKNNA). The noise of a sample is a function of (seed, row), labels are the true
-ones.
+    x_t = alpha(t) x + sigma(t) eps        t = 0 data, t = 1 noise, as in training
+    f_l = tokens of the patches after block l, l from 1; f_0 before the first: patches embedded, positions added
+
+Labels are the null label: a true one would be in the tokens, and whatever is measured on them would measure it.
+
+`pooled_layers` is REPA's measurement (CKNNA with an encoder): latents drawn from the posterior, noise a function of
+(seed, row), tokens averaged. A SiT as an encoder: layer_tokens.py.
 """
 
 import math
@@ -44,18 +49,8 @@ def pooled_layers(
     do not fit.
     """
     depths = tuple(dict.fromkeys(depths))
-    outside = [depth for depth in depths if not 1 <= depth <= model.config.depth]
-    if outside or not depths:
-        raise UsageError(f"depth {outside or 'none'}: {model.config.name} has blocks 1 to {model.config.depth}")
-    if not 0 <= t <= 1:
-        raise UsageError(f"t is {t}; expected 0 (data) to 1 (noise)")
-    shape = (reader.latents.channels, *reader.latents.size)
-    expected = (model.config.in_channels, model.config.input_size, model.config.input_size)
-    if shape != expected or reader.num_classes != model.config.num_classes:
-        raise UsageError(
-            f"{reader.path} has latents {list(shape)} of {reader.num_classes} classes; the model takes "
-            f"{list(expected)} of {model.config.num_classes}"
-        )
+    check_depths(model, depths)
+    check_fits(model, reader, t)
     width = model.config.cls_width
     if width is not None and not (
         reader.features and reader.features[0].cls_token and reader.features[0].width == width
@@ -65,14 +60,9 @@ def pooled_layers(
             f"{reader.path}: {model.config.name} takes a class token of {width} channels, which {found_names} has not. "
             f"Name a cache that holds the encoder it was trained with"
         )
-    num_patches = math.prod(model.grid)  # what stands before them are class tokens
     device = model.pos_embed.device
+    shape = (reader.latents.channels, *reader.latents.size)
     found: dict[int, list[Tensor]] = {depth: [] for depth in depths}
-
-    def keep(depth: int) -> Any:
-        return lambda _module, _inputs, tokens: found[depth].append(tokens[:, -num_patches:].float().mean(1).cpu())
-
-    hooks = [model.blocks[depth - 1].register_forward_hook(keep(depth)) for depth in depths]
     was_training = model.training
     model.eval()
     try:
@@ -84,17 +74,78 @@ def pooled_layers(
             x = to_model_input(draw_latents(batch.moments, posterior, reader.latents.kind), *norm.tensors("cpu"))
             times = torch.full((len(x),), t)
             x_t, _ = interpolant.x_t_and_velocity(x, noise_scale * eps, times)
-            inputs: list[Tensor | None] = [x_t, times, batch.labels]
+            inputs: list[Tensor | None] = [x_t, times, null_labels(model, len(x))]
             if width is not None:
                 cls_token = batch.features[0].cls_token
                 assert cls_token is not None
                 inputs += [None, interpolant.x_t_and_velocity(cls_token.float(), cls_noise, times)[0]]
-            model(*(None if value is None else value.to(device) for value in inputs))
+            given = tuple(None if value is None else value.to(device) for value in inputs)
+            for depth, tokens in tokens_after(model, given, depths).items():
+                found[depth].append(tokens.float().mean(1).cpu())
     finally:
         model.train(was_training)
+    return {depth: torch.cat(parts) for depth, parts in found.items()}
+
+
+def check_depths(model: SiT, depths: Sequence[int], *, first: int = 1) -> None:
+    """Raise UsageError unless `depths` are some of the model's, from `first` on."""
+    outside = [depth for depth in depths if not first <= depth <= model.config.depth]
+    if outside or not depths:
+        raise UsageError(
+            f"depth {', '.join(map(str, outside)) or 'none'}: {model.config.name} has blocks {first} to "
+            f"{model.config.depth}"
+        )
+
+
+def check_fits(model: SiT, reader: CacheReader, t: float) -> None:
+    """Raise UsageError for a time that is none, or latents that the model does not take."""
+    if not 0 <= t <= 1:
+        raise UsageError(f"t is {t}; expected 0 (data) to 1 (noise)")
+    shape = (reader.latents.channels, *reader.latents.size)
+    expected = (model.config.in_channels, model.config.input_size, model.config.input_size)
+    if shape != expected:
+        raise UsageError(f"{reader.path} has latents {list(shape)}; the model takes {list(expected)}")
+
+
+class _Reached(Exception):  # no error: the last block that was asked for has answered
+    pass
+
+
+def tokens_after(model: SiT, inputs: tuple[Tensor | None, ...], depths: Sequence[int]) -> dict[int, Tensor]:
+    """Return the patches' tokens [b,T,D] after each of these blocks, 0 before the first; no later block is run."""
+    num_patches = math.prod(model.grid)  # what stands before them are class tokens
+    found: dict[int, Tensor] = {}
+
+    def keep(depth: int, tokens: Tensor) -> None:
+        found[depth] = tokens[:, -num_patches:]
+        if len(found) == len(set(depths)):
+            raise _Reached
+
+    def before(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+        keep(0, inputs[0])
+
+    def after(depth: int) -> Any:
+        return lambda _module, _inputs, tokens: keep(depth, tokens)
+
+    hooks = [
+        model.blocks[depth - 1].register_forward_hook(after(depth))
+        if depth
+        else model.blocks[0].register_forward_pre_hook(before)
+        for depth in set(depths)
+    ]
+    try:
+        model(*inputs)
+    except _Reached:
+        pass
+    finally:
         for hook in hooks:
             hook.remove()
-    return {depth: torch.cat(parts) for depth, parts in found.items()}
+    return {depth: found[depth] for depth in depths}
+
+
+def null_labels(model: SiT, num: int) -> Tensor:
+    """Return the null label `num` times, on the model's device."""
+    return torch.full((num,), model.null_label, device=model.pos_embed.device)
 
 
 def _noise(seed: int, row: int, shape: tuple[int, ...], cls_width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ bare state dict; published.py reads its architecture and its convention.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ...cache_specs.errors import UsageError
 from ..diffusion.interpolant import Interpolant
 from ..diffusion.latents import LatentSource
 from .architectures import make_model, recorded_config
-from .checkpoint import CheckpointError, damaged, latest_checkpoint, load_checkpoint
+from .checkpoint import EMA_FOLDER, FOLDER, CheckpointError, damaged, latest_checkpoint, load_checkpoint
 from .jit import JiT
 from .projector import ProjectorConfig
 from .published import Published, bare_names, is_sit, listed, read_published, settings, short
@@ -39,6 +39,13 @@ class TrainedModel:
     interpolant: Interpolant
     config: dict[str, Any] | None
     assumed: tuple[str, ...] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)  # of what our own run was trained on
+
+    @property
+    def run(self) -> str:
+        """The name of the run that it is of: its folder's, or that of a lone file."""
+        folder = self.path.resolve().parent
+        return folder.parent.name if folder.name in (FOLDER, EMA_FOLDER) else self.path.stem
 
     @property
     def method(self) -> Mapping[str, Any]:
@@ -128,6 +135,7 @@ def open_model(path: str | Path, *, weights: str = "ema", convention: Convention
         interpolant=Interpolant(path=built.path),
         config=config,
         assumed=(*assumed, *built.assumed),
+        fingerprints=stored["fingerprints"] if isinstance(stored.get("fingerprints"), Mapping) else {},
     )
 
 

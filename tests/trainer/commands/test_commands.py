@@ -26,8 +26,9 @@ def test_help_loads_nothing_heavy():
     program = (
         "import sys\n"
         "from click.testing import CliRunner\n"
-        "from repa.trainer.commands import cknna, sample, train\n"
-        "for command in (train.train_command, sample.sample_command, cknna.cknna_command):\n"
+        "from repa.trainer.commands import cknna, features, sample, train\n"
+        "commands = (train.train_command, sample.sample_command, cknna.cknna_command, features.features_command)\n"
+        "for command in commands:\n"
         "    result = CliRunner().invoke(command, ['--help'])\n"
         "    assert result.exit_code == 0 and 'runs/irepa' in result.output, result.output\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])\n"

@@ -39,9 +39,9 @@ def test_layers_are_the_blocks_outputs_pooled(make_cache, model):
     x_t = 0.7 * (z - bias) * scale + 0.3 * noise[:, 1]
     with torch.no_grad():
         tokens = model.x_embedder(x_t) + model.pos_embed
-        labels = torch.from_numpy(written.arrays["label"][rows]).long()
         t = 0.3 if model.config.convention == "repa" else 0.7
-        conditioning = model.t_embedder(torch.full((5,), t)) + model.y_embedder(labels)
+        null = torch.full((5,), 3)  # of three classes: a true label would be in the tokens
+        conditioning = model.t_embedder(torch.full((5,), t)) + model.y_embedder(null)
         for depth, block in enumerate(model.blocks, start=1):
             tokens = block(tokens, conditioning)
             torch.testing.assert_close(found[depth], tokens.mean(1), rtol=1e-5, atol=1e-5)
@@ -53,13 +53,23 @@ def test_layers_are_the_blocks_outputs_pooled(make_cache, model):
 def test_what_does_not_fit_is_refused(make_cache, model):
     reader = CacheReader(make_cache().path, encoder=())
     arguments = {"norm": NORM, "interpolant": Interpolant()}
-    with pytest.raises(UsageError, match=r"depth \[3\]: SiT-Ti/2 has blocks 1 to 2"):
+    with pytest.raises(UsageError, match="depth 3: SiT-Ti/2 has blocks 1 to 2"):
         pooled_layers(model, reader, np.arange(4), t=0.5, depths=[1, 3], **arguments)
     with pytest.raises(UsageError, match=r"t is 1.5; expected 0 \(data\) to 1 \(noise\)"):
         pooled_layers(model, reader, np.arange(4), t=1.5, depths=[1], **arguments)
-    other = CacheReader(make_cache(num_classes=2).path, encoder=())
-    with pytest.raises(UsageError, match="of 2 classes; the model takes"):
+    other = CacheReader(make_cache(size=4).path, encoder=())
+    with pytest.raises(UsageError, match=r"has latents \[3, 4, 4\]; the model takes \[3, 8, 8\]"):
         pooled_layers(model, other, np.arange(4), t=0.5, depths=[1], **arguments)
+
+
+def test_labels_are_not_in_the_layers(make_cache, model):
+    reader = CacheReader(make_cache().path, encoder=())
+    arguments = {"t": 0.5, "depths": [1, 2], "norm": NORM, "interpolant": Interpolant()}
+    found = pooled_layers(model, reader, np.arange(6), **arguments)
+    reader.labels = (reader.labels + 1) % 3
+    again = pooled_layers(model, reader, np.arange(6), **arguments)
+    for depth, tokens in found.items():
+        torch.testing.assert_close(again[depth], tokens, rtol=0, atol=0)
 
 
 def test_the_command_prints_a_figure_a_depth_and_time(make_cache, repa_train, tmp_path: Path, capsys):
