@@ -7,7 +7,7 @@ commands: `--help` answers at once.
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -21,9 +21,6 @@ from .metrics import COMMANDS, ENTRY
 from .progress import Progress
 from .said import say
 
-if TYPE_CHECKING:
-    from ..images.manifest import ImageSource
-
 MAX_LISTED = 20  # damaged files in the line that removes them; verify has named them all above it
 
 
@@ -34,13 +31,6 @@ MAX_LISTED = 20  # damaged files in the line that removes them; verify has named
 @click.version_option(package_name="repa-cache")
 def cli() -> None:
     """Precompute autoencoder latents and frozen-encoder tokens once; train from them many times."""
-
-
-def _source(data: str) -> "ImageSource":
-    """Return where pictures are read from, without listing them."""
-    from ..images.manifest import FolderSource
-
-    return manifest_of(data, None).source if data == "demo" else FolderSource(Path(data).absolute())
 
 
 def _default_device() -> str:
@@ -113,8 +103,9 @@ def verify(
 def _recompute(cache: str, num: int, data: str, options: dict[str, Any]) -> None:
     from ..checking.recompute import recompute
 
+    from ..images.demo_data import source_of
     problems = []
-    for agreement in recompute(cache, _source(data), num=num, **options):
+    for agreement in recompute(cache, source_of(data), num=num, **options):
         problems += agreement.problems
         if agreement.left_out:
             say(f"{agreement.path}: not encoded again: {agreement.left_out}")

@@ -7,12 +7,12 @@ function of (photograph, index) alone: square, between a fifth and a half of the
 import functools
 import io
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from .manifest import Manifest
+from .manifest import FolderSource, ImageSource, Manifest
 
 PHOTOGRAPHS = (
     "astronaut",
@@ -70,3 +70,8 @@ def demo_manifest() -> Manifest:
         class_names=PHOTOGRAPHS,
         source=DemoSource(),
     )
+
+
+def source_of(data: str) -> ImageSource:
+    """Return where the pictures of a folder, or of the demo, are read from, without listing them."""
+    return DemoSource() if data == "demo" else FolderSource(Path(data).absolute())

@@ -13,7 +13,11 @@ import numpy as np
 from ...cache_specs.errors import UsageError
 from ...cache_specs.schema import TOKENS, ComponentSpec
 from ..diffusion.latents import LatentSource
+from ..distributed import World
 from ..evaluating.evaluation import Evaluation, Scorer, open_reference
+from ..reading.online import Online
+from ..reading.specs import FeatureSpec
+from ..runs.config import RunConfig
 from ..runs.run import Run, latent_source
 from ..sampling.sample import Decoder
 from ..studies.pictures import RealImages
@@ -59,6 +63,47 @@ def load_decoder(
             f"({source.weights}). Give the same ones with --autoencoder-weights (in training grid.autoencoder_weights)"
         )
     return loaded.decode, f"{source.spec['entry']} {loaded.weights}"
+
+
+def load_online(config: RunConfig, world: World, *, cls_token: bool) -> Online:
+    """Return the encoders of a run that computes them from `config.online.data`, on the device of its rank.
+
+    Raises UsageError where one cannot be had, is not that of the cache, or has no class token and the method takes it.
+    """
+    from ...pipeline.building.online import open_encoders, open_images
+    from ...pipeline.commands.build import weights_of
+    from ...pipeline.images.demo_data import source_of
+
+    settings, latents = config.online, config.autoencoder
+    assert settings.data is not None
+    assert latents is not None
+    images = open_images(config.cache, latents, source_of(settings.data), where=settings.data)
+    encoders = open_encoders(
+        config.cache,
+        latents,
+        config.encoders,
+        weights=weights_of(settings.weights),
+        device=str(world.device),
+        entries=config.entries,
+    )
+    return Online(
+        features=tuple(
+            FeatureSpec(
+                name=one.name,
+                grid=tuple(one.encoder.spec["grid"]),
+                width=one.encoder.spec["width"],
+                dtype="float32",
+                group=one.name.partition(":")[0],
+                layer=one.layer,
+                cls_token=bool(one.encoder.spec["cls_token"]),
+            )
+            for one in encoders
+        ),
+        stored=tuple(one.name for one in encoders if one.stored),
+        fingerprints={one.name: one.fingerprint for one in encoders},
+        crops=images.crops,
+        encode=lambda pictures: [one.arrays(pictures, cls_token=cls_token) for one in encoders],
+    )
 
 
 def load_evaluation(run: Run) -> Evaluation:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...cache_specs.errors import expand_home, one_line_errors
+from ...cache_specs.errors import UsageError, expand_home, one_line_errors
 from .said import say
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.option("--cache", metavar="DIR|URL", help="Cache made by repa-cache build: a folder, s3://bucket/prefix.")
 @click.option("--stage", metavar="DIR", help="Copy what is read to a local disk first; all runs share the copy.")
 @click.option("--encoder", "encoders", multiple=True, metavar="NAME", help="Encoder to align with, repeatable.")
+@click.option("--online", multiple=True, metavar="NAME", help="Encoder to compute at each step, for comparison.")
+@click.option("--data", metavar="PATH|demo", help="The images that --online computes from.")
 @click.option("--autoencoder", metavar="NAME", help="Latents to train on. [default: the only ones in the cache]")
 @click.option("--model", metavar="SiT-B/2", help="SiT-{Ti,S,B,L,XL}/patch.")
 @click.option("--recipe", metavar="NAME", help="sit, repa, irepa, meanflow, reg, sra, ... (trainer/runs/recipes.yaml).")
@@ -95,7 +97,12 @@ def resolve_flags(
     from ..runs.settings import Layer, file_layer, recipe_layer, required, resolve, set_layer
     from ..runs.stored import named_run, stored_layer
 
-    names = {"lr": "optimizer.learning_rate", "gamma": "alignment.gamma"}
+    online = flags.get("online")
+    if online and flags.get("encoders"):
+        raise UsageError("--encoder reads tokens and --online computes them; name all encoders with one of the two")
+    if flags.get("data") and not online and resume is None:
+        raise UsageError("--data is what --online computes encoders from; add --online NAME, or leave it out")
+    names = {"lr": "optimizer.learning_rate", "gamma": "alignment.gamma", "online": "encoders", "data": "online.data"}
     given = {names.get(key, key): value for key, value in flags.items() if value not in (None, ())}
     if resume not in (None, "auto"):
         given = named_run(Path(resume), given)
@@ -103,7 +110,10 @@ def resolve_flags(
     own = None if resume is None else stored_layer(Path(required("out", sources)))
     if own is None:
         own = recipe_layer(required("recipe", sources), required("model", sources))
-    return resolve([own, *sources])
+    config = resolve([own, *sources])
+    if online and config.online.data is None:
+        raise UsageError("--online computes encoders from the images of the cache; name their folder with --data")
+    return config
 
 
 def _train(config: "RunConfig", world: "World", *, resume: bool, verbose: bool) -> None:
@@ -113,14 +123,14 @@ def _train(config: "RunConfig", world: "World", *, resume: bool, verbose: bool) 
     from ..runs.resume import enter_folder
     from ..runs.run import latent_source, prepare
     from ..training.loop import train
-    from .borrowed import load_decoder, load_evaluation
+    from .borrowed import load_decoder, load_evaluation, load_online
 
     raise_limit()  # a global shuffle comes by every shard: thousands of files
     copy = None
     if config.stage is not None:
         _checked(config, world, resume=resume)  # what would be refused is so before hours of copying
         config, copy = _staged(config, world)
-    run = prepare(config, world, copy=copy)
+    run = prepare(config, world, copy=copy, online=load_online)
     decode = None
     if config.grid.every and world.is_main:
         weights = None if config.grid.autoencoder_weights is None else Path(config.grid.autoencoder_weights)
@@ -171,9 +181,10 @@ def _checked(config: "RunConfig", world: "World", *, resume: bool, verbose: bool
     from ..runs.resume import check_folder
     from ..runs.run import open_cache, record
 
-    config, reader = open_cache(config, world)
+    config, reader = open_cache(config, world, online=load_online)
     norm = reader_norm(reader, config.latent_norm)
     stored = check_folder(Path(config.out), record(config, reader, norm), reader, resume=resume)
+    from .borrowed import load_online
     step = stored["steps"] if stored else 0
     return describe(config, reader, norm, world, step=step, verbose=verbose), step
 

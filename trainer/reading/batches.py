@@ -110,10 +110,15 @@ class Batches:
         reader, data = self._reader_at(step), out.data
         if reader is not self.reader:
             if data not in self._shares:
-                self._shares[data] = dataclasses.replace(data, features=[])
+                self._shares[data] = dataclasses.replace(data, features=[], images=None)
             data = self._shares[data]
         reader.rows(self.rows(step, micro), draws["views"].numpy(), out=data)
         return MicroBatch(data=data, draws=draws)
+
+    def complete(self, batch: MicroBatch) -> MicroBatch:
+        """Return a micro-batch, on the training device by now, with what is left to compute there."""
+        data = self.reader.complete(batch.data)
+        return batch if data is batch.data else dataclasses.replace(batch, data=data)
 
     def _reader_at(self, step: int) -> CacheReader:
         return self.reader if self._later is None or step < self._later[0] else self._later[1]

@@ -97,10 +97,10 @@ class ReadAhead:
             raise item
         if item.copied is None or self._copies is None:
             self._in_use = item.buffers
-            return item.batch
+            return self._batches.complete(item.batch)
         # Given back here and not by the thread: the ring also bounds how many batches wait on the device.
         self._free.put((item.buffers, item.copied))
-        return self._copies.hand_over(item.batch, item.copied)
+        return self._batches.complete(self._copies.hand_over(item.batch, item.copied))
 
     def _read(self) -> None:
         try:

@@ -33,7 +33,7 @@ class FeatureSpec:
     name: str  # what --encoder calls it
     grid: tuple[int, int]
     width: int
-    dtype: Literal["float16", "int8"]
+    dtype: Literal["float16", "int8", "float32"]  # float32: computed, not read (online.py)
     group: str  # in features/
     layer: int | None  # of a group of several layers
     cls_token: bool  # whether a class token is stored too

@@ -75,6 +75,14 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """Encoders computed at each step from the images, to compare with a run that reads them from the cache."""
+
+    data: str | None = None  # the images, as in repa-cache build --data; null: tokens are read
+    weights: tuple[str, ...] = ()  # NAME=FILE of local weights; else the hub's
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A training run. Defaults are SiT's and REPA's published ones."""
 
@@ -107,7 +115,8 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    entries: tuple[str, ...] = ()  # files of networks of one's own (loader: python), for evaluation and grids
+    online: OnlineConfig = field(default_factory=OnlineConfig)
+    entries: tuple[str, ...] = ()  # files of networks of one's own (loader: python), for what loads networks
     log_every: int = 50  # steps between two lines of the log
     save_every: int = 10_000  # steps between two checkpoints
     save_minutes: float | None = 15.0  # at the latest so long after the last checkpoint; null: by steps alone
@@ -141,6 +150,15 @@ class RunConfig:
                 f"{', '.join(self.encoders)}. Leave it out, or choose a recipe such as irepa"
             )
         for section in sorted(other_sections(self.objective)):
+        if self.online.data is not None:
+            if not reads.patch_tokens or not self.encoders:
+                raise UsageError(
+                    "online.data computes encoders from images; name those, --online NAME, or leave it out"
+                )
+            if self.stage is not None:
+                raise UsageError(
+                    "--stage copies what is read, and with online.data tokens are not; leave one of them out"
+                )
             if getattr(self, section) != type(getattr(self, section))():
                 raise UsageError(
                     f"recipe {self.recipe} trains by objective={self.objective}, which does not look at {section}.*; "
@@ -176,6 +194,7 @@ MAY_CHANGE = frozenset(
     | {f"grid.{item.name}" for item in fields(GridConfig)}
     | {f"evaluation.{item.name}" for item in fields(EvaluationConfig)}
 )
+    | {f"online.{item.name}" for item in fields(OnlineConfig)}
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -43,6 +43,7 @@ def describe(
         f"model: {config.model}, {total - in_projectors:.1f} M parameters; projectors {in_projectors:.1f} M; "
         f"{config.precision} on {world.device.type}" + (f", {world.size} ranks" if world.size > 1 else ""),
         f"data: {config.cache}, {config.autoencoder}{encoders}",
+        *_online(config),
         f"data: {len(reader.valid_rows)} of {reader.num_samples} samples, {num_views} view(s), "
         f"{row_bytes / 1024:.1f} KiB a sample, {row_bytes * config.batch_size / 2**20:.2f} MiB a step",
         f"read ahead: {ahead} x {human_bytes(batches.num_bytes)} on every rank{over}",
@@ -56,6 +57,16 @@ def describe(
         lines.insert(0, yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=WIDTH).rstrip())
     fold = textwrap.TextWrapper(WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(line if "\n" in line else fold.fill(line) for line in lines)
+
+
+def _online(config: RunConfig) -> list[str]:
+    """Return the line that says what an encoder online is for."""
+    if config.online.data is None:
+        return []
+    return [
+        f"online: {', '.join(config.encoders)} computed at every step from {config.online.data}; this is for "
+        f"comparison with the same run from a cache, which reads them"
+    ]
 
 
 def _changes(config: RunConfig) -> str:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from ..objectives.objective import Field, Objective
 from ..reading.batches import Batches
 from ..reading.components import choose_component
 from ..reading.norm import reader_norm
+from ..reading.online import Online, OnlineReader
 from ..reading.reader import CacheReader
 from ..reading.stage import stage_cache
 from .config import RunConfig
@@ -37,6 +38,12 @@ from .parts import (
     settle_convolutions,
 )
 from .settings import RESOLVED
+
+
+class OpenOnline(Protocol):
+    """What loads the encoders of a run whose latents are named, on the device of its rank."""
+
+    def __call__(self, config: RunConfig, world: World, *, cls_token: bool) -> Online: ...
 
 
 @dataclass(kw_only=True)
@@ -136,21 +143,33 @@ def stage(
     return dataclasses.replace(config, autoencoder=autoencoder, encoders=encoders), folder
 
 
-def open_cache(config: RunConfig, world: World, *, copy: Path | None = None) -> tuple[RunConfig, CacheReader]:
+def open_cache(
+    config: RunConfig, world: World, *, copy: Path | None = None, online: OpenOnline | None = None
+) -> tuple[RunConfig, CacheReader]:
     """Open the cache of a run, or its staged copy; return the settings with nothing left to resolve, and the reader.
+
+    `online` loads the encoders of a run that computes them.
 
     Raises UsageError where the settings do not fit the cache or the number of ranks, CacheError where the cache cannot
     be used.
     """
     reads = reads_of(config)
     encoders: tuple[str, ...] | None = (config.encoders or None) if reads.patch_tokens else ()
-    reader = CacheReader(
-        config.cache if copy is None else copy,
-        autoencoder=config.autoencoder,
-        encoder=encoders,
-        cls_token=reads.cls_token,
-        check_reads=config.check_reads,
-    )
+    reader: CacheReader
+    if config.online.data is None:
+        reader = CacheReader(
+            config.cache if copy is None else copy,
+            autoencoder=config.autoencoder,
+            encoder=encoders,
+            cls_token=reads.cls_token,
+            check_reads=config.check_reads,
+        )
+    elif online is None:
+        raise UsageError("online.data: encoders are computed by repa-train alone; leave it out, and read the cache")
+    else:
+        autoencoder = config.autoencoder or choose_component(location(config.cache), LATENTS, None)[0]
+        loaded = online(dataclasses.replace(config, autoencoder=autoencoder), world, cls_token=reads.cls_token)
+        reader = OnlineReader(config.cache, loaded, autoencoder=autoencoder, check_reads=config.check_reads)
     if copy is not None or config.stage is None:
         reader.rows(reader.valid_rows[:1])  # what cannot be read is said now, not when a model waits for it
     parts = world.size * config.accumulation
@@ -162,15 +181,16 @@ def open_cache(config: RunConfig, world: World, *, copy: Path | None = None) -> 
     resolved = dataclasses.replace(
         config,
         autoencoder=reader.latents.name,
-        encoders=tuple(features.name for features in reader.features),
+        # Computed ones as they were asked for: a cache that gets them later would call them otherwise.
+        encoders=config.encoders if config.online.data else tuple(features.name for features in reader.features),
         precision=resolve_precision(config.precision, world.device),
     )
     return resolved, reader
 
 
-def prepare(config: RunConfig, world: World, *, copy: Path | None = None) -> Run:
+def prepare(config: RunConfig, world: World, *, copy: Path | None = None, online: OpenOnline | None = None) -> Run:
     """Build the parts of a run at step 0; raises as `open_cache`, and UsageError where the model does not fit."""
-    config, reader = open_cache(config, world, copy=copy)
+    config, reader = open_cache(config, world, copy=copy, online=online)
     if world.device.type == "cuda":
         settle_convolutions(config.precision)
     model = build_model(config, reader).to(world.device)

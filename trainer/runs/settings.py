@@ -169,6 +169,9 @@ def used(config: Mapping[str, Any]) -> dict[str, Any]:
     for section in ("grid", "evaluation"):
         if isinstance(kept.get(section), dict) and not kept[section].get("every"):
             kept[section] = {"every": 0}
+    online = kept.get("online")
+    if isinstance(online, dict) and online.get("data") is None:
+        kept.pop("online")
     return kept
 
 

@@ -17,8 +17,9 @@ from ..runs.config import MAY_CHANGE
 from .figures import SETTINGS, Figure, describe, quality_order
 from .records import RunRecord, Study
 
-# A run's place, what a resume may change, and the seed make no other setting; `steps` is a target and does.
-_NO_SETTING = (MAY_CHANGE - {"steps"}) | {"seed", "out", "cache", "logger"}
+# A run's place, what a resume may change, and the seed make no other setting. `steps`, a target, does, and so does
+# where tokens are computed from instead of read.
+_NO_SETTING = (MAY_CHANGE - {"steps", "online.data"}) | {"seed", "out", "cache", "logger"}
 _FIRST = ("recipe", "model", "encoders")
 _EVALUATED_ALIKE = ("num_real", "pooling", "neighbours", "sampler", "steps", "cfg_scale")  # beside step and num
 
