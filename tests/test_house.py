@@ -40,6 +40,7 @@ OWNERS = {
     "plotly": {"trainer/studies/page.py"},
     "jinja2": {"trainer/studies/page.py"},
     "markupsafe": {"trainer/studies/page.py"},
+    "wandb": {"trainer/runs/loggers.py"},
 }
 LAZY = {*OWNERS, "tensorboard", "tqdm"}
 

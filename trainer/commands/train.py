@@ -79,8 +79,10 @@ def train_command(
         from ..distributed import default_device, join
 
         config = resolve_flags(files, assignments, flags, resume=resume)
+        from ..runs.loggers import find_logger
         with join(device or default_device()) as world:
             if dry_run:
+        find_logger(config.logger)  # that it cannot be had is said before anything is read
                 _explain(config, world, resume=resume is not None, verbose=verbose)
             else:
                 _train(config, world, resume=resume is not None, verbose=verbose)

@@ -84,11 +84,12 @@ class Evaluation:
         steps = [record["step"] for record in read_records(run.folder / FILE)] if run.world.is_main else [run.step]
         return run.world.most([float(run.step not in steps)]) != [0.0]
 
-    def at(self, run: Run, stop: Callable[[], bool]) -> None:
-        """Evaluate the EMA at this step, write the record and tell it in a line.
+    def at(self, run: Run, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Evaluate the EMA at this step, write the record and tell it in a line; return it on rank 0.
 
         `stop` is asked often; where it says so, the step stays without its record, and what was drawn is kept.
         """
+        record = None
         try:
             npz = self._draw(run, stop)
             if run.world.is_main:
@@ -99,6 +100,7 @@ class Evaluation:
         except Stopped:
             if run.world.is_main:
                 self._tell(f"evaluation at step {run.step} stopped; --resume auto goes on with it")
+        return record
 
     def _record(self, run: Run, npz: Path, stop: Callable[[], bool]) -> dict[str, float]:
         """Return the figures of the samples in `npz`; raise Stopped where `stop` says so."""

@@ -118,6 +118,7 @@ class RunConfig:
     online: OnlineConfig = field(default_factory=OnlineConfig)
     entries: tuple[str, ...] = ()  # files of networks of one's own (loader: python), for what loads networks
     log_every: int = 50  # steps between two lines of the log
+    logger: str | None = None  # wandb, FILE.py:function or package.module:function, beside metrics.jsonl; null: none
     save_every: int = 10_000  # steps between two checkpoints
     save_minutes: float | None = 15.0  # at the latest so long after the last checkpoint; null: by steps alone
     keep_last: int = 2  # checkpoints to resume from
@@ -149,7 +150,6 @@ class RunConfig:
                 f"alignment.projector={self.alignment.projector}), but --encoder names "
                 f"{', '.join(self.encoders)}. Leave it out, or choose a recipe such as irepa"
             )
-        for section in sorted(other_sections(self.objective)):
         if self.online.data is not None:
             if not reads.patch_tokens or not self.encoders:
                 raise UsageError(
@@ -159,6 +159,7 @@ class RunConfig:
                 raise UsageError(
                     "--stage copies what is read, and with online.data tokens are not; leave one of them out"
                 )
+        for section in sorted(other_sections(self.objective)):
             if getattr(self, section) != type(getattr(self, section))():
                 raise UsageError(
                     f"recipe {self.recipe} trains by objective={self.objective}, which does not look at {section}.*; "
@@ -190,11 +191,11 @@ class RunConfig:
 # A resume may differ in these. `cache` is where the data lies; what it holds is compared by fingerprint.
 MAY_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "save_minutes", "keep_last", "keep_every"}
-    | {"stage", "check_reads", "prefetch_bytes", "cache", "out", "entries"}
+    | {"logger", "stage", "check_reads", "prefetch_bytes", "cache", "out", "entries"}
     | {f"grid.{item.name}" for item in fields(GridConfig)}
     | {f"evaluation.{item.name}" for item in fields(EvaluationConfig)}
-)
     | {f"online.{item.name}" for item in fields(OnlineConfig)}
+)
 
 
 def _listed(values: tuple[float, ...]) -> str:

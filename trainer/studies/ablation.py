@@ -4,8 +4,8 @@
     STUDY/study.json            threads, ranks and device of its runs, fixed when it began: other numbers, other bits
     STUDY/<what varies>-<digest>/    a run of repa-train, with settings.json, log.txt and, if it failed, outcome.json
 
-The digest decides which run is which (identity.py): a run is never done twice, a study that grew adds runs, and one
-whose `steps` grew goes on.
+The digest decides which run is which (runs/identity.py): a run is never done twice, a study that grew adds runs, and
+one whose `steps` grew goes on.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ from ...cache_specs.files.whole_file import write_whole
 from ..distributed import World
 from ..models.checkpoint import latest_checkpoint
 from ..runs.config import RunConfig
+from ..runs.identity import run_digest
 from ..runs.run import open_cache
 from ..runs.stored import CONFIG_FILE
-from .identity import run_digest
 from .probe import Cost, probe
 from .study_file import Row, StudyFile, rows_of
 from .trial import OUTCOME_FILE, SETTINGS_FILE, Trial

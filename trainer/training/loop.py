@@ -83,7 +83,7 @@ def train(
     ):
         stopped = False
         if evaluation is not None and evaluation.missing(run):
-            evaluation.at(run, stop.asked)
+            reporter.evaluated(evaluation.at(run, stop.asked))
             stopped = stop.agreed()
             reporter.resume_clock()
         while run.step < config.steps and not stopped:
@@ -119,7 +119,7 @@ def train(
                     save_state(run)  # the pictures failed, not the training
                 raise
             if evaluation is not None and evaluate:
-                evaluation.at(run, stop.asked)
+                reporter.evaluated(evaluation.at(run, stop.asked))
                 last = last or stop.agreed()
             if last:
                 break

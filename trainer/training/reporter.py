@@ -16,7 +16,9 @@ from torch import Tensor
 
 from ..reading.prefetch import MOST_AHEAD, ReadAhead
 from ..reading.speed import Interval, Speed
-from ..runs.metrics import MetricsFile, Progress, TensorBoard
+from ..runs.identity import run_digest
+from ..runs.loggers import Logger, Told
+from ..runs.metrics import MetricsFile, Progress, Record, TensorBoard
 from ..runs.run import Run
 
 
@@ -54,6 +56,8 @@ class Reporter:
             with contextlib.ExitStack() as opened:
                 self._file = opened.enter_context(MetricsFile(run.folder, done=run.step))
                 self._board = opened.enter_context(TensorBoard(run.folder, done=run.step))
+                told = Told(folder=run.folder, config=run.record(), digest=_digest(run), step=run.step)
+                self._logger = opened.enter_context(Logger(run.config.logger, told))
                 self._progress = opened.enter_context(Progress(done=run.step, total=run.config.steps))
                 self._open = opened.pop_all()
         self._last_log = self._now()
@@ -95,11 +99,17 @@ class Reporter:
             records[-1] |= {"wall_s": wall_s, **self._speed.record(interval)}
             self._file.write(records)
             self._board.write(records)
+            self._logger.write(records)
             self._progress.log(records[-1])
             verdict = self._speed.bound(interval, last=self._run.step == self._run.config.steps)
             if verdict is not None:
                 self._progress.say(verdict)
         return bad
+
+    def evaluated(self, record: Record | None) -> None:
+        """Tell the run's logger the figures of an evaluation, where there are some and on the rank that has them."""
+        if record is not None and self._run.world.is_main:
+            self._logger.write([record])
 
     def resume_clock(self) -> None:
         """Count time from now on: what was done since the last log is no part of the speed of steps."""
@@ -117,3 +127,7 @@ class Reporter:
         seconds, waited, reading = self._run.world.most(passed)
         num_bytes = sum(self._run.config.batch_size * self._run.batches.row_bytes(step - 1) for step in steps)
         return Interval(steps=len(steps), num_bytes=num_bytes, seconds=seconds, waited_s=waited, reading_s=reading)
+
+
+def _digest(run: Run) -> str:
+    return run_digest(run.config, run.reader.fingerprints, world_size=run.world.size)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..objectives.choose import objective_class
-from ..runs.config import MAY_CHANGE, RunConfig
-from ..runs.settings import Layer, flatten, resolve, used
+from .config import MAY_CHANGE, RunConfig
+from .settings import Layer, flatten, resolve, used
 
 DIGITS = 10
 # Names of things whose contents are in the fingerprints, or of where something lies.
