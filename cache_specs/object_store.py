@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -127,8 +127,16 @@ class ObjectPath:
         return {entry["path"].rpartition("/")[2]: entry["size"] for entry in found["objects"]}
 
     @contextlib.contextmanager
-    def open(self) -> Iterator["ObjectSource"]:
-        yield ObjectSource(self)
+    def open(self) -> Iterator["RangedSource"]:
+        with self.errors("read"):
+            store = _store(self.root)
+            num_bytes = store.head(self.key)["size"]
+
+        def fetch(start: int, length: int) -> Any:
+            with self.errors("read"):
+                return store.get_range(self.key, start=start, length=length)
+
+        yield RangedSource(num_bytes, fetch)
 
     def write(self, data: bytes) -> None:
         with self.errors("written"):
@@ -178,14 +186,12 @@ class ObjectPath:
             ) from error
 
 
-class ObjectSource:
-    """An object read by position; reads that follow each other are served from one piece fetched ahead."""
+class RangedSource:
+    """What is read by requests of (start, length), by position; reads that follow each other share one of a piece."""
 
-    def __init__(self, path: ObjectPath) -> None:
-        self._path = path
-        with path.errors("read"):
-            self._store = _store(path.root)
-            self.num_bytes: int = self._store.head(path.key)["size"]
+    def __init__(self, num_bytes: int, fetch: Callable[[int, int], Any]) -> None:
+        self.num_bytes = num_bytes
+        self._fetch = fetch
         self._start = 0
         self._piece = memoryview(b"")
 
@@ -196,8 +202,7 @@ class ObjectSource:
             # The index at the end is read by itself; then come the chunks, from the first one on.
             follows = self._start <= offset <= end
             fetched = min(max(length, READ_AHEAD_BYTES) if follows else length, self.num_bytes - offset)
-            with self._path.errors("read"):
-                self._piece = memoryview(self._store.get_range(self._path.key, start=offset, length=fetched))
+            self._piece = memoryview(self._fetch(offset, fetched))
             self._start = offset
         piece = self._piece[offset - self._start :][:length] if length else b""
         buffer[: len(piece)] = piece

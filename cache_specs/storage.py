@@ -1,4 +1,4 @@
-"""Where a cache lies: a local directory, or a prefix of an object store. One small interface over both.
+"""Where a cache lies: a local directory, a prefix of an object store, a repository of the Hugging Face hub (hub.py).
 
 A `Location` is a file or folder of a cache; `location("s3://bucket/in1k") / "features"` is one below. What a cache
 asks of its storage is little: read a small file whole, list the names in a folder, write or put a file so that a kill
@@ -19,6 +19,7 @@ from typing import Any, Protocol, Self
 from .errors import CacheError, UsageError, with_home
 from .files.outside import MOST_METADATA_BYTES, open_regular, read_file, regular_files
 from .files.partial_files import new_file
+from .files.whole_file import sync_folder
 from .layout import PARTIAL_FOLDER
 
 
@@ -119,12 +120,16 @@ def location(where: "str | Path | Location") -> Location:
         return LocalPath(Path(text))
     if scheme == "file":
         return LocalPath(Path("/" + rest.lstrip("/")))
+    if scheme == "hf":
+        from .hub import hub_path
+
+        return hub_path(rest)
     from .object_store import SCHEMES, ObjectPath
 
     bucket, _, prefix = rest.partition("/")
     if scheme not in SCHEMES or not bucket or not prefix.strip("/"):
         known = ", ".join(f"{name}://BUCKET/PREFIX" for name in SCHEMES)
-        raise UsageError(f"{text}: expected a folder, or one of {known}")
+        raise UsageError(f"{text}: expected a folder, or one of {known}, hf://OWNER/NAME")
     return ObjectPath(f"{scheme}://{bucket}", prefix.strip("/"))
 
 
@@ -228,7 +233,7 @@ class LocalPath:
             finally:
                 os.close(descriptor)
             os.replace(temporary, self.path)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -242,7 +247,7 @@ class LocalPath:
 
     def sync(self) -> None:
         try:
-            _sync_folder(self.path)
+            sync_folder(self.path)
         except OSError as error:
             raise disk_error(self.path, error) from error
 
@@ -290,11 +295,3 @@ class LocalSource:
 
 def _read_error(path: Path, error: OSError) -> CacheError:
     return CacheError(f"{path}: cannot be read ({error.strerror or error})")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,19 +13,20 @@ import click
 
 from ...cache_specs.errors import JobError, UsageError, expand_home, one_line_errors
 from .bind import bind
-from .build import build, manifest_of, weights_of
+from .build import build, weights_of
 from .encoders import encoders
 from .estimate import estimate
 from .imports import import_command
 from .metrics import COMMANDS, ENTRY
 from .progress import Progress
+from .push import push
 from .said import say
 
 MAX_LISTED = 20  # damaged files in the line that removes them; verify has named them all above it
 
 
 @click.group(
-    commands=(*COMMANDS, bind, build, encoders, estimate, import_command),
+    commands=(*COMMANDS, bind, build, encoders, estimate, import_command, push),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="repa-cache")
@@ -102,8 +103,8 @@ def verify(
 
 def _recompute(cache: str, num: int, data: str, options: dict[str, Any]) -> None:
     from ..checking.recompute import recompute
-
     from ..images.demo_data import source_of
+
     problems = []
     for agreement in recompute(cache, source_of(data), num=num, **options):
         problems += agreement.problems

@@ -36,7 +36,7 @@ class LibraryArray:
     error. A chunk that is not stored in a shard reads as zero, as everything does in another layout.
 
     Raises CacheError where the array cannot be opened, UsageError where tensorstore is missing. From where tensorstore
-    cannot read (az://) no row is read, with a UsageError, but a copy can be staged.
+    cannot read (az://, hf://) no row is read, with a UsageError, but a copy can be staged.
     """
 
     def __init__(self, folder: Location, layout: ArrayLayout, *, in_shard_files: bool) -> None:
@@ -119,7 +119,8 @@ def _kvstore(folder: Location) -> dict[str, Any] | None:
     """Return what tensorstore calls a place, None for one that it cannot read."""
     if isinstance(folder, LocalPath):
         return {"driver": "file", "path": f"{folder.absolute()}/"}
-    assert isinstance(folder, ObjectPath), folder
+    if not isinstance(folder, ObjectPath):  # hf://
+        return None
     scheme, _, bucket = folder.root.partition("://")
     store: dict[str, Any] = {"bucket": bucket, "path": f"{folder.key}/"}
     if scheme == "gs":
