@@ -28,6 +28,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.option("--recipe", metavar="NAME", help="sit, repa, irepa, meanflow, reg, sra, ... (trainer/runs/recipes.yaml).")
 @click.option("--init", metavar="RUN|FILE", help="Begin with the weights of a run or a published checkpoint.")
 @click.option("--steps", help="Optimizer steps in all. [default: 400000]")
+@click.option("--until", type=int, help="Save and end after this step; what the run is for, --steps, stays.")
 @click.option("--batch-size", type=int, help="Samples a step, over all ranks. [default: 256]")
 @click.option("--lr", type=float, help="optimizer.learning_rate [default: 1e-4]")
 @click.option("--gamma", help="alignment.gamma, 0 to 1 or none. [default: the recipe's]")
@@ -54,6 +55,7 @@ def train_command(
     files: tuple[Path, ...],
     assignments: tuple[str, ...],
     resume: str | None,
+    until: int | None,
     device: str | None,
     dry_run: bool,
     verbose: bool,
@@ -77,15 +79,15 @@ def train_command(
             say(as_text())
             return
         from ..distributed import default_device, join
+        from ..runs.loggers import find_logger
 
         config = resolve_flags(files, assignments, flags, resume=resume)
-        from ..runs.loggers import find_logger
+        find_logger(config.logger)  # that it cannot be had is said before anything is read
         with join(device or default_device()) as world:
             if dry_run:
-        find_logger(config.logger)  # that it cannot be had is said before anything is read
                 _explain(config, world, resume=resume is not None, verbose=verbose)
             else:
-                _train(config, world, resume=resume is not None, verbose=verbose)
+                _train(config, world, resume=resume is not None, until=until, verbose=verbose)
 
 
 def resolve_flags(
@@ -118,7 +120,7 @@ def resolve_flags(
     return config
 
 
-def _train(config: "RunConfig", world: "World", *, resume: bool, verbose: bool) -> None:
+def _train(config: "RunConfig", world: "World", *, resume: bool, until: int | None, verbose: bool) -> None:
     from ..evaluating.grids import draw_training_grid
     from ..rows.open_files import raise_limit
     from ..runs.describe import describe
@@ -142,7 +144,7 @@ def _train(config: "RunConfig", world: "World", *, resume: bool, verbose: bool) 
     with enter_folder(run, resume=resume):
         if world.is_main:
             say(describe(run.config, run.reader, run.norm, world, step=run.step, verbose=verbose))
-        train(run, draw_grid=lambda run: draw_training_grid(run, decode), evaluation=evaluation)
+        train(run, until=until, draw_grid=lambda run: draw_training_grid(run, decode), evaluation=evaluation)
     if world.is_main:
         done = f"{run.folder}: {run.step} of {run.config.steps} steps done"
         rest = (
@@ -182,11 +184,11 @@ def _checked(config: "RunConfig", world: "World", *, resume: bool, verbose: bool
     from ..runs.describe import describe
     from ..runs.resume import check_folder
     from ..runs.run import open_cache, record
+    from .borrowed import load_online
 
     config, reader = open_cache(config, world, online=load_online)
     norm = reader_norm(reader, config.latent_norm)
     stored = check_folder(Path(config.out), record(config, reader, norm), reader, resume=resume)
-    from .borrowed import load_online
     step = stored["steps"] if stored else 0
     return describe(config, reader, norm, world, step=step, verbose=verbose), step
 

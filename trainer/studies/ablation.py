@@ -30,7 +30,7 @@ from ..runs.run import open_cache
 from ..runs.stored import CONFIG_FILE
 from .probe import Cost, probe
 from .study_file import Row, StudyFile, rows_of
-from .trial import OUTCOME_FILE, SETTINGS_FILE, Trial
+from .trial import OUTCOME_FILE, SETTINGS_FILE, STOPPED_AS, Trial
 
 STUDY_FILE, MACHINE_FILE = "study.yaml", "study.json"
 MEMORY_SHARE = 0.8  # of what is free, for runs at once
@@ -57,7 +57,23 @@ class Planned:
 
     @property
     def failed(self) -> bool:
-        return (self.folder / OUTCOME_FILE).exists() and not self.finished
+        return not self.finished and self._outcome.get("status") == "failed"
+
+    @property
+    def stopped_at(self) -> int | None:
+        """The step at which its study let it go no further (halving.py)."""
+        if self.finished or self._outcome.get("status") != STOPPED_AS:
+            return None
+        step = self._outcome.get("step")
+        return step if type(step) is int else self.done
+
+    @property
+    def _outcome(self) -> dict[str, Any]:
+        try:
+            found = parse_json(read_file(self.folder / OUTCOME_FILE, most=MOST_SETTINGS_BYTES))
+        except (OSError, ValueError):  # none, or damaged: then the run is simply gone on with
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 @dataclass(kw_only=True)
@@ -168,9 +184,10 @@ def store_machine(out: Path, machine: Machine) -> None:
     write_whole(out / MACHINE_FILE, (json.dumps(dataclasses.asdict(machine), indent=1) + "\n").encode())
 
 
-def trial_of(run: Planned, machine: Machine) -> Trial:
-    """Return the run as something to be done."""
-    return Trial(folder=str(run.folder.resolve()), device=machine.device, threads=machine.threads, ranks=machine.ranks)
+def trial_of(run: Planned, machine: Machine, *, until: int | None = None) -> Trial:
+    """Return the run as something to be done, to its end or `until` a step."""
+    folder = str(run.folder.resolve())
+    return Trial(folder=folder, device=machine.device, threads=machine.threads, ranks=machine.ranks, until=until)
 
 
 def costs(runs: Sequence[Planned], *, device: str, threads: int) -> dict[str, Cost]:

@@ -22,6 +22,7 @@ LOG_FILE = "log.txt"
 OUTCOME_FILE = "outcome.json"  # {"status": "stopped" or "failed", "reason": one line}, by whoever ended a run early
 DIE_WITH_PARENT = "REPA_DIE_WITH_PARENT"  # set for ranks, too: torchrun leaves them alive where it is killed
 GRACE_S = 120.0  # for a run that is asked to stop: it saves at its next step
+STOPPED_AS = "stopped"  # the status of a run that its study let go no further
 STOPPED = -1  # the code of a run that was asked to stop and did
 
 
@@ -33,12 +34,13 @@ class Trial:
     device: str
     threads: int
     ranks: int = 1  # processes, one a GPU, where the device is cuda
+    until: int | None = None  # step at which it pauses, where it does
 
     def command(self) -> list[str]:
         """Return the command that trains it, or goes on with it."""
         folder = Path(self.folder)
         train = ["--config", str(folder / SETTINGS_FILE), "--out", self.folder, "--resume", "auto"]
-        train += ["--device", self.device]
+        train += ["--device", self.device, *([] if self.until is None else ["--until", str(self.until)])]
         module = "repa.trainer.commands.train"
         if self.ranks == 1:
             return [sys.executable, "-m", module, *train]

@@ -61,9 +61,15 @@ def train_step(run: Run, ahead: ReadAhead) -> StepResult:
 
 
 def train(
-    run: Run, *, draw_grid: Callable[[Run], object] | None = None, evaluation: "Evaluation | None" = None
+    run: Run,
+    *,
+    until: int | None = None,
+    draw_grid: Callable[[Run], object] | None = None,
+    evaluation: "Evaluation | None" = None,
 ) -> None:
     """Train from `run.step` to `config.steps`, or to the step after a SIGTERM or Ctrl-C; save, and leave metrics.
+
+    It ends at step `until` where that comes before, as if it had been stopped there.
 
     `draw_grid` is called on rank 0 every `grid.every` steps, `evaluation` on every rank every `evaluation.every` steps,
     once they are saved: it may take so long that it is killed, or stopped, and a resume then begins with it. Both must
@@ -71,13 +77,14 @@ def train(
     before it is saved.
     """
     config, world = run.config, run.world
+    end = config.steps if until is None else min(until, config.steps)
     run.follow_alignment()
     settle(run)
     saved = run.step
     save_after_s = None if config.save_minutes is None else 60 * config.save_minutes
     depth = batches_ahead(config.prefetch_bytes, run.batches.num_bytes)
     with (
-        ReadAhead(run.batches, first=run.step, last=config.steps, depth=depth, device=world.device) as ahead,
+        ReadAhead(run.batches, first=run.step, last=max(run.step, end), depth=depth, device=world.device) as ahead,
         Reporter(run, ahead) as reporter,
         StopRequest(world, save_after_s=save_after_s) as stop,
     ):
@@ -86,13 +93,13 @@ def train(
             reporter.evaluated(evaluation.at(run, stop.asked))
             stopped = stop.agreed()
             reporter.resume_clock()
-        while run.step < config.steps and not stopped:
+        while run.step < end and not stopped:
             if run.follow_alignment():
                 settle(run)
             reporter.add(train_step(run, ahead))
 
             asked, overdue = stop.due()
-            last = asked or run.step == config.steps
+            last = asked or run.step == end
             evaluate = evaluation is not None and run.step % config.evaluation.every == 0
             keep = config.keep_every is not None and run.step % config.keep_every == 0
             save = last or evaluate or keep or overdue or run.step % config.save_every == 0

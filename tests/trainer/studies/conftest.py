@@ -21,8 +21,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from repa.trainer.commands.ablate import ablate_command
+from repa.trainer.commands.train import train_command
 from repa.trainer.models.sit import SIZES
 from repa.trainer.runs.settings import Layer, recipe_layer, resolve
+from repa.trainer.studies import ablation, schedule, trial
+from repa.trainer.studies.probe import Cost
+from repa.trainer.studies.trial import Trial
 
 JUDGE = "hog-grid4"
 
@@ -98,6 +103,62 @@ def write_run(
 def make_run() -> Callable[..., Path]:
     """Return `write_run`."""
     return write_run
+
+
+STUDY = """
+base: {{cache: {cache}, model: SiT-Ti/2, steps: {steps}, batch_size: 8, latent_norm: channel,
+        alignment.encoder_depth: 1, log_every: 2}}
+grid: {{recipe: [sit, irepa], alignment.gamma: {gammas}}}
+seeds: [0]
+"""
+
+
+@pytest.fixture
+def study(make_cache, tmp_path):
+    """Return a function that writes the file of a study of one baseline and some gammas."""
+    cache = make_cache().path
+
+    def write(*, gammas: str = "[0, 0.6]", steps: int = 4, cache: Path = cache) -> Path:
+        file = tmp_path / "study.yaml"
+        file.write_text(STUDY.format(cache=cache, steps=steps, gammas=gammas))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def repa_ablate(small_sit, monkeypatch, capsys):
+    """Return a function that runs repa-ablate, whose runs train in this process: (study, out, *arguments)."""
+    trained: list[str] = []
+
+    def train_here(given: Trial, stop=lambda: False) -> int:
+        trained.append(Path(given.folder).name)
+        code = 0
+        try:
+            train_command.main(given.command()[3:], standalone_mode=False)
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        trial._note(Path(given.folder), code)
+        return code
+
+    monkeypatch.setattr(schedule, "run_trial", train_here)
+    monkeypatch.setattr(trial, "last_line", lambda log: "the last line")
+    monkeypatch.setattr(ablation, "probe", lambda settings, **_: Cost(step_s=0.5, peak_bytes=10**9, row_bytes=100))
+
+    def run(study: Path, out: Path, *arguments: str):
+        trained.clear()
+        capsys.readouterr()
+        code = 0
+        try:
+            ablate_command.main(
+                [str(study), "--out", str(out), "--device", "cpu", "--serial", *arguments], standalone_mode=False
+            )
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err, list(trained)
+
+    return run
 
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
