@@ -29,6 +29,7 @@ METRICS_FILES = ("metrics.csv", "probe.csv")  # of a study's folder, read where 
 @click.option("--table", is_flag=True, help="Print the table instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON, for programs, instead.")
 @click.option("--quality", metavar="NAME", help="Figure to order by. [default: the one of the most runs]")
+@click.option("--under", type=float, multiple=True, metavar="K", help="Add E@K: the step at which quality is under K.")
 @click.option("--step", type=int, help="Evaluated step at which runs are compared. [default: the last of most runs]")
 @click.option(
     "--metrics", "metrics_files", multiple=True, type=click.Path(path_type=Path), metavar="FILE.csv",
@@ -63,7 +64,7 @@ def _report(folders: tuple[Path, ...], *, table: bool, as_json: bool, out: Path 
     study = load(*folders)
     found = compare(study, quality=options["quality"], step=options["step"])
     found.notes += mixed([run for one in found.settings for run in one.runs])
-    made = make_table(found)
+    made = make_table(found, under=options["under"])
     if as_json:
         say(json.dumps(plain(made), indent=1))
     elif table:

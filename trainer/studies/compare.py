@@ -29,7 +29,7 @@ class Spread:
     """A figure over seeds: mean, and sample standard deviation where there are two or more."""
 
     values: tuple[float, ...]
-    biased: bool = False  # the judge is a network that these runs were aligned with
+    biased: bool = False  # the judge is a network that these runs were aligned with or trained on
 
     @property
     def mean(self) -> float:
@@ -132,6 +132,11 @@ def encoders_of(run: RunRecord) -> tuple[str, ...]:
     return tuple(run.config.get("encoders") or ())
 
 
+def seen_by(run: RunRecord) -> tuple[str, ...]:
+    """Return the networks whose output the run was trained to give, or aligned with: judges that it has seen."""
+    return (*encoders_of(run), str(run.config.get("autoencoder") or "").removeprefix("features/"))
+
+
 def differing_keys(settings: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """Return the keys with two values or more among those that have them, recipe, model and encoders first.
 
@@ -212,7 +217,7 @@ def _figures(one: Setting, step: int | None) -> dict[str, Spread]:
     for name in {name for record in records for name in record if name not in SETTINGS}:
         values = tuple(float(r[name]) for r in records if isinstance(r.get(name), int | float) and np.isfinite(r[name]))
         if values:
-            found[name] = Spread(values=values, biased=describe(name).biased_for(one.encoders))
+            found[name] = Spread(values=values, biased=describe(name).biased_for(seen_by(one.runs[0])))
     return found
 
 

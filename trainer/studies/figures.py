@@ -6,7 +6,7 @@ its figure is biased.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,6 +55,35 @@ def describe(name: str) -> Figure:
         return Figure(name=name, title=title, short=short, better=direction, judge=judge or None)
     words = name.replace("_", " ")
     return Figure(name=name, title=words, short=words, better="lower" if "loss" in name else None, judge=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reached:
+    """The step at which a figure was first better than asked; `within` where that was its first evaluation."""
+
+    step: float
+    within: bool = False
+
+
+def first_better(records: Sequence[Mapping[str, float]], figure: Figure, limit: float) -> Reached | None:
+    """Return the first step at which an evaluation is under `limit` (over it, where higher is better), E@limit.
+
+    Between two evaluations, ascending by step, it is taken from the line through both. None: it never was.
+    """
+    sign = -1 if figure.better == "higher" else 1
+    before = None
+    for record in records:
+        value = record.get(figure.name)
+        if not isinstance(value, int | float):
+            continue
+        here = (float(record["step"]), sign * (float(value) - limit))
+        if here[1] < 0:
+            if before is None:
+                return Reached(step=here[0], within=True)
+            (start, above), (end, below) = before, here
+            return Reached(step=start + (end - start) * above / (above - below))
+        before = here
+    return None
 
 
 def network_of(component: str) -> str:

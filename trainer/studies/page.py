@@ -24,7 +24,7 @@ from .figures import SETTINGS, describe, quality_order
 from .origin import about
 from .pictures import SampleSheet
 from .records import RunRecord
-from .relations import TITLES, Interval, Relations
+from .relations import TITLES, Interval, Relations, enlarged
 from .table import BIASED_NOTE, Table
 from .verdict import plus_minus
 
@@ -85,6 +85,7 @@ def render(
         biased_note=BIASED_NOTE if any(c.biased for r in table.settings for c in r.cells.values()) else "",
         has_curves=bool(data["curves"]),
         has_quality=bool(data["quality"]),
+        has_enlarged=any(point["enlarged"] for panel in data["panels"] for point in panel["points"]),
         thinned=data["thinned"],
         points=POINTS,
         relations=relations,
@@ -195,6 +196,7 @@ def _panels(found: Comparison, relations: Relations) -> list[dict[str, Any]]:
                     "spread": figures.spread,
                     "text": plus_minus(figures),
                     "biased": figures.biased,
+                    "enlarged": enlarged(point.x),
                 }
             )
         panels.append({"title": TITLES.get(name, name), "said": said.get(name, ""), "points": drawn})

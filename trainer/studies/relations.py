@@ -85,6 +85,7 @@ def relate(found: Comparison, metrics: Metrics, correlate: Correlate) -> Relatio
         else:
             reasons = {metrics[one.encoders[0]][name].reason for one in settings if name in metrics[one.encoders[0]]}
             result.notes.append(f"{TITLES.get(name, name)}: {', '.join(sorted(reasons)) or 'not measured'}")
+    result.notes += _enlarged(result.panels)
     unbiased = [one for one in settings if not one.figures[found.quality.name].biased]
     if len(unbiased) < len(settings):
         left = sorted({one.encoders[0] for one in settings} - {one.encoders[0] for one in unbiased})
@@ -100,6 +101,22 @@ def relate(found: Comparison, metrics: Metrics, correlate: Correlate) -> Relatio
         quality = np.array([one.figures[found.quality.name].mean for one in family])
         result.coefficients[label] = correlate(encoders, found.quality.name, quality, values)
     return result
+
+
+def enlarged(found: Interval) -> str:
+    """Return `enlarged from 4 x 4` where a metric says so of its encoder's map, else nothing."""
+    return next((words for words in found.reason.split("; ") if words.startswith("enlarged from")), "")
+
+
+def _enlarged(panels: Mapping[str, Sequence[Point]]) -> list[str]:
+    """Return a note for each encoder whose map was enlarged: what measures likeness over space says so of it."""
+    names = {
+        point.setting.encoders[0]: how for points in panels.values() for point in points if (how := enlarged(point.x))
+    }
+    return [
+        f"{name} ({how}): neighbours are alike by construction, not by what the encoder sees"
+        for name, how in sorted(names.items())
+    ]
 
 
 def _families(found: Comparison, settings: Sequence[Setting]) -> dict[str, list[Setting]]:

@@ -178,12 +178,12 @@
       const trace = {
         x: points.map((p) => p.x), y: points.map((p) => p.y), type: "scatter", mode: points.length <= 8 ? "markers+text" : "markers",
         text: points.map((p) => safe(brief(p.encoder, 16))), textposition: "top center", textfont: { size: 10, color: quiet }, cliponaxis: false,
-        customdata: points.map((p) => `${safe(brief(p.label, 60))}<br>${safe(p.text)}${p.biased ? "<br>biased" : ""}`),
+        customdata: points.map((p) => `${safe(brief(p.label, 60))}<br>${safe(p.text)}${p.biased ? "<br>biased" : ""}${p.enlarged ? `<br>${safe(p.enlarged)}: alike by construction` : ""}`),
         hovertemplate: "%{customdata}<br>%{x:.4g}<extra></extra>",
         error_x: { type: "data", symmetric: false, array: arm("high"), arrayminus: arm("low"), thickness: 1, width: 3, color: quiet },
         error_y: { type: "data", array: points.map((p) => p.spread ?? 0), thickness: 1, width: 3, color: quiet },
         marker: {
-          size: 9, line: { width: 1.5, color: points.map((p) => PALETTE[encoders.indexOf(p.encoder) % PALETTE.length]) },
+          size: 9, symbol: points.map((p) => (p.enlarged ? "square" : "circle")), line: { width: 1.5, color: points.map((p) => PALETTE[encoders.indexOf(p.encoder) % PALETTE.length]) },
           color: points.map((p) => (p.biased ? look().ground : PALETTE[encoders.indexOf(p.encoder) % PALETTE.length])),
         },
       };

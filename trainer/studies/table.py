@@ -10,14 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from ...cache_specs.errors import UsageError
 from .compare import Comparison, Setting, at_step, show
 from .curves import speeds
+from .figures import first_better
 from .records import RunRecord
 from .verdict import facts, plus_minus, rounded
 
 BIASED = "†"  # beside a figure whose judge is a network that the run was aligned with
+E_NOTE = (
+    "E@k: the first step at which an evaluation is better than k, by the line between two evaluations; "
+    "≤ where that is the first one, a mean over seeds only where all of them got there"
+)
 LONGEST = 48  # characters of a cell in a terminal
-BIASED_NOTE = f"{BIASED} biased: the judge is a network that the run was aligned with"
+BIASED_NOTE = f"{BIASED} biased: the judge is a network that the run was aligned with or trained on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +69,19 @@ class Table:
     notes: list[str]
 
 
-def make_table(found: Comparison) -> Table:
-    """Return the table of a comparison."""
+def make_table(found: Comparison, *, under: Sequence[float] = ()) -> Table:
+    """Return the table of a comparison, with a column of E@k, the step at which quality got under k, for each `under`.
+
+    Raises UsageError for an `under` where there is no quality.
+    """
+    if under and found.quality is None:
+        raise UsageError("--under: no compared run was evaluated, so that there is no quality to get under anything")
     columns = [Column(key=key, title=_title(key), kind="setting") for key in found.keys]
     columns += [
         Column(key=figure.name, title=figure.title, kind="figure", better=figure.better, short=figure.short)
         for figure in found.figures
     ]
+    columns += [_reach_column(found, limit) for limit in under]
     columns += [
         Column(key="seeds", title="Seeds", kind="state"),
         Column(key="steps", title="Steps", kind="state"),
@@ -81,10 +93,16 @@ def make_table(found: Comparison) -> Table:
         columns.append(Column(key="wall_s", title="Wall time", kind="cost"))
     settings = [_setting_row(found, one) for one in found.settings]
     runs = [_run_row(found, run, one) for one in found.settings for run in one.runs]
+    for limit in under:
+        key = _reach_column(found, limit).key
+        for one, row in zip(found.settings, settings, strict=True):
+            row.cells[key] = _reach_cell(found, one, one.runs, limit)
+        of_runs = [(one, run) for one in found.settings for run in one.runs]
+        for (one, run), row in zip(of_runs, runs, strict=True):
+            row.cells[key] = _reach_cell(found, one, [run], limit)
+    notes = [*found.notes, *([E_NOTE] if under else [])]
     left_out = [_run_row(found, run, None, reason) for run, reason in found.left_out]
-    return Table(
-        columns=columns, settings=settings, runs=runs, left_out=left_out, facts=facts(found), notes=found.notes
-    )
+    return Table(columns=columns, settings=settings, runs=runs, left_out=left_out, facts=facts(found), notes=notes)
 
 
 def _title(key: str) -> str:
@@ -121,6 +139,36 @@ def _run_row(found: Comparison, run: RunRecord, one: Setting | None, reason: str
                 cells[name] = Cell(text=text, value=float(value), biased=spread.biased)
     cells |= _costs([speeds(run)])
     return Row(name=run.name, cells=cells, runs=[str(run.folder)], reason=reason)
+
+
+def _reach_column(found: Comparison, limit: float) -> Column:
+    assert found.quality is not None
+    return Column(
+        key=f"steps_to_{found.quality.name}_{limit:g}",
+        title=f"E@{limit:g}, {found.quality.title}",
+        kind="figure",
+        better="lower",
+        short=f"E@{limit:g}",
+    )
+
+
+def _reach_cell(found: Comparison, one: Setting, runs: Sequence[RunRecord], limit: float) -> Cell:
+    """Return the steps to `limit` over seeds: a mean only where all of them got there."""
+    quality = found.quality
+    if quality is None or quality.name not in one.figures:
+        return Cell(text="")
+    biased = one.figures[quality.name].biased
+    all_ = [first_better(run.evaluations, quality, limit) for run in runs]
+    steps = [reached.step for reached in all_ if reached is not None]
+    mark = BIASED * biased
+    if not steps:
+        return Cell(text=f"not by {max(run.evaluations[-1]['step'] for run in runs):,}{mark}", biased=biased)
+    within = "≤ " if any(reached is not None and reached.within for reached in all_) else ""
+    mean, spread = float(np.mean(steps)), float(np.std(steps, ddof=1)) if len(steps) > 1 else None
+    text = f"{within}{mean:,.0f}" + ("" if spread is None else f" ± {spread:,.0f}")
+    if len(steps) < len(runs):
+        return Cell(text=f"{text} ({len(steps)} of {len(runs)} seeds){mark}", biased=biased)
+    return Cell(text=text + mark, value=mean, spread=spread, biased=biased)
 
 
 def _setting_cell(value: Any) -> Cell:

@@ -154,6 +154,76 @@ def test_quality_goes_with_metrics_over_encoders_alone(make_run, tmp_path):
     assert "left out of the coefficients, judged by their own network: pe-vit-g" in found.notes
 
 
+def test_the_step_at_which_quality_got_under_k_is_taken_from_the_line_between_evaluations(report, make_run, tmp_path):
+    """E@k by hand: two seeds that get there, one of two that does, one from its first evaluation on, none."""
+    name = "frechet_dinov2-vit-b_mean"
+    for gamma, seeds in {
+        0.6: [(30, 10), (40, 10)],  # at 5 + 5 * 10 / 20 and 5 + 5 * 20 / 30
+        0.3: [(22, 12), (30, 21)],  # at 5 + 5 * 2 / 10
+        0.1: [(20, 30)],
+        0.0: [(19, 31)],
+    }.items():
+        for seed, values in enumerate(seeds):
+            records = [{"step": step, "num": 9, name: value} for step, value in zip((5, 10), values, strict=True)]
+            settings = {"encoders": ["dinov2-vit-b"], "alignment.gamma": gamma, "seed": seed}
+            make_run(tmp_path / f"gamma{gamma}-{seed}", evaluations=records, **settings)
+    code, printed, _ = report(tmp_path, "--json", "--under", "20", "--under", "5")
+    assert code == 0
+    found = json.loads(printed)
+    rows = {row["alignment.gamma"]: row for row in found["settings"]}
+    key = f"steps_to_{name}_20"
+    both = [7.5, 5 + 5 * 20 / 30]
+    assert rows[0.6][key] == pytest.approx(np.mean(both), rel=1e-12)
+    assert rows[0.6][f"{key}_spread"] == pytest.approx(np.std(both, ddof=1), rel=1e-9)
+    assert [rows[gamma][key] for gamma in (0.3, 0.1, 0.0)] == [None, None, 5]
+    assert all(row[f"{key}_biased"] for row in found["settings"])  # judged by the network that they are aligned with
+    assert [run[key] for run in found["runs"] if run["alignment.gamma"] == 0.3] == [6, None]
+    code, text, _ = report(tmp_path, "--table", "--under", "20")
+    assert "E@20" in text
+    for cell in ("8 ± 1†", "6 (1 of 2 seeds)†", "not by 10†", "≤ 5†"):
+        assert cell in text
+    assert "E@k: the first step at which an evaluation is better than k" in text
+    assert "E@20, Fréchet distance, dinov2-vit-b (mean tokens)" in [c["title"] for c in found["columns"]]
+
+    precision = [{"step": s, "num": 9, "precision_x_mean": v} for s, v in ((2, 0.2), (4, 0.6))]
+    make_run(tmp_path / "other" / "run", evaluations=precision)
+    found = json.loads(report(tmp_path / "other", "--json", "--under", "0.5")[1])
+    assert found["settings"][0]["steps_to_precision_x_mean_0.5"] == pytest.approx(3.5)  # over it: higher is better
+    make_run(tmp_path / "bare" / "run", recipe="sit")
+    assert "--under: no compared run was evaluated" in report(tmp_path / "bare", "--table", "--under", "3")[2]
+
+
+def test_a_run_is_biased_where_the_judge_is_what_it_was_trained_on(make_run, tmp_path):
+    records = [{"step": 10, "num": 9, "frechet_dinov2-vit-b_mean": 3.0}]
+    for name in ("features/dinov2-vit-b-int8", "sd-vae-ft-mse"):
+        make_run(tmp_path / name.replace("/", "-"), evaluations=records, recipe="sit", autoencoder=name)
+    found = compare(load(tmp_path))
+    biased = {one.runs[0].name: one.figures["frechet_dinov2-vit-b_mean"].biased for one in found.settings}
+    assert biased == {"features-dinov2-vit-b-int8": True, "sd-vae-ft-mse": False}
+
+
+def test_enlarged_maps_are_told_where_they_stand_beside_others(report, make_run, tmp_path):
+    for value, encoder in enumerate(("clip-vit-L", "tiny-cnn", "mae-vit-l")):
+        evaluations = [{"step": 10, "num": 9, "frechet_pe-vit-g_mean": float(value)}]
+        make_run(tmp_path / "study" / encoder, evaluations=evaluations, encoders=[encoder])
+    lines = ["encoder,gamma,class,metric,mean,low,high,num,reason"]
+    for encoder, why in (("clip-vit-L", ""), ("tiny-cnn", "enlarged from 4 x 4"), ("mae-vit-l", "")):
+        lines += [f"{encoder},,all,lds,0.5,0.4,0.6,9,{why}", f"{encoder},,all,knn20,0.5,0.4,0.6,9,"]
+    (tmp_path / "study" / "metrics.csv").write_text("\n".join(lines) + "\n")
+    code, _, error = report(tmp_path / "study")
+    assert code == 0, error
+    html = (tmp_path / "study" / "report.html").read_text()
+    assert "tiny-cnn (enlarged from 4 x 4): neighbours are alike by construction" in html
+    assert "clip-vit-L (enlarged" not in html
+    assert "Squares: of maps that were enlarged" in html
+    data = json.loads(re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', html, re.S)[1])
+    marks = {
+        panel["title"]: {point["encoder"]: point["enlarged"] for point in panel["points"]} for panel in data["panels"]
+    }
+    assert marks["LDS"] == {"clip-vit-L": "", "tiny-cnn": "enlarged from 4 x 4", "mae-vit-l": ""}
+    assert set(marks["20-NN"].values()) == {""}
+
+
 def test_a_page_of_bare_runs_says_what_is_missing(report, make_run, tmp_path):
     make_run(tmp_path / "study" / "one", recipe="sit")
     make_run(tmp_path / "study" / "two", recipe="sit", seed=1, done=0)
