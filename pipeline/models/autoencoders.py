@@ -20,11 +20,10 @@ from .encoders import autocast
 from .python_models import PythonAutoencoder
 from .soundness import check_network
 from .weights import (
-    NO_WEIGHTS,
     RANDOM_SEED,
     check_weights,
     check_weights_file,
-    digest_of,
+    load_network,
     no_weights_error,
     quiet_hub,
     wrong_weights_error,
@@ -102,20 +101,16 @@ def load_autoencoder(
     `code` is what a spec of `loader: python` was resolved with. Raises `UsageError` where weights or code cannot be
     had, do not fit (strict, the first differing names), or where a user's own network cannot be cached.
     """
-    name = spec["entry"]
     target = torch.device(device)
     check_weights(spec, weights)
-    if spec["loader"] == "builtin":
-        return Autoencoder(spec=spec, weights=NO_WEIGHTS, model=None, precision=precision, device=target)
-    if spec["loader"] == "python":
-        own = PythonAutoencoder(spec, code, target)
-        loaded = Autoencoder(spec=spec, weights=own.weights, model=own, precision=precision, device=target)
-    else:
+
+    def library() -> tuple[Any, torch.nn.Module]:
         model = _create_diffusers(spec, weights)
-        model.eval().requires_grad_(False)
-        digest = digest_of(model)
-        loaded = Autoencoder(spec=spec, weights=digest, model=model.to(target), precision=precision, device=target)
-    if name not in autoencoder_table():
+        return model, model
+
+    model, digest = load_network(spec, code, target, own=PythonAutoencoder, library=library)
+    loaded = Autoencoder(spec=spec, weights=digest, model=model, precision=precision, device=target)
+    if spec["entry"] not in autoencoder_table():
         _check(loaded)
     return loaded
 

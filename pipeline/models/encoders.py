@@ -23,7 +23,7 @@ from .python_models import PythonFeatures
 from .soundness import check_network
 from .timm_models import load_timm
 from .transformers_models import load_transformers
-from .weights import NO_WEIGHTS, check_weights, digest_of
+from .weights import check_weights, load_network
 
 
 class Features(Protocol):
@@ -185,20 +185,15 @@ def load_encoder(
     `code` is what a spec of `loader: python` was resolved with. Raises `UsageError` where weights or code cannot be
     had, do not fit (strict, the first differing names), or where a user's own network cannot be cached.
     """
-    name = spec["entry"]
     target = torch.device(device)
     check_loadable(spec, weights)
-    if spec["loader"] == "builtin":
-        return Encoder(spec=spec, weights=NO_WEIGHTS, features=None, precision=precision, device=target)
-    if spec["loader"] == "python":
-        own = PythonFeatures(spec, code, target)
-        encoder = Encoder(spec=spec, weights=own.weights, features=own, precision=precision, device=target)
-    else:
+
+    def library() -> tuple[Features, torch.nn.Module]:
         features = _LOADERS[spec["loader"]](spec, weights)
-        features.model.eval().requires_grad_(False)
-        digest = digest_of(features.model)
-        features.model.to(target)
-        encoder = Encoder(spec=spec, weights=digest, features=features, precision=precision, device=target)
-    if name not in encoder_table():
+        return features, features.model
+
+    features, digest = load_network(spec, code, target, own=PythonFeatures, library=library)
+    encoder = Encoder(spec=spec, weights=digest, features=features, precision=precision, device=target)
+    if spec["entry"] not in encoder_table():
         encoder.check([spec])
     return encoder

@@ -15,7 +15,7 @@ import torch
 from ...cache_specs.entries import OwnCode
 from ...cache_specs.errors import UsageError
 from .own_modules import cause, own_function
-from .weights import RANDOM_SEED, digest_of
+from .weights import RANDOM_SEED, freeze
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -46,9 +46,8 @@ class OwnNetwork:
         self.device = device if aware or self.module is not None else torch.device("cpu")
         self.weights = code.digest
         if self.module is not None:
-            self.module.eval().requires_grad_(False)
-            self.weights = digest_of(self.module) if self.module.state_dict() else code.digest
-            self.module.to(device)
+            digest = freeze(self.module, device)
+            self.weights = digest if self.module.state_dict() else code.digest
 
 
 def _takes_device(function: Any) -> bool:

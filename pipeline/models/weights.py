@@ -4,12 +4,13 @@ import contextlib
 import logging
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...cache_specs.entries import OwnCode
 from ...cache_specs.errors import UsageError, reason
 from ...cache_specs.files.impostors import impostor
 from ...cache_specs.fingerprint import weights_digest
@@ -21,6 +22,35 @@ RANDOM_SEED = 0  # random weights are the same on every worker, and say what the
 def digest_of(model: torch.nn.Module) -> str:
     """Return `sha256:<digest>` over the model's state dict: the same from the hub, a .pth or a .safetensors."""
     return "sha256:" + weights_digest(_tensors(model.state_dict()))
+
+
+def freeze(module: torch.nn.Module, device: torch.device) -> str:
+    """Make a module ready to encode on `device`; return its digest."""
+    module.eval().requires_grad_(False)
+    digest = digest_of(module)
+    module.to(device)
+    return digest
+
+
+def load_network(
+    spec: Mapping[str, Any],
+    code: OwnCode | None,
+    device: torch.device,
+    *,
+    own: Callable[[Mapping[str, Any], OwnCode | None, torch.device], Any],
+    library: Callable[[], tuple[Any, torch.nn.Module]],
+) -> tuple[Any, str]:
+    """Return the network of a resolved spec on `device`, None for one without weights, and what its weights are.
+
+    `own` makes a user's from its code, which has `weights`; `library` returns another one and the module behind it.
+    """
+    if spec["loader"] == "builtin":
+        return None, NO_WEIGHTS
+    if spec["loader"] == "python":
+        network = own(spec, code, device)
+        return network, network.weights
+    network, module = library()
+    return network, freeze(module, device)
 
 
 def _tensors(state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:

@@ -186,7 +186,7 @@ def test_published_files_give_the_same_weights(form: str, tmp_path: Path, images
         assert torch.equal(tensor, state[name]), name
     assert loaded.weights.startswith("sha256:")
     random.model.load_state_dict(state)
-    assert loaded.weights == repa.pipeline.models.autoencoders.digest_of(random.model)
+    assert loaded.weights == repa.pipeline.models.weights.digest_of(random.model)
 
 
 def test_weights_that_cannot_be_had_or_do_not_fit(tmp_path: Path) -> None:
