@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ..store.metadata import component_files, root_files
 from ..store.shards import iter_chunks
 from ..store.statistics import component_statistics
 from ..store.store import CacheStore
-from .verify_binding import binding_problems, source_problems
+from .verify_binding import binding_problems, listed_runs, missing_line, source_problems
 
 CONSOLIDATED = "consolidated_metadata"  # key of Zarr's own for a copy of the metadata of all arrays below
 
@@ -71,11 +72,11 @@ def verify(path: str | Path | Location, *, on_progress: Callable[[int, int], Non
     num_shards = len(arrays) * store.layout.num_ranges
     numbers: dict[str, list[int | None]] = {component.path: [] for component in components}
     for found in _shard_checks(store, sample_ids, arrays):
-        report.num_shards += 1
+        report.num_shards += len(found.numbers)
         report.num_bytes += found.num_bytes
         for problem in found.problems:
             report.add(problem, found.file)
-        numbers[found.path].append(found.number)
+        numbers[found.path] += found.numbers
         on_progress(report.num_shards, num_shards)
     for component in opened:
         if unbound(component):
@@ -180,29 +181,44 @@ def _readable_components(report: VerifyReport, store: CacheStore) -> Iterator[Co
 
 @dataclass(frozen=True, kw_only=True)
 class _ShardCheck:
-    """What a shard is found to be: `number` ties it to its place, None where something is wrong with it."""
+    """What a shard, or a run of shards that are missing, is found to be.
+
+    `numbers` tie each to its place, None where something is wrong with it.
+    """
 
     path: str  # the component's
-    file: Location
-    num_bytes: int
-    number: int | None
+    numbers: list[int | None]
     problems: list[str]
+    file: Location | None = None
+    num_bytes: int = 0
 
 
 def _shard_checks(
     store: CacheStore, sample_ids: list[str] | None, arrays: list[tuple[ComponentSpec, ArrayLayout]]
 ) -> Iterator[_ShardCheck]:
-    """Yield what `_check_shard` returns for every shard of `arrays`, in order, checked on every CPU core."""
+    """Yield what is found of every shard of `arrays`, in order, checked on every CPU core."""
     cores = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(max_workers=cores) as threads:
         ahead: deque[Future[_ShardCheck]] = deque()
-        for component, layout in arrays:
-            for index in range(store.layout.num_ranges):
-                ahead.append(threads.submit(_check_shard, store, sample_ids, component, layout, index))
-                if len(ahead) == 2 * cores:  # not all at once: a large cache has a million shards
-                    yield ahead.popleft().result()
+        for check in _checks(store, sample_ids, arrays):
+            ahead.append(threads.submit(check))
+            if len(ahead) == 2 * cores:  # not all at once: a large cache has a million shards
+                yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+
+def _checks(
+    store: CacheStore, sample_ids: list[str] | None, arrays: list[tuple[ComponentSpec, ArrayLayout]]
+) -> Iterator[Callable[[], _ShardCheck]]:
+    for component, layout in arrays:
+        array = f"{component.path}/{layout.name}"
+        for there, run in listed_runs(store.path / array, layout, store.layout.num_ranges):
+            if there:
+                yield from (partial(_check_shard, store, sample_ids, component, layout, index) for index in run)
+            else:
+                line = missing_line(store, array, layout, run)
+                yield partial(_ShardCheck, path=component.path, numbers=[None] * len(run), problems=[line])
 
 
 def _check_shard(
@@ -213,11 +229,11 @@ def _check_shard(
     where = f"{component.path}/{layout.name}"
 
     def found(num_bytes: int, problems: list[str], number: int | None = None) -> _ShardCheck:
-        return _ShardCheck(path=component.path, file=file, num_bytes=num_bytes, number=number, problems=problems)
+        return _ShardCheck(path=component.path, numbers=[number], problems=problems, file=file, num_bytes=num_bytes)
 
     num_bytes = file.size()
     if num_bytes is None:
-        return found(0, [f"{where}: samples {start} to {stop - 1}: {file.name} is missing"])
+        return found(0, [missing_line(store, where, layout, [index])])
 
     def name(chunk: int) -> str:
         if len(layout.inner) == 1:

@@ -4,6 +4,7 @@ Checksums hold in a shard that was put in another one's place, and in one of ano
 names. Its number, or the digest of all numbers, is then not what was written when the component was built.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,7 @@ from ...cache_specs.binding import (
 )
 from ...cache_specs.components import Component, other_sizes
 from ...cache_specs.errors import CacheError
+from ...cache_specs.layout import ArrayLayout
 from ...cache_specs.storage import Location
 from ..store.records import THREADS, read_whole_record
 from ..store.store import CacheStore
@@ -42,24 +44,29 @@ def binding_problems(store: CacheStore, component: Component, found: Sequence[in
     written, readable = np.zeros_like(actual), np.zeros(len(actual), dtype=bool)
     expected = component.attributes.get(SHARDS_DIGEST)
     layout = checksums_layout(store.layout, len(arrays))
-    files = [group / SHARD_CHECKSUMS / layout.shard_file(index) for index in range(len(actual))]
+    folder = group / SHARD_CHECKSUMS
 
     def at(array: str, index: int) -> str:
         start, stop = store.layout.sample_range(index)
         return f"{path}/{array}: samples {start} to {stop - 1}"
 
-    for index, numbers in enumerate(_read_all(files, len(arrays))):
-        if isinstance(numbers, np.ndarray):
-            written[index], readable[index] = numbers, True
-        elif isinstance(numbers, CacheError):
-            yield f"{at(SHARD_CHECKSUMS, index)}: {numbers}", files[index]
-        elif expected is not None:
-            yield f"{at(SHARD_CHECKSUMS, index)}: {files[index].name} is missing", None
+    for listed, run in listed_runs(folder, layout, len(actual)):
+        if not listed and expected is not None:
+            yield missing_line(store, f"{path}/{SHARD_CHECKSUMS}", layout, run), None
+        files = [folder / layout.shard_file(index) for index in run if listed]
+        for index, file, numbers in zip(run, files, _read_all(files, len(arrays)), strict=False):
+            if isinstance(numbers, np.ndarray):
+                written[index], readable[index] = numbers, True
+            elif isinstance(numbers, CacheError):
+                yield f"{at(SHARD_CHECKSUMS, index)}: {numbers}", file
+            elif expected is not None:  # gone since the listing
+                yield missing_line(store, f"{path}/{SHARD_CHECKSUMS}", layout, [index]), None
     differs = (written != actual) & there & readable[:, None]
     if expected is not None and there.all() and numbers_digest(actual) == expected:
         # The shards are those that the component was completed with: what differs is what was written of them.
         for index in np.flatnonzero(differs.any(axis=1)).tolist():
-            yield f"{at(SHARD_CHECKSUMS, index)}: {files[index].name} is not of its shards, which hold", files[index]
+            file = folder / layout.shard_file(index)
+            yield f"{at(SHARD_CHECKSUMS, index)}: {file.name} is not of its shards, which hold", file
         return
     for index, column in np.argwhere(differs).tolist():
         array = arrays[column]
@@ -73,6 +80,23 @@ def binding_problems(store: CacheStore, component: Component, found: Sequence[in
             "with their numbers. Restore the component, or remove it and build it again",
             None,
         )
+
+
+def listed_runs(folder: Location, layout: ArrayLayout, num_ranges: int) -> Iterator[tuple[bool, list[int]]]:
+    """Yield whether the shards of the next ranges in a row are in `folder`, which is listed once, and these ranges.
+
+    Metadata may claim a million shards where there are none: nobody looks for one by one.
+    """
+    names = folder.names()
+    for there, run in itertools.groupby(range(num_ranges), key=lambda index: layout.shard_file(index) in names):
+        yield there, list(run)
+
+
+def missing_line(store: CacheStore, array: str, layout: ArrayLayout, run: Sequence[int]) -> str:
+    """Return the problem of ranges in a row whose shards are missing: a line, however many they are."""
+    (start, _), (_, stop) = store.layout.sample_range(run[0]), store.layout.sample_range(run[-1])
+    others = f"and {len(run) - 1} more are" if len(run) > 1 else "is"
+    return f"{array}: samples {start} to {stop - 1}: {layout.shard_file(run[0])} {others} missing"
 
 
 def _read_all(files: Sequence[Location], num_arrays: int) -> Iterator[np.ndarray | CacheError | None]:

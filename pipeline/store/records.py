@@ -36,6 +36,12 @@ def read_record(store: CacheStore, component: ComponentSpec, name: str, index: i
 
 def read_whole_record(store: CacheStore, component: ComponentSpec, name: str) -> np.ndarray:
     """Return `valid` or `source_bytes` [N]; raise `CacheError` where a shard is missing or damaged."""
+    layout = next(array for array in component.arrays(store.layout) if array.name == name)
+    folder = store.path / component.path / name
+    names = folder.names()  # once: metadata may claim a million shards where there are none
+    for index in range(store.layout.num_ranges):
+        if layout.shard_file(index) not in names:
+            raise CacheError(f"{folder / layout.shard_file(index)}: missing; run the build again")
     with ThreadPoolExecutor(THREADS) as threads:
         parts = threads.map(lambda index: read_record(store, component, name, index), range(store.layout.num_ranges))
         return np.concatenate(list(parts))
