@@ -15,6 +15,7 @@ import numpy as np
 
 from .binding import SOURCE_DIGEST
 from .errors import CacheError
+from .files.asked import asked
 from .files.outside import parse_json
 from .fingerprint import transform_fingerprint
 from .group import METADATA, check_digest, group_attributes
@@ -103,6 +104,11 @@ def check_fingerprint(spec: ComponentSpec, attributes: Mapping[str, Any], cache:
             f"{group / METADATA}: the fingerprint does not match the spec beside it; the file was changed. Restore it, "
             "or delete this file and run the build again"
         )
+
+
+def finish_command(cache: Location, spec: ComponentSpec) -> str:
+    """Return the command that finishes a component: the one that began it where that is known (files/asked.py)."""
+    return asked(cache.scratch(), spec.path) or spec.build_command(cache)
 
 
 def read_array_metadata(folder: Location, layout: ArrayLayout) -> dict[str, Any]:

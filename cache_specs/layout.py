@@ -32,7 +32,9 @@ MOST_ROW_BYTES = 2**30  # of one view of one sample
 
 COMPLETE = "complete"  # attribute of a finished component; absent until then
 BAD_FILES = "bad_files"  # attribute: {sample id: reason}, only where a build was told --skip-bad
-PARTIAL_FOLDER = ".partial"  # half-written shards and the locks of running builds; absent when none runs
+PARTIAL_FOLDER = (
+    ".partial"  # half-written shards, locks of running builds, commands that finish what is not whole; else absent
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import contextlib
 import functools
 import importlib.resources
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,23 +83,6 @@ def encoder_aliases() -> Mapping[str, str]:
 def encoders_left_out() -> Mapping[str, str]:
     """Return encoders of the study that the table does not have, each with the reason."""
     return _table("encoders.yaml")["left_out"]
-
-
-def encoder_table_lines() -> Iterator[str]:
-    """Yield the table as text, a line an encoder; an asterisk marks the 27 of the iREPA study."""
-    short = {name: alias for alias, name in encoder_aliases().items()}
-    yield (
-        f"  {'name':<31} {'short':<9} {'width':>5} {'tokens':<11} {'params M':>8} {'GMAC':>7}  "
-        f"{'licence':<25} weights from"
-    )
-    for name, entry in encoder_table().items():
-        yield (
-            f"{'*' if entry.irepa27 else ' '} {name:<31} {short.get(name, ''):<9} {entry.width:>5} {entry.tensor:<11} "
-            f"{entry.params_m:>8.1f} {entry.gmac:>7.1f}  {entry.licence:<25} {entry.source}"
-        )
-    yield "* one of the 27 of the iREPA study; @irepa: as the study computes it, where that is not the model's card"
-    for name, why in encoders_left_out().items():
-        yield f"left out: {name}: {why}"
 
 
 def encoder_name(request: str) -> str:

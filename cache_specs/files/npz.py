@@ -1,9 +1,11 @@
-"""Where the rows of an .npz of samples lie: what its headers claim is held against the file before it is believed."""
+"""The rows of an .npz of pictures: where they lie, headers' claims held against the file, and how they are written."""
 
+import contextlib
 import math
 import os
 import struct
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +14,8 @@ import numpy as np
 
 from ..errors import reason
 from .outside import open_regular
+from .partial_files import new_file
+from .whole_file import partial_of, sync_folder
 
 MEMBER = "arr_0.npy"
 LOCAL_HEADER_BYTES = 30  # of a zip's member, before its name and extra field
@@ -66,3 +70,32 @@ def _find_rows(stream: BinaryIO) -> StoredRows:
     if claimed != entry.file_size - header_bytes or claimed > there:
         raise ValueError(f"arr_0 is {dtype} {list(shape)[:8]}, {claimed} bytes, and {max(there, 0)} are there")
     return StoredRows(shape=shape, dtype=dtype, header_bytes=header_bytes, offset=offset)
+
+
+def write_rows(npz: Path, shape: tuple[int, ...], dtype: "np.dtype[Any]", batches: Iterable[np.ndarray]) -> None:
+    """Write `batches` of rows as they come, `shape` in all, to `arr_0` of an .npz: whole, or what was there before.
+
+    The member is stored as it is, with the same bytes at any time of day. Raises `OSError`.
+    """
+    partial = partial_of(npz)
+    entry = zipfile.ZipInfo(MEMBER, date_time=(1980, 1, 1, 0, 0, 0))
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    try:
+        with open(new_file(partial), "wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                with archive.open(entry, "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(member, header)
+                    written = 0
+                    for rows in batches:
+                        assert (rows.dtype, rows.shape[1:]) == (dtype, shape[1:]), (rows.dtype, rows.shape)
+                        member.write(np.ascontiguousarray(rows).data)
+                        written += len(rows)
+                assert written == shape[0], (written, shape)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, npz)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    sync_folder(npz.parent)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...cache_specs.components import finish_command
 from ...cache_specs.errors import CacheError, UsageError, nearest
 from ...cache_specs.layout import layer_array
 from ...cache_specs.schema import FEATURES, ComponentSpec, enlarged, stored_layers
@@ -153,7 +154,7 @@ def _unfinished(store: CacheStore, name: str) -> CacheError:
     component = store.component(f"{FEATURES}/{name}")
     assert component is not None, name
     return CacheError(
-        f"{store.path}: {component.path} is not complete; finish it with {component.build_command(store.path)}"
+        f"{store.path}: {component.path} is not complete; finish it with {finish_command(store.path, component)}"
     )
 
 
@@ -162,16 +163,15 @@ def choose_rows(encoders: Sequence[Features], num: int | None) -> np.ndarray:
 
     A manifest is ordered by class, so `num` are drawn at random, the same in every run.
     """
-    if num is not None and num < 1:
-        raise UsageError(f"--num {num}: expected 1 or more images")
-    rows = np.flatnonzero(np.logical_and.reduce([encoder.valid() for encoder in encoders]))
-    if len(rows) == 0:
-        raise CacheError("no sample is valid in every encoder that was asked for")
-    return draw_rows(rows, num)
+    return draw_rows(np.flatnonzero(np.logical_and.reduce([encoder.valid() for encoder in encoders])), num)
 
 
 def draw_rows(rows: np.ndarray, num: int | None) -> np.ndarray:
-    """Return `num` of these samples, ascending, the same in every run; or all where there are fewer."""
+    """Return `num` of the valid samples `rows`, ascending, or all where there are fewer; always the same ones."""
+    if num is not None and num < 1:
+        raise UsageError(f"--num {num}: expected 1 or more images")
+    if len(rows) == 0:
+        raise CacheError("no sample is valid in every component that was asked for")
     if num is None or num >= len(rows):
         return rows
     return np.sort(np.random.default_rng(SAMPLE_SEED).choice(rows, num, replace=False))

@@ -1,8 +1,7 @@
 """One table from what was measured apart: a line an encoder, its metrics, and the quality of the runs trained on it.
 
-Quality comes from RUN/evaluation.jsonl (trainer/evaluating/evaluation.py writes a line an evaluated step) or from the
-columns of a results file; metrics from the CSVs of `repa-cache metrics` and `repa-cache probe`, or from the same
-results file.
+Quality comes from runs (run_results.py) or from the columns of a results file; metrics from the CSVs of `repa-cache
+metrics` and `repa-cache probe`, or from the same results file.
 """
 
 import csv
@@ -17,20 +16,12 @@ from typing import Any
 import numpy as np
 
 from ...cache_specs.errors import UsageError, nearest, reason
-from ...cache_specs.files.outside import MOST_SETTINGS_BYTES, MOST_TABLE_BYTES, parse_json, read_file, read_text
+from ...cache_specs.files.outside import MOST_TABLE_BYTES, read_text
 from .intervals import Estimate
 from .measure import ALL_CLASSES, CSV_HEADER, METRICS
+from .run_results import qualities_of
 
-EVALUATION_FILE = "evaluation.jsonl"  # of a run
-CONFIG_FILE = "config.json"
 _METRIC = re.compile(rf"{'|'.join(METRICS)}|(linear_probe|knn\d+)(_cls)?")
-# Of a config.json: what changes no result, or is no setting; and the seed, over which runs are averaged.
-_AVERAGED = frozenset(
-    {"seed", "steps", "log_every", "save_every", "save_minutes", "keep_last", "keep_every", "stage", "check_reads"}
-    | {"prefetch_bytes", "cache", "out", "entries", "logger", "grid", "evaluation"}
-    | {"resolved", "history", "fingerprints"}
-)
-_SETTINGS = ("step", "num")  # of an evaluation: runs are compared at equal ones
 
 
 @dataclass(kw_only=True)
@@ -67,7 +58,7 @@ def join(sources: Sequence[Path], metrics_files: Sequence[Path], quality: str | 
                 "runs alone say nothing of their encoders: add --metrics FILE.csv, as repa-cache metrics CACHE --csv "
                 "FILE.csv and repa-cache probe CACHE --csv FILE.csv write it"
             )
-        qualities = _runs(sources, notes)
+        qualities = qualities_of(sources, notes)
         where = f"{len(sources)} runs"
     chosen = _choose(quality, qualities, where)
     both = sorted(encoder for encoder in qualities if encoder in metrics and chosen in qualities[encoder])
@@ -177,92 +168,6 @@ def _number(text: str, file: Path, encoder: str, column: str) -> float:
             f"{file}: {encoder}: {column} is {text[:40]!r}; expected a number, or nothing where there is none"
         )
     return value
-
-
-def _runs(folders: Sequence[Path], notes: list[str]) -> dict[str, dict[str, float]]:
-    """Return quality by encoder, the mean over runs that differ in their seed alone, at the last evaluated step."""
-    figures: dict[str, list[dict[str, float]]] = {}
-    settings: dict[tuple[Any, ...], Path] = {}
-    configs: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for folder in folders:
-        config, record = _run(folder)
-        encoders = [str(encoder) for encoder in config["encoders"]]
-        if len(encoders) != 1:
-            notes.append(f"left out: {folder} is aligned with {_list(encoders) if encoders else 'no encoder'}, not one")
-            continue
-        first_folder, first_config = configs.setdefault(encoders[0], (folder, config))
-        _check_alike(encoders[0], first_folder, first_config, folder, config)
-        settings.setdefault(tuple(record.get(key) for key in _SETTINGS), folder)
-        values = {name: float(value) for name, value in record.items() if name not in _SETTINGS}
-        figures.setdefault(encoders[0], []).append(values)
-    if len(settings) > 1:
-        (one, first), (other, second) = list(settings.items())[:2]
-        raise UsageError(
-            f"{first} was last evaluated at step {one[0]} with {one[1]} samples, {second} at step {other[0]} with "
-            f"{other[1]}: they cannot be compared. Train and evaluate all of them alike"
-        )
-    for encoder, runs in figures.items():
-        if len(runs) > 1:
-            notes.append(f"{encoder}: the mean of {len(runs)} runs")
-    (_, first_config), *others = configs.values() if configs else [(None, {})]
-    across = sorted({key for _, config in others for key in _differing(first_config, config)} - {"encoders"})
-    if across:
-        notes.append(f"runs of different encoders differ in {', '.join(across)}, too")
-    return {
-        encoder: {name: float(np.mean([run[name] for run in runs])) for name in runs[0] if all(name in r for r in runs)}
-        for encoder, runs in figures.items()
-    }
-
-
-def _check_alike(encoder: str, first: Path, before: dict[str, Any], folder: Path, config: dict[str, Any]) -> None:
-    """Raise `UsageError` where two runs with one encoder differ in more than their seed: their mean says nothing."""
-    differing = _differing(before, config)
-    if differing:
-        shown = "; ".join(f"{key}: {_short(one)} and {_short(other)}" for key, (one, other) in differing.items())
-        raise UsageError(
-            f"{encoder}: {first} and {folder} differ in {shown}. Runs are averaged over seed alone: give those of one "
-            f"value of {', '.join(differing)} at a time"
-        )
-
-
-def _differing(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return both values of each setting, by dotted name, in which two runs differ and that could matter."""
-    one, other = _flat(before), _flat(config)
-    keys = sorted({*one, *other})
-    return {key: (one.get(key), other.get(key)) for key in keys if one.get(key) != other.get(key)}
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if not prefix and key in _AVERAGED:
-            continue
-        nested = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    return "absent" if value is None else str(value)[:40]
-
-
-def _run(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        config = parse_json(read_file(folder / CONFIG_FILE, most=MOST_SETTINGS_BYTES))
-        lines = read_text(folder / EVALUATION_FILE, most=MOST_TABLE_BYTES).splitlines()
-        record = dict(parse_json(lines[-1]))
-        if not all(isinstance(figure, int | float) for figure in record.values()):
-            raise TypeError("not all figures are numbers")
-        if not isinstance(config["encoders"], list):
-            raise TypeError("encoders is no list")
-        return dict(config), record
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{folder}: no {Path(error.filename).name}; expected the folder of a run with evaluations (repa-train "
-            "--set evaluation.every=STEPS), or one results file"
-        ) from error
-    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
-        raise UsageError(f"{folder}: {CONFIG_FILE} or {EVALUATION_FILE} is damaged ({error!r})") from error
 
 
 def _choose(quality: str | None, qualities: Mapping[str, Mapping[str, float]], where: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from ...cache_specs.errors import JobError
+from ...cache_specs.files.asked import forget, remember
 from ..images.manifest import Manifest
 from ..store.binding import bind_ranges, lacks_numbers
 from ..store.complete import complete_component
@@ -115,6 +116,8 @@ def _encode(
         for component in pool.components:
             store.create_component(component)
             store.reopen_component(component)
+            if options.words:
+                remember(store.partial, component.path, options.words)
         # Once more: where a component's record was deleted, its shards could be told to be its own only by now.
         work = replace(plan, missing=missing_ranges(store, plan.requests)).work()
         ranges = [store.layout.sample_range(index) for index in work]
@@ -178,12 +181,14 @@ def _complete(
         elif store.is_complete(path):
             if lacks_numbers(store, component):
                 bind_ranges(store, component)
+            forget(store.partial, path)
         else:
             there = "" if report.num_images else "every range is there; "
             on_message(f"{path}: {there}reading {store.layout.num_ranges} shards to complete it")
             try:
                 report.statistics[path] = complete_component(store, component, options.manifest, reasons)
                 report.completed.append(path)
+                forget(store.partial, path)
             except JobError as error:
                 unfinished.append(str(error))
     if unfinished:

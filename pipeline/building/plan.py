@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...cache_specs.components import read_layout
+from ...cache_specs.components import finish_command, read_layout
 from ...cache_specs.errors import UsageError, nearest
 from ...cache_specs.fingerprint import transform_fingerprint
 from ...cache_specs.layout import CROP, DEFAULT_SHARD_SAMPLES, VIEWS, CacheLayout
@@ -47,6 +47,7 @@ class BuildOptions:
     workers: int | None = None
     address: str | None = None
     skip_bad: bool = False
+    words: tuple[str, ...] = ()  # the arguments as they were typed, for whoever goes on; none in one's own code
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -169,7 +170,7 @@ def _check_imported(options: BuildOptions, store: CacheStore) -> None:
             continue
         where = f"{options.cache}: {component.path} was imported"
         if not store.is_complete(component.path) or store.missing_ranges(component):
-            raise UsageError(f"{where} and is not whole; finish it with {component.build_command(str(options.cache))}")
+            raise UsageError(f"{where} and is not whole; finish it with {finish_command(store.path, component)}")
         if not component.imported["images"]:
             raise UsageError(f"{where} without images, so nothing can be added to it; train from it with --recipe sit")
         if options.autoencoder in (component.name, component.spec["entry"]):
@@ -238,7 +239,7 @@ def _as_begun(component: ComponentSpec, options: BuildOptions, store: CacheStore
     if entry not in autoencoder_table():
         raise UsageError(
             f"{options.cache}: {component.path} is not whole, and of an autoencoder of your own; finish it with "
-            f"{component.build_command(str(options.cache))}"
+            f"{finish_command(store.path, component)}"
         )
     return ModelRequest(
         kind=LATENTS,

@@ -9,6 +9,7 @@ equal efficiency of the hardware.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...cache_specs.binding import pack_numbers
 from ...cache_specs.encoder_entry import EncoderEntry
@@ -23,6 +24,7 @@ from ...cache_specs.tables import ResolvedModel
 SIT_SIZES = {"Ti": (6, 128), "S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
 TABLE_RESOLUTION = 256  # of an autoencoder's gmac
 FORWARDS_A_STEP = 3  # a backward costs two forwards
+NAME_WIDTH = 30  # columns of the table; a longer name has a line of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,47 +151,115 @@ def _gmac(model: ResolvedModel, resolution: int) -> float:
     return model.entry.gmac * (resolution / TABLE_RESOLUTION) ** 2
 
 
-def cost_lines(costs: Sequence[ModelCost], cache: CacheLayout) -> Iterator[str]:
-    """Yield the table of costs: sizes, GMAC an image, images/s and hours on one device."""
+def estimate_record(
+    costs: Sequence[ModelCost],
+    cache: CacheLayout,
+    *,
+    train: tuple[str, float] | None,
+    budget: int | None,
+    probe: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return what `repa-cache estimate --json` prints (README.md).
+
+    `train` is a model's name and GMAC, `probe` says where rates were measured.
+    """
     forwards = cache.num_samples * cache.num_views
-    yield f"{'':<40} {'float16':>10} {'int8':>10} {'GMAC':>8} {'images/s':>9} {'hours':>9}"
-    for cost in costs:
-        mark = "" if cost.measured or cost.images_per_s is None else " (scaled by GMAC)"
-        int8 = human_bytes(cost.num_bytes["int8"]) if "int8" in cost.num_bytes else "-"
-        rate = "-" if cost.images_per_s is None else f"{cost.images_per_s:.2f}"
-        hours = "-" if cost.images_per_s is None else f"{cost.hours(forwards):.1f}"
-        yield (
-            f"{cost.kind + '/' + cost.name:<40} {human_bytes(cost.num_bytes['float16']):>10} {int8:>10} "
-            f"{cost.gmac:>8.1f} {rate:>9} {hours:>9}{mark}"
-        )
-    total = {dtype: sum(c.num_bytes.get(dtype, c.num_bytes["float16"]) for c in costs) for dtype in STORAGE_DTYPES}
-    all_hours = sum(cost.hours(forwards) for cost in costs)
-    yield (
-        f"{'in all':<40} {human_bytes(total['float16']):>10} {human_bytes(total['int8']):>10} "
-        f"{sum(cost.gmac for cost in costs):>8.1f} {'':>9} {'-' if math.isnan(all_hours) else f'{all_hours:.1f}':>9}"
-    )
+    sums = {dtype: sum(c.num_bytes.get(dtype, c.num_bytes["float16"]) for c in costs) for dtype in STORAGE_DTYPES}
+    hours = [cost.hours(forwards) for cost in costs]
+    return {
+        "num_images": cache.num_samples,
+        "resolution": cache.resolution,
+        "views": list(cache.views),
+        "probe": probe,
+        "components": [
+            {
+                "path": f"{cost.kind}/{cost.name}",
+                "num_bytes": cost.num_bytes,
+                "gmac": cost.gmac,
+                "images_per_s": cost.images_per_s,
+                "measured": cost.measured,
+                "hours": None if math.isnan(each) else each,
+            }
+            for cost, each in zip(costs, hours, strict=True)
+        ],
+        "num_bytes": sums,
+        "gmac": sum(cost.gmac for cost in costs),
+        "hours": None if any(map(math.isnan, hours)) else sum(hours),
+        "speedup": None if train is None else _speedup_record(*train, costs),
+        "budget": None if budget is None else _budget_record(budget, costs),
+    }
 
 
-def speedup_line(model: str, sit: float, costs: Sequence[ModelCost]) -> str:
+def _speedup_record(model: str, sit: float, costs: Sequence[ModelCost]) -> dict[str, Any]:
     """Return the predicted speedup of training `model` (`sit` GMAC) from the cache, by what would run online."""
     encoders = [cost.gmac for cost in costs if cost.kind == FEATURES]
-    said = [f"{speedup(sit, encoders):.2f} over the encoders online"] if encoders else []
-    if len(encoders) < len(costs):
-        said.append(f"{speedup(sit, [cost.gmac for cost in costs]):.2f} over the autoencoder online too")
-    return f"{model} ({sit:.2f} GMAC) from this cache: {', '.join(said)}"
+    return {
+        "model": model,
+        "gmac": sit,
+        "over_encoders": speedup(sit, encoders) if encoders else None,
+        "over_all": speedup(sit, [cost.gmac for cost in costs]) if len(encoders) < len(costs) else None,
+    }
 
 
-def budget_lines(budget: int, costs: Sequence[ModelCost]) -> Iterator[str]:
-    """Yield what fits `budget` bytes: latents first, then as many encoders as fit, in the order asked."""
+def _budget_record(budget: int, costs: Sequence[ModelCost]) -> dict[str, Any]:
+    """Return what fits `budget` bytes: latents first, then as many encoders as fit, in the order asked."""
+    encoders = [cost for cost in costs if cost.kind == FEATURES]
     latents = sum(cost.num_bytes["float16"] for cost in costs if cost.kind != FEATURES)
+    chosen = choose_dtypes(encoders, budget - latents) if latents <= budget else dict.fromkeys(c.name for c in encoders)
+    kept = ((cost, chosen[cost.name]) for cost in encoders)
+    used = latents + sum(cost.num_bytes[dtype] for cost, dtype in kept if dtype is not None)
+    return {"num_bytes": budget, "latents_bytes": latents, "used_bytes": used, "dtypes": chosen}
+
+
+def estimate_lines(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table of costs (sizes, GMAC an image, images/s and hours on one device), speedup and budget."""
+    if record["probe"] is not None:
+        probe = record["probe"]
+        threads = f", {probe['threads']} threads" if probe["threads"] else ""
+        yield (
+            f"forwards measured on {probe['device']}{threads}, {probe['precision']}, batches of "
+            f"{probe['batch_size']}, one device"
+        )
+    yield _row("", ["float16", "int8", "GMAC", "images/s", "hours"])
+    for one in record["components"]:
+        scaled = "*" * (one["images_per_s"] is not None and not one["measured"])
+        yield from _rows(one["path"], one, one["images_per_s"], scaled)
+    yield from _rows("in all", record, None)
+    if any(one["images_per_s"] is not None and not one["measured"] for one in record["components"]):
+        yield "* scaled by GMAC from the largest of its kind that was measured"
+    if record["speedup"] is not None:
+        found = record["speedup"]
+        yield f"{found['model']} ({found['gmac']:.2f} GMAC) trains from this cache"
+        for key, online in (("over_encoders", "the encoders online"), ("over_all", "the autoencoder online too")):
+            if found[key] is not None:
+                yield f"  {found[key]:.2f} times as fast as with {online}"
+    if record["budget"] is not None:
+        yield from _budget_lines(record["budget"])
+
+
+def _rows(name: str, one: Mapping[str, Any], rate: float | None, mark: str = "") -> Iterator[str]:
+    sizes = [human_bytes(one["num_bytes"][dtype]) if dtype in one["num_bytes"] else "-" for dtype in STORAGE_DTYPES]
+    speed = "" if name == "in all" else "-" if rate is None else f"{rate:.2f}{mark}"
+    hours = "-" if one["hours"] is None else f"{one['hours']:.1f}"
+    if len(name) > NAME_WIDTH:
+        yield name
+        name = ""
+    yield _row(name, [*sizes, f"{one['gmac']:.1f}", speed, hours])
+
+
+def _row(name: str, cells: Sequence[str]) -> str:
+    float16, int8, gmac, rate, hours = cells
+    return f"{name:<{NAME_WIDTH}}{float16:>10}{int8:>10}{gmac:>9}{rate:>10}{hours:>9}"
+
+
+def _budget_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    budget, latents, chosen = found["num_bytes"], found["latents_bytes"], found["dtypes"]
     if latents > budget:
         yield f"{human_bytes(budget)}: the latents alone take {human_bytes(latents)}"
         return
-    chosen = choose_dtypes([cost for cost in costs if cost.kind == FEATURES], budget - latents)
-    used = latents + sum(c.num_bytes[d] for c in costs if c.kind == FEATURES and (d := chosen[c.name]) is not None)
     fits = [f"{name} {dtype}" for name, dtype in chosen.items() if dtype is not None]
     left_out = [name for name, dtype in chosen.items() if dtype is None]
     yield f"{human_bytes(budget)} holds{' latents,' if latents else ''} {', '.join(fits) or 'no encoder'}"
-    yield f"  {human_bytes(used)} used, {human_bytes(budget - used)} left"
+    yield f"  {human_bytes(found['used_bytes'])} used, {human_bytes(budget - found['used_bytes'])} left"
     if left_out:
         yield f"  left out: {', '.join(left_out)}"

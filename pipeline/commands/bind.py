@@ -3,6 +3,7 @@
 import click
 
 from ...cache_specs.errors import JobError
+from .progress import Progress
 from .said import say
 
 
@@ -17,17 +18,14 @@ def bind(cache: str) -> None:
     Reads every shard of those components once and changes none; training and verify then notice a shard that was
     replaced by another. Stopped, the same command goes on where it was. Copies that --stage made are to be made anew.
     """
-    from tqdm import tqdm
-
     from ..checking.bind import bind_cache
 
-    with tqdm(unit=" shards", disable=None) as bar:
+    with Progress("shards") as progress:
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+        def told(line: str) -> None:
+            progress.say(line, err=False)
 
-        problems = list(bind_cache(cache, on_message=lambda line: bar.write(line), on_progress=progress))
+        problems = list(bind_cache(cache, on_message=told, on_progress=progress.reach))
     for problem in problems:
         say(problem, err=True)
     if problems:

@@ -1,5 +1,6 @@
 """repa-cache build: parse, plan, build, report."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import click
 from ...cache_specs.errors import JobError, UsageError
 from ...cache_specs.schema import COMPRESSORS, PRECISIONS, STORAGE_DTYPES, describe
 from .progress import Progress
-from .said import say
+from .said import folded, say, say_report
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +71,7 @@ def build(
             "for all of them name another --cache",
             err=True,
         )
-    options = BuildOptions(manifest=manifest, weights=weights_of(weights), **asked)
+    options = BuildOptions(manifest=manifest, weights=weights_of(weights), words=tuple(sys.argv[1:]), **asked)
     if dry_run:
         plan = plan_build(options)
         _check_own(plan)
@@ -128,19 +129,19 @@ def _check_own(plan: "BuildPlan") -> None:
 
 
 def _plan_lines(plan: "BuildPlan", manifest: "Manifest") -> "Iterator[str]":
-    """Yield what is best known before hours of encoding: what the classes are, and which models fit."""
+    """Yield, folded, what is best known before hours of encoding: what the classes are, and which models fit."""
     from ..building.grids import fit_lines
     from ..images.manifest import class_lines
 
-    yield from class_lines(manifest)
-    yield from fit_lines(plan.requests, plan.latents)
+    for line in (*class_lines(manifest), *fit_lines(plan.requests, plan.latents)):
+        yield from folded(line)
 
 
 def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:
     from ...cache_specs.sizes import human_bytes
 
     layout = plan.layout
-    say(
+    say_report(
         f"{options.cache}: {'an existing' if plan.exists else 'a new'} cache of {layout.num_samples} samples, "
         f"{len(layout.class_names)} classes, {layout.resolution} px, views {' + '.join(layout.views)}"
     )
@@ -148,25 +149,24 @@ def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:
     for request in plan.requests:
         component = request.component("")
         missing = len(plan.missing[component.path])
-        say(f"{component.path}: {missing} of {layout.num_ranges} ranges to encode")
+        say_report(f"{component.path}: {missing} of {layout.num_ranges} ranges to encode")
         for name, shape, size in describe(component, layout):
             total += size
-            say(f"  {name:<13} {shape:<32} {human_bytes(size)}")
-    for line in _plan_lines(plan, options.manifest):
-        say(line)
-    say(f"{human_bytes(total)} in all; nothing was written")
+            say_report(f"  {name:<13} {shape:<32} {human_bytes(size)}")
+    say_report(*_plan_lines(plan, options.manifest))
+    say_report(f"{human_bytes(total)} in all; nothing was written")
 
 
 def _print_report(options: "BuildOptions", report: "BuildReport") -> None:
     if report.num_images:
         rate = report.num_images / max(report.seconds, 1e-9)
-        say(f"encoded {report.num_images} images in {report.seconds:.1f} s ({rate:.1f} images/s)")
+        say_report(f"encoded {report.num_images} images in {report.seconds:.1f} s ({rate:.1f} images/s)")
     for path in report.completed:
-        say(f"{path}: complete")
+        say_report(f"{path}: complete")
         error = report.statistics[path].get("float16_error")
         if isinstance(error, float):
             advice = "; --dtype int8 would be nearer" if error > 0.01 else ""
-            say(f"  float16 moves a channel's mean by at most {error:.2g} of its std{advice}")
+            say_report(f"  float16 moves a channel's mean by at most {error:.2g} of its std{advice}")
     if not report.num_images and not report.completed:
         say(f"{options.cache}: everything asked for is there and complete")
     bad, passing = len(report.unusable), len(report.passing)
@@ -182,4 +182,4 @@ def _print_report(options: "BuildOptions", report: "BuildReport") -> None:
             "or add --skip-bad to leave them out"
         )
     if bad:
-        say(f"{bad} bad images were left out (--skip-bad); training does not see them")
+        say_report(f"{bad} bad images were left out (--skip-bad); training does not see them")

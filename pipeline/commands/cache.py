@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ...cache_specs.errors import JobError, UsageError, expand_home, one_line_errors
+from ...cache_specs.errors import CacheError, JobError, UsageError, expand_home, one_line_errors
 from .bind import bind
 from .build import build, weights_of
 from .encoders import encoders
@@ -20,13 +20,14 @@ from .imports import import_command
 from .metrics import COMMANDS, ENTRY
 from .progress import Progress
 from .push import push
-from .said import say
+from .reference import reference
+from .said import JSON, say, say_json, say_report
 
 MAX_LISTED = 20  # damaged files in the line that removes them; verify has named them all above it
 
 
 @click.group(
-    commands=(*COMMANDS, bind, build, encoders, estimate, import_command, push),
+    commands=(*COMMANDS, bind, build, encoders, estimate, import_command, push, reference),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="repa-cache")
@@ -42,16 +43,24 @@ def _default_device() -> str:
 
 @cli.command()
 @click.argument("cache", metavar="DIR|URL")
-def info(cache: str) -> None:
+@JSON
+def info(cache: str, as_json: bool) -> None:
     """Say what is in a cache: components, shapes, bytes, fingerprints, what is missing.
 
     \b
     repa-cache info caches/in1k
+    repa-cache info caches/in1k --json | jq '.components[] | select(.complete | not) | .finish'
     """
-    from ..checking.info import info_lines
+    from ..checking.info import cache_record, info_lines
 
-    for line in info_lines(cache):
-        say(line)
+    record = cache_record(cache)
+    if as_json:
+        say_json(record)
+    else:
+        say_report(*info_lines(record))
+    damaged = next((one["error"] for one in record["components"] if "error" in one), None)
+    if damaged is not None:
+        raise CacheError(damaged)
 
 
 @cli.command()
@@ -109,9 +118,9 @@ def _recompute(cache: str, num: int, data: str, options: dict[str, Any]) -> None
     for agreement in recompute(cache, source_of(data), num=num, **options):
         problems += agreement.problems
         if agreement.left_out:
-            say(f"{agreement.path}: not encoded again: {agreement.left_out}")
+            say_report(f"{agreement.path}: not encoded again: {agreement.left_out}")
         if agreement.cosines:
-            say(
+            say_report(
                 f"{agreement.path}: {agreement.num_samples} samples encoded again, cosine to what is stored: "
                 f"mean {agreement.mean:.6f}, min {agreement.min:.6f}"
             )

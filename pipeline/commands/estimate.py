@@ -1,12 +1,12 @@
 """repa-cache estimate: bytes, hours and speedup of a cache before it is built."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ...cache_specs.errors import UsageError
 from ...cache_specs.schema import FEATURES, LATENTS, PRECISIONS
-from .said import say
+from .said import JSON, say, say_json, say_report
 
 if TYPE_CHECKING:
     from ...cache_specs.tables import ResolvedModel
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the probe.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--probe/--no-probe", default=True, help="Measure each model for about two seconds, or leave hours out.")
+@JSON
 def estimate(
     encoders: tuple[str, ...],
     num_images: int,
@@ -36,6 +37,7 @@ def estimate(
     precision: str,
     device: str | None,
     probe: bool,
+    as_json: bool,
 ) -> None:
     """Say what a cache would cost: bytes by dtype, encoder-hours here, the speedup of training from it.
 
@@ -48,7 +50,7 @@ def estimate(
     from ...cache_specs.sizes import parse_bytes
     from ...cache_specs.tables import resolve_autoencoder, resolve_encoder
     from ..building.grids import default_grid
-    from ..checking.estimate import budget_lines, cost_lines, model_costs, planned_layout, sit_gmac, speedup_line
+    from ..checking.estimate import estimate_lines, estimate_record, model_costs, planned_layout, sit_gmac
 
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: expected at least 1")
@@ -65,32 +67,30 @@ def estimate(
         models.append((FEATURES, resolve_encoder(name, resolution=resolution, default_grid=grid)))
     if not models:
         raise UsageError("nothing to estimate: name at least one --encoder or an --autoencoder")
-    sit = None if model is None else sit_gmac(model, latent_size=latent_size)
-    rates = _measure(models, resolution, batch_size, precision, device) if probe else {}
-    costs = model_costs(models, layout, rates)
-    for line in cost_lines(costs, layout):
-        say(line)
-    if model is not None and sit is not None:
-        say(speedup_line(model, sit, costs))
-    if limit is not None:
-        for line in budget_lines(limit, costs):
-            say(line)
+    train = None if model is None else (model, sit_gmac(model, latent_size=latent_size))
+    where, rates = _measure(models, resolution, batch_size, precision, device) if probe else (None, {})
+    record = estimate_record(model_costs(models, layout, rates), layout, train=train, budget=limit, probe=where)
+    if as_json:
+        say_json(record)
+    else:
+        say_report(*estimate_lines(record))
 
 
 def _measure(
     models: "list[tuple[str, ResolvedModel]]", resolution: int, batch_size: int, precision: str, device: str | None
-) -> dict[str, float]:
-    """Return images/s by name of the models that fit this device's memory."""
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return where models are measured, and images/s by name of those that fit this device's memory."""
     import torch
 
     from ..checking.throughput import fits_memory, measure
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"resolution": resolution, "batch_size": batch_size, "precision": precision, "device": device}
-    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
-    say(f"forwards measured on {device}{threads}, {precision}, batches of {batch_size}, one device")
-    return {
+    say(f"measuring {len(models)} models on {device}, about two seconds each", err=True)
+    rates = {
         model.name: measure(kind, model, **options)  # type: ignore[arg-type]  # mixed values of keywords
         for kind, model in models
         if fits_memory(model.entry.params_m, device)
     }
+    threads = torch.get_num_threads() if device == "cpu" else None
+    return {"device": device, "threads": threads, "precision": precision, "batch_size": batch_size}, rates

@@ -1,5 +1,6 @@
 """repa-cache import: parse, plan, run, report."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import click
 from ...cache_specs.errors import JobError
 from ...cache_specs.schema import COMPRESSORS
 from .progress import Progress
-from .said import say
+from .said import say, say_report
 
 if TYPE_CHECKING:
     from ..importing.latents import ImportReport
@@ -46,7 +47,8 @@ def import_command(dry_run: bool, pixel_range: str | None, **asked: Any) -> None
     from ..importing.latents import run_import
     from ..importing.plan import ImportOptions, plan_import
 
-    options = ImportOptions(pixel_range=None if pixel_range is None else PIXEL_RANGES[pixel_range], **asked)
+    pixels = None if pixel_range is None else PIXEL_RANGES[pixel_range]
+    options = ImportOptions(pixel_range=pixels, words=tuple(sys.argv[1:]), **asked)
     plan = plan_import(options)
     _print_plan(options, plan)
     if dry_run:
@@ -65,16 +67,16 @@ def _print_plan(options: "ImportOptions", plan: "ImportPlan") -> None:
     source, layout = plan.source, plan.layout
     what = "moments" if plan.reading.kind == "moments" else "sampled latents"
     images = f"images in {source.image_root}" if source.image_root else "no images"
-    say(
+    say_report(
         f"{options.data}: {layout.num_samples} samples in the layout {source.layout}, {what} "
         f"{list(plan.reading.shape[1:])}, {len(layout.class_names)} classes, {images}"
     )
-    say(f"latents of {plan.look.num} of them: mean {numbers(plan.look.mean)}, std {numbers(plan.look.std)}")
+    say_report(f"latents of {plan.look.num} of them: mean {numbers(plan.look.mean)}, std {numbers(plan.look.std)}")
     if plan.warning is not None:
         say(f"warning: {plan.warning}", err=True)
-    say(f"{options.cache}: {plan.component.path}, {layout.resolution} px, views {' + '.join(layout.views)}")
+    say_report(f"{options.cache}: {plan.component.path}, {layout.resolution} px, views {' + '.join(layout.views)}")
     for name, shape, size in describe(plan.component, layout):
-        say(f"  {name:<13} {shape:<32} {human_bytes(size)}")
+        say_report(f"  {name:<13} {shape:<32} {human_bytes(size)}")
 
 
 def _print_report(options: "ImportOptions", plan: "ImportPlan", report: "ImportReport") -> None:
@@ -88,8 +90,8 @@ def _print_report(options: "ImportOptions", plan: "ImportPlan", report: "ImportR
             "command again"
         )
     if report.statistics:
-        say(f"imported {report.num_samples} samples; {plan.component.path}: complete")
+        say_report(f"imported {report.num_samples} samples; {plan.component.path}: complete")
     else:
-        say(f"{options.cache}: {plan.component.path} is there and complete")
+        say_report(f"{options.cache}: {plan.component.path} is there and complete")
     if plan.source.image_root is None:
-        say("without images no encoder's tokens can be added: train from it with --recipe sit")
+        say_report("without images no encoder's tokens can be added: train from it with --recipe sit")

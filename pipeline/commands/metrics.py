@@ -5,12 +5,14 @@ inside it.
 """
 
 import itertools
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ...cache_specs.errors import UsageError
+from .progress import Progress
 from .said import say
 
 if TYPE_CHECKING:
@@ -52,8 +54,6 @@ def metrics(
 
     Means over images with a 95 % bootstrap interval, as stored and normalised over space.
     """
-    from tqdm import tqdm
-
     from ..analysis.features import choose_rows, labels_of, open_encoders
     from ..analysis.measure import class_table, measure, table, write_csv
 
@@ -63,8 +63,9 @@ def metrics(
     names = store.layout.class_names
     measured, labels = [], {}
     for encoder in opened:
-        with tqdm(total=len(rows), unit=" images", desc=encoder.name, disable=None) as bar:
-            found = measure(encoder, rows, gamma=gamma, mask=mask, on_progress=bar.update)
+        with Progress("images", of=encoder.name) as progress:
+            progress.start(0, len(rows))
+            found = measure(encoder, rows, gamma=gamma, mask=mask, on_progress=progress.advance)
         measured.append(found)
         labels[encoder.name] = labels_of(store, found.rows)
         say(_headline(encoder, found.rows, store))
@@ -212,22 +213,52 @@ def cknna(cache: str, encoders: tuple[str, ...], num: int, k: int) -> None:
     help="CSV of repa-cache metrics or probe, repeatable: what is joined with RUNS.",
 )  # fmt: skip
 @click.option("--quality", metavar="NAME", help="Figure to explain. [default: the only one]")
+@click.option(
+    "--group-by", "keys", multiple=True, metavar="KEY",
+    help="Setting in which RUNS differ, repeatable: a table and a figure for each of its values.",
+)  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default="correlate.png", show_default=True, metavar="FILE.png")
-def correlate(sources: tuple[str, ...], metrics_files: tuple[Path, ...], quality: str | None, out: Path) -> None:
+def correlate(
+    sources: tuple[str, ...], metrics_files: tuple[Path, ...], quality: str | None, keys: tuple[str, ...], out: Path
+) -> None:
     """Correlate encoder metrics with the quality of the runs trained on them.
 
     \b
     repa-cache correlate runs/dinov2 runs/clip runs/mae --metrics metrics.csv --metrics probe.csv
+    repa-cache correlate runs/* --metrics metrics.csv --group-by alignment.gamma
     repa-cache correlate results.csv --quality fid
 
-    RESULTS.csv has a line an encoder: encoder, its metrics, and quality figures. RUNS are folders with evaluations.
+    RESULTS.csv has a line an encoder: encoder, its metrics, and quality figures. RUNS are folders with evaluations;
+    those of one encoder are averaged where they differ in their seed alone.
     Writes the figure, and beside it a CSV of the correlations and one of what was joined.
     """
+    from ..analysis.run_results import grouped
+
+    paths = [Path(source) for source in sources]
+    if not keys:
+        _correlate(paths, metrics_files, quality, out)
+        return
+    if any(path.is_file() for path in paths):
+        raise UsageError("--group-by is for RUNS: a results file has a line an encoder")
+    groups, refused = grouped(paths, keys), []
+    for label, runs in groups.items():
+        say(f"{label}:")
+        suffix = re.sub(r"[^\w.=-]+", "-", label)
+        try:
+            _correlate(runs, metrics_files, quality, out.with_stem(f"{out.stem}-{suffix}"))
+        except UsageError as error:
+            refused.append(error)
+            say(f"  left out: {error}")
+    if len(refused) == len(groups):
+        raise UsageError(f"nothing could be correlated by {', '.join(keys)}: {refused[0]}")
+
+
+def _correlate(sources: list[Path], metrics_files: tuple[Path, ...], quality: str | None, out: Path) -> None:
     from ..analysis.correlate import correlate as compute
     from ..analysis.correlate import figure, lines, write_tables
     from ..analysis.results import join
 
-    results = join([Path(source) for source in sources], metrics_files, quality)
+    results = join(sources, metrics_files, quality)
     for note in results.notes:
         say(note, err=True)
     found = compute(results)

@@ -12,16 +12,17 @@ INTERVAL_S = 60.0
 
 
 class Progress:
-    """Counts `unit` of a job, on the standard error; a context manager."""
+    """Counts `unit` of a job, on the standard error; a context manager. `of` says of what, before the numbers."""
 
-    def __init__(self, unit: str, *, interval_s: float = INTERVAL_S) -> None:
+    def __init__(self, unit: str, *, of: str = "", interval_s: float = INTERVAL_S) -> None:
         from tqdm import tqdm
 
         self._unit = unit
+        self._of = f"{of}: " if of else ""
         self._done, self._total, self._before = 0, 0, 0
         self._started = time.monotonic()
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(unit=f" {unit}", smoothing=0.1, disable=not terminal)
+        self._bar = tqdm(unit=f" {unit}", desc=of or None, smoothing=0.1, disable=not terminal)
         self._closed = threading.Event()
         self._lines = (
             None if terminal else threading.Thread(target=self._tell, args=(interval_s,), name="progress", daemon=True)
@@ -53,8 +54,8 @@ class Progress:
         self._bar.update(num)
 
     def reach(self, done: int, total: int) -> None:
-        """Be at `done` of `total`."""
-        if not self._total:
+        """Be at `done` of `total`; fewer than before are another count's."""
+        if total != self._total or done < self._done:
             self.start(0, total)
         self.advance(done - self._done)
 
@@ -66,7 +67,7 @@ class Progress:
     def line(self, seconds: float) -> str:
         """Return how far it is `seconds` after its start: `1280 of 5000 images (26 %), 21.3 images/s, 3 min left`."""
         percent = 100 * self._done // max(1, self._total)
-        where = f"{self._done} of {self._total} {self._unit} ({percent} %)"
+        where = f"{self._of}{self._done} of {self._total} {self._unit} ({percent} %)"
         rate = (self._done - self._before) / max(seconds, 1e-9)
         if not rate:
             return f"{where}, none in {_span(seconds)}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ...cache_specs.files.asked import forget, remember
 from ..store.binding import bind_ranges, lacks_numbers
 from ..store.complete import complete_component
 from ..store.component_writer import ComponentWriter
@@ -50,6 +51,8 @@ def run_import(
     with store.lock(component.path), ThreadPoolExecutor(THREADS, thread_name_prefix="import") as threads:
         store.create_component(component)
         store.reopen_component(component)
+        if options.words:
+            remember(store.partial, component.path, options.words)
         missing = store.missing_ranges(component)
         left = sum(stop - start for start, stop in map(plan.layout.sample_range, missing))
         on_start(plan.layout.num_samples - left, plan.layout.num_samples)
@@ -64,6 +67,8 @@ def run_import(
             bind_ranges(store, component)
         elif not report.bad and not store.is_complete(component.path):
             report.statistics = complete_component(store, component, plan.source.manifest, {})
+        if store.is_complete(component.path):
+            forget(store.partial, component.path)
     return report
 
 

@@ -49,6 +49,7 @@ class ImportOptions:
     log_variance: bool = False
     shard_samples: int | None = None
     compressor: str = "none"
+    words: tuple[str, ...] = ()  # the arguments as they were typed, for whoever goes on; none in one's own code
 
     def __post_init__(self) -> None:
         if self.scaled_by is not None and not 0 < self.scaled_by < float("inf"):

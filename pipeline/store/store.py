@@ -23,6 +23,7 @@ from ...cache_specs.components import (
     read_layout,
 )
 from ...cache_specs.errors import CacheError, JobError
+from ...cache_specs.files.asked import forget, forget_all
 from ...cache_specs.files.locks import locked
 from ...cache_specs.files.outside import parse_json
 from ...cache_specs.files.partial_files import clear_folder
@@ -93,6 +94,7 @@ class CacheStore:
             found = read_layout(store.path)
             if found is not None and found != layout and never_begun(store.path) and not is_being_built(store.partial):
                 remove_leftovers(store.path)
+                forget_all(store.partial)
                 found = None
             if found is None:
                 check_no_record(store.path, layout)
@@ -143,6 +145,7 @@ class CacheStore:
         found = self.opened(spec.path)
         if found is not None and found.spec.difference(spec) and nothing_encoded(self.path / spec.path):
             (self.path / spec.path).delete_tree()
+            forget(self.partial, spec.path)
         elif found is not None:
             self.check_component(found.spec, spec)
             if found.complete and SHARDS_DIGEST not in found.attributes:

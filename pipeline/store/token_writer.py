@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ...cache_specs.components import Component
+from ...cache_specs.components import Component, finish_command
 from ...cache_specs.errors import CacheError, JobError
 from ...cache_specs.schema import ComponentSpec
 from .binding import bind_ranges, lacks_numbers
@@ -33,7 +33,7 @@ def source_of(store: CacheStore, path: str) -> Component:
         raise CacheError(f"{store.path}: {path} is gone; build it again")
     if not source.complete or store.missing_ranges(source.spec):
         raise CacheError(
-            f"{store.path}: {path} is not complete; finish it with {source.spec.build_command(store.path)}"
+            f"{store.path}: {path} is not complete; finish it with {finish_command(store.path, source.spec)}"
         )
     return source
 

@@ -24,6 +24,11 @@ class Outcome:
     out: str
     err: str
 
+    @property
+    def unfolded(self) -> str:
+        """The output with what was folded at 80 columns, or cut for a shell, on one line again."""
+        return " ".join(self.out.replace("\\\n", "").split())
+
 
 @pytest.fixture
 def repa_cache(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:

@@ -63,7 +63,8 @@ def finished_component(cache: Location, layout: CacheLayout, kind: str, name: st
         raise CacheError(f"{group} is gone; build it again")
     if not component.complete:
         raise CacheError(
-            f"{group} is not complete: its build has not finished. Finish it with {component.spec.build_command(cache)}"
+            f"{group} is not complete: its build has not finished. Finish it with "
+            f"{components.finish_command(cache, component.spec)}"
         )
     return component
 

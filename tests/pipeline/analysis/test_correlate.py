@@ -145,10 +145,43 @@ def test_runs_are_averaged_over_their_seed_alone(tmp_path: Path) -> None:
     ]
     assert join(runs, metrics, None).quality.tolist() == [10.0]
     other = make_run(tmp_path / "other", ["a"], 99.0, seed=0, alignment={"gamma": 0.8})
-    with pytest.raises(UsageError, match=r"r0 and .*other differ in alignment.gamma: 0.6 and 0.8. Runs are averaged"):
+    with pytest.raises(
+        UsageError, match=r"r0 and .*other differ in alignment.gamma: 0.6 and 0.8. Runs .* --group-by align"
+    ):
         join([*runs, other], metrics, None)
     across = make_run(tmp_path / "across", ["b"], 5.0, alignment={"gamma": 0.8})
     assert "runs of different encoders differ in alignment.gamma, too" in join([*runs, across], metrics, None).notes
+
+
+def test_runs_that_differ_in_a_setting_are_a_table_for_each_of_its_values(
+    repa_cache: Callable[..., Any], tmp_path: Path
+) -> None:
+    metrics = write_metrics(tmp_path / "m.csv", ["a", "b", "c"])
+    runs = [
+        make_run(tmp_path / f"{name}{gamma}{seed}", [name], quality, seed=seed, alignment={"gamma": gamma})
+        for name, at in (("a", (1, 9)), ("b", (2, 8)), ("c", (4, 5)))
+        for gamma, quality in zip((0.6, 0.8), map(float, at), strict=True)
+        for seed in (0, 1)
+    ]
+    alone = make_run(tmp_path / "alone", ["a"], 1.0, alignment={"gamma": 0.0, "coeff": 1})
+    common = ("correlate", *runs, alone, "--metrics", metrics, "--out", tmp_path / "f.png")
+    refused = repa_cache(*common)
+    assert (refused.code, "add --group-by alignment.gamma for a table a value" in refused.err) == (2, True)
+    done = repa_cache(*common, "--group-by", "gamma")
+    assert done.code == 0, done.err
+    assert "alignment.gamma 0.0:\n  left out: a correlation needs 3 encoders" in done.out
+    for gamma, quality in ((0.6, [1, 2, 4]), (0.8, [9, 8, 5])):
+        with (tmp_path / f"f-alignment.gamma-{gamma}.joined.csv").open(newline="") as stream:
+            assert [float(row["frechet_hog_mean"]) for row in csv.DictReader(stream)] == quality
+        coefficient = stats.pearsonr([0, 0.1, 0.2], quality).statistic
+        assert f"{coefficient:.4f}" in done.out.split(f"alignment.gamma {gamma}:")[1].split("alignment.gamma")[0]
+    for key, words in (
+        ("gama", "no setting of runs; did you mean"),
+        ("alignment.coeff", "nothing could be correlated"),
+    ):
+        wrong = repa_cache(*common, "--group-by", key)
+        assert (wrong.code, words in wrong.err) == (2, True), wrong.err
+    assert repa_cache(*common, "--group-by", "alignment.gamma", "--group-by", "seed").code == 0
 
 
 def test_columns_stay_apart_without_an_interval() -> None:

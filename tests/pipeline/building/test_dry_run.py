@@ -106,7 +106,7 @@ def test_a_component_that_is_being_built_is_no_leftover(
     cache = tmp_path / "cache"
     spoil_all(images)
     assert build(images, cache).code == 1
-    (cache / ".partial").mkdir()
+    (cache / ".partial").mkdir(exist_ok=True)
     with (cache / ".partial/features.hog-grid4.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = tree(cache)

@@ -41,7 +41,7 @@ def test_a_build_takes_the_grid_of_its_latents_and_says_what_fits(
 ) -> None:
     dry = build(images, tmp_path / "cache", "--resolution", "40", "--encoder", "hog", "--dry-run")
     done = build(images, tmp_path / "cache", "--resolution", "40", "--encoder", "hog")
-    for said in (dry.out, done.out):
+    for said in (dry.unfolded, done.unfolded):
         assert "features/hog: 5 x 5 tokens fit models with patch 8 (SiT-B/8) on latents/pixels" in said
         assert "features/hog-grid4: 4 x 4 tokens fit models with patch 10 (SiT-B/10) on latents/pixels" in said
         assert "6 images of 2 classes: class 0, class 1" in said
@@ -49,7 +49,7 @@ def test_a_build_takes_the_grid_of_its_latents_and_says_what_fits(
     odd = build(images, tmp_path / "cache", "--resolution", "40", "--encoder", "hog:grid=3")
     assert (
         "features/hog-grid3: 3 x 3 tokens fit no model on latents/pixels of 40 x 40; grids that do: 40, 20, 10, 5"
-        in odd.out
+        in odd.unfolded
     )
 
 
@@ -73,4 +73,4 @@ def test_names_of_any_case_are_understood_and_numbered_folders_are_told(
     )
     assert dry.code == 0, dry.err
     assert "4 images of 2 classes: 2023, 2024" in dry.out
-    assert "the class of 2023/class 0/000.png is 2023, its first folder, not class 0" in dry.out
+    assert "the class of 2023/class 0/000.png is 2023, its first folder, not class 0" in dry.unfolded

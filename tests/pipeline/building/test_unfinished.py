@@ -1,7 +1,9 @@
 """What keeps a component from being whole: it is said as it is found, nothing passes as done, and the way out works."""
 
 import errno
+import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,53 @@ def test_a_component_that_was_asked_for_and_is_not_whole_is_an_error(
     )
     attributes = zarr.open_group(tmp_path / "cache/latents/pixels", mode="r").attrs
     assert attributes["complete"] is True  # the others are not held up
+
+
+def test_info_has_the_command_as_it_was_typed_until_it_has_done_its_work(
+    images: Path,
+    tmp_path: Path,
+    repa_cache: Callable[..., Any],
+    tree: Tree,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "it's mine").mkdir()
+    labels = tmp_path / "it's mine/labels.csv"
+    labels.write_text("".join(f"class {i // 3}/{i:03d}.png,{i % 2}\n" for i in range(6)))
+    picture = images / "class 1/004.png"
+    good = picture.read_bytes()
+    picture.write_text("not a picture")
+    common = ("--autoencoder", "pixels", "--resolution", 16, "--shard-samples", 4, "--labels", "it's mine/labels.csv")
+    failed = repa_cache("build", "--data", "images", "--cache", "cache", "--encoder", "hog:grid=4", *common)
+    assert failed.code == 1
+    picture.write_bytes(good)
+    commands = {one["finish"] for one in json.loads(repa_cache("info", "cache", "--json").out)["components"]}
+    (command,) = commands
+    assert command.startswith("repa-cache build --data images --cache cache --encoder hog:grid=4 --autoencoder pixels")
+    assert "--labels 'it'\"'\"'s mine/labels.csv'" in command
+    monkeypatch.chdir(images)
+    elsewhere = repa_cache("info", "../cache")
+    assert f"finish it: cd {tmp_path} && {command}" in elsewhere.unfolded
+    monkeypatch.chdir(tmp_path)
+    for component in ("latents/pixels", "features/hog-grid4"):
+        assert (tmp_path / f"cache/.partial/{component.replace('/', '.')}.asked").exists()
+    done = repa_cache(*shlex.split(command)[1:])
+    assert done.code == 0, done.err
+    assert not (tmp_path / "cache/.partial").exists()
+    assert repa_cache("build", "--data", "images", "--cache", "clean", "--encoder", "hog:grid=4", *common).code == 0
+    assert tree(tmp_path / "cache") == tree(tmp_path / "clean")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"cwd": 1, "words": ["build"]}', '{"cwd": "/", "words": [1]}'])
+def test_what_lies_there_instead_is_no_command(
+    images: Path, tmp_path: Path, build: Callable[..., Any], repa_cache: Callable[..., Any], text: str
+) -> None:
+    cache = tmp_path / "cache"
+    assert build(images, cache, "--encoder", "hog:grid=3").code == 0
+    (cache / "features/hog-grid3/valid/c.1").unlink()
+    (cache / ".partial").mkdir()
+    (cache / ".partial/features.hog-grid3.asked").write_text(text)
+    assert f"repa-cache build --data PATH --cache {cache} --encoder hog:grid=3" in repa_cache("info", cache).unfolded
 
 
 def spoil_values(monkeypatch: pytest.MonkeyPatch, value: float) -> None:

@@ -281,7 +281,7 @@ def test_an_old_cache_is_read_and_verified_left_alone_by_a_build_and_bound_when_
     assert checked.code == 0
     bind = f"nothing ties its shards to their places: repa-cache bind {cache} adds that"
     assert checked.err.splitlines() == [f"{path}: {bind}" for path in (PIXELS, HOG, INT8)]
-    assert repa_cache("info", cache).out.count(bind) == 3
+    assert repa_cache("info", cache).unfolded.count(bind) == 3
     assert build(folder / "images", cache).code == 0
     assert build(folder / "images", cache, *SECOND).code == 0
     assert tree(cache) == old

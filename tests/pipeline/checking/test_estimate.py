@@ -106,6 +106,6 @@ def test_the_command_measures_and_says_all_of_it(
     assert "scaled" not in done.out
     done = repa_cache("estimate", "--encoder", "dinov2", "--images", 1281167, "--no-probe", "--model", "SiT-B/2")
     assert "514.0 GB" in done.out
-    assert "1.34 over the encoders online, 3.32 over the autoencoder online too" in done.out
+    assert "1.34 times as fast as with the encoders online\n  3.32 times as fast as with the autoencoder" in done.out
     assert repa_cache("estimate", "--autoencoder", "none", "--images", 5).code == 2
     assert repa_cache("estimate", "--encoder", "dinov2", "--images", 0, "--no-probe").code == 2

@@ -14,14 +14,14 @@ from ..models.test_stages import entry
 def test_an_entry_that_is_right_says_what_it_gives(tmp_path: Path, repa_cache: Callable[..., Any]) -> None:
     done = repa_cache("encoders", "--check", write_own(tmp_path / "own"))
     assert done.code == 0, done.err
-    assert "encoder mine, python own.py:make" in done.out
-    assert "stage early: 4 x 4 of 8, seeing 16 x 16 pixels" in done.out
+    assert "encoder mine, python own.py:make" in done.unfolded
+    assert "stage early: 4 x 4 of 8, seeing 16 x 16 pixels" in done.unfolded
     done = repa_cache("encoders", "--check", entry(tmp_path))
-    assert "stage 2: 8 x 8 of 12, seeing 64 x 64 pixels" in done.out
+    assert "stage 2: 8 x 8 of 12, seeing 64 x 64 pixels" in done.unfolded
     done = repa_cache("encoders", "--check", entry(tmp_path, stages=None))
-    assert "no stages declared; the model has stages: [[64, 2], [8, 4], [12, 8], [16, 16], [20, 32]]" in done.out
+    assert "no stages declared; the model has stages: [[64, 2], [8, 4], [12, 8], [16, 16], [20, 32]]" in done.unfolded
     done = repa_cache("encoders", "--check", write_autoencoder(tmp_path / "ae"))
-    assert "sample, 12 channels, 2 pixels a latent pixel; scale 0.5, bias 0.25" in done.out
+    assert "sample, 12 channels, 2 pixels a latent pixel; scale 0.5, bias 0.25" in done.unfolded
 
 
 def test_every_field_that_is_wrong_is_a_line(tmp_path: Path, repa_cache: Callable[..., Any]) -> None:
@@ -66,7 +66,7 @@ def test_a_dry_run_imports_a_target_and_runs_nothing(
     file = write_own(tmp_path / "own", source="def make(width):\n    raise RuntimeError")
     asked = ["--encoder", f"{file}:grid=2:stage=late", "--dry-run"]
     done = build(tmp_path / "images", tmp_path / "c", *asked)
-    assert "features/mine-grid2-stagelate: 1 of 1 ranges to encode" in done.out
+    assert "features/mine-grid2-stagelate: 1 of 1 ranges to encode" in done.unfolded
     write_own(tmp_path / "own", source="import absent")
     done = build(tmp_path / "images", tmp_path / "c", *asked)
     assert "cannot be imported (ModuleNotFoundError" in done.err

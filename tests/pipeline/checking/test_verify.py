@@ -1,5 +1,6 @@
 """verify finds what is damaged, names the sample, and what it tells the user to do mends it."""
 
+import dataclasses
 import random
 import re
 import shlex
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import zarr
 
+from repa.cache_specs.binding import SHARDS_DIGEST
 from repa.cache_specs.errors import CacheError
 from repa.cache_specs.layout import ArrayLayout
 from repa.cache_specs.shard_index import pack_index, unpack_index
+from repa.cache_specs.storage import LocalPath
 from repa.pipeline.checking.verify import VerifyReport, all_finite, verify
+from repa.pipeline.store.metadata import root_files
 from repa.pipeline.store.store import CacheStore
 
 SECOND = ("--autoencoder", "none", "--dtype", "int8", "--compressor", "zstd")
@@ -247,13 +251,15 @@ def test_what_verify_and_info_say_can_be_typed_as_it_stands(
     assert len(shlex.split(files)) == 20
     for file in shards[:22]:
         file.unlink()
-    info = repa_cache("info", copy).out.splitlines()
-    commands = [line.partition("finish it: repa-cache ")[2] for line in info if "finish it: " in line]
+    info = repa_cache("info", copy).out
+    hint = "  finish it (with the first build's --labels and --weights, if any):\n"
+    commands = [told.replace("\\\n", "").splitlines()[0] for told in info.split(hint)[1:]]
+    assert commands
     for command in commands:
         images = str(cache.parent / "images")
-        outcome = repa_cache(*(images if word == "PATH" else word for word in shlex.split(command)), "--workers", 0)
+        words = [images if word == "PATH" else word for word in shlex.split(command)]
+        outcome = repa_cache(*words[1:], "--workers", 0)
         assert outcome.code == 0, outcome.err
-    assert "    with --labels and --weights as at the first build, if they were given" in info
     assert repa_cache("verify", copy).code == 0
 
 
@@ -273,3 +279,26 @@ def test_verify_of_no_cache_says_how_to_make_one(tmp_path: Path, repa_cache: Cal
     )
     with pytest.raises(CacheError):
         CacheStore.open(tmp_path)
+
+
+def test_shards_that_are_only_claimed_are_a_line_an_array_and_never_looked_for(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CacheStore.open(cache)
+    claimed = CacheStore(tmp_path / "claimed", dataclasses.replace(store.layout, num_samples=200_000, shard_samples=5))
+    for name, data in root_files(claimed.layout).items():
+        (claimed.path / name).write(data)
+    for path in store.components():
+        component = store.component(path)
+        assert component is not None
+        claimed.create_component(component)
+        claimed.complete_component(component, {SHARDS_DIGEST: "0" * 64})
+    size, asked = LocalPath.size, []
+    monkeypatch.setattr(LocalPath, "size", lambda file: asked.append(file) or size(file))
+    report = verify(claimed.path, on_progress=lambda done, total: None)
+    assert report.num_shards == 14 * 40_000
+    assert len(asked) < 100
+    assert len(report.problems) == 14 + 3 + 2 * 4  # arrays, the numbers of components; chunks of ids and of labels
+    assert (
+        "features/hog-grid4/patch_tokens: samples 0 to 199999: c.0.0.0.0 and 39999 more are missing" in report.problems
+    )

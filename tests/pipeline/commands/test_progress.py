@@ -26,6 +26,17 @@ def test_a_line_has_rate_and_time_left_of_what_is_done_now(
         assert progress.line(seconds) == expected
 
 
+def test_of_several_counts_each_begins_anew() -> None:
+    with Progress("shards", of="hog") as progress:
+        progress.reach(3, 4)
+        assert progress.line(1) == "hog: 3 of 4 shards (75 %), 3 shards/s, 0 s left"
+        progress.reach(1, 4)
+        progress.reach(2, 4)
+        assert progress.line(1) == "hog: 2 of 4 shards (50 %), 2 shards/s, 1 s left"
+        progress.reach(1, 9)
+        assert progress.line(1) == "hog: 1 of 9 shards (11 %), 1 shards/s, 8 s left"
+
+
 def test_lines_come_while_nothing_ends_and_none_after_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("images", interval_s=0.01) as progress:
         progress.start(0, 10)

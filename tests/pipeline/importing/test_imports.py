@@ -58,7 +58,7 @@ def test_repas_folder(repa_cache: Run, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     done = repa_cache("import", "--data", tmp_path / "repa", "--cache", cache, *SD)
     assert (done.code, done.err) == (0, "")
-    assert "10 samples in the layout repa, moments [8, 4, 4], 3 classes" in done.out
+    assert "10 samples in the layout repa, moments [8, 4, 4], 3 classes" in done.unfolded
     found, attributes = stored(cache, "sd-vae-ft-mse")
     np.testing.assert_array_equal(found[:, 0], moments.astype(np.float16))
     assert ids_and_labels(cache) == (numbered("img", "png", 10), labels)
@@ -88,7 +88,7 @@ def test_repas_folder_without_its_images(repa_cache: Run, tmp_path: Path) -> Non
     cache = tmp_path / "cache"
     done = repa_cache("import", "--data", tmp_path / "repa", "--cache", cache, *SD)
     assert (done.code, done.err) == (0, "")
-    assert "no images" in done.out
+    assert "no images" in done.unfolded
     found, attributes = stored(cache, "sd-vae-ft-mse")
     np.testing.assert_array_equal(found[:, 0], moments.astype(np.float16))
     assert ids_and_labels(cache) == (numbered("img-mean-std-", "npy", 10), labels)
@@ -111,8 +111,8 @@ def test_tokens_are_added_to_an_import_and_both_are_trained_from(repa_cache: Run
 
     again = repa_cache("verify", cache, "--recompute", 3, "--data", images)
     assert again.code == 0
-    assert "latents/sd-vae-ft-mse: not encoded again: imported" in again.out
-    assert "features/hog-grid2: 3 samples encoded again" in again.out
+    assert "latents/sd-vae-ft-mse: not encoded again: imported" in again.unfolded
+    assert "features/hog-grid2: 3 samples encoded again" in again.unfolded
 
 
 def test_one_import_at_a_time(repa_cache: Run, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_edm2s_zip_is_kept_apart_as_what_it_is(repa_cache: Run, tmp_path: Path) 
     cache = tmp_path / "cache"
     done = repa_cache("import", "--data", tmp_path / "img32-sd.zip", "--cache", cache, *SD, "--pixel-range", "0,1")
     assert (done.code, done.err) == (0, "")
-    assert "train from it with --recipe sit" in done.out
+    assert "train from it with --recipe sit" in done.unfolded
     found, attributes = stored(cache, "sd-vae-ft-mse-pixels01")
     np.testing.assert_array_equal(found[:, 0], moments.astype(np.float16))
     assert ids_and_labels(cache) == (names, [0, 1] * 5)
@@ -324,7 +324,7 @@ def test_stated_conversions(repa_cache: Run, tmp_path: Path) -> None:
         program, *command = shlex.split(component.build_command(cache).replace("PATH", str(tmp_path / f"{name}.zip")))
         assert program == "repa-cache"
         again = repa_cache(*command)  # what an unfinished import is told to do is the same import
-        assert (again.code, "is there and complete" in again.out) == (0, True), again.err
+        assert (again.code, "is there and complete" in again.unfolded) == (0, True), again.err
 
 
 def test_an_import_killed_anywhere_and_run_again_equals_one_never_killed(

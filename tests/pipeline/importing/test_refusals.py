@@ -367,9 +367,9 @@ def test_samples_that_cannot_be_used_are_listed_and_leave_their_ranges_out(
     assert done.code == 1
     assert "bad latents: 00001/img00000007.png: latents/sd-vae-ft-mse: its moments is not finite as float16" in done.err
     assert "1 of 10 samples could not be used" in done.err
-    info = repa_cache("info", tmp_path / "cache").out
+    info = repa_cache("info", tmp_path / "cache").unfolded
     assert "1 of 3 ranges missing: samples 4-7" in info
-    assert f"finish it: repa-cache import --from repa --data PATH --cache {tmp_path}/cache --autoencoder" in info
+    assert "finish it: repa-cache import --data " in info
     build = ["build", "--data", tmp_path / "data/images", "--cache", tmp_path / "cache", "--encoder", "hog:grid=2"]
     done = repa_cache(*build)
     assert (done.code, "was imported and is not whole; finish it with repa-cache import" in done.err) == (2, True)

@@ -86,8 +86,8 @@ def test_what_is_stored_is_what_it_encodes_and_decodes_to_the_picture(
     decoded = load(file).decode(moments[3:4])[0].permute(2, 0, 1)
     assert (decoded.int() - pixels.int()).abs().max() <= 1
     recompute = ["verify", cache, "--recompute", 3, "--data", images, "--device", "cpu"]
-    assert "latents/mine: not encoded again: is of a network of your own" in repa_cache(*recompute).out
-    assert "latents/mine: 3 samples encoded again" in repa_cache(*recompute, "--entry", file).out
+    assert "latents/mine: not encoded again: is of a network of your own" in repa_cache(*recompute).unfolded
+    assert "latents/mine: 3 samples encoded again" in repa_cache(*recompute, "--entry", file).unfolded
     out = ["--encoder", "hog:grid=4", "--samples", 2, "--out", tmp_path / "show.png"]
     done = repa_cache("show", cache, *out)
     assert (done.code, "give its file, --entry mine.yaml" in done.err) == (2, True)

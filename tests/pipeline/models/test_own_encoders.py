@@ -219,15 +219,18 @@ def test_a_cache_never_causes_an_import(
         assert done.code == 0, done.err
     assert not marker.exists()
     assert (
-        f"features/{LATE}: not encoded again: is of a network of your own; give its file, --entry mine.yaml" in done.out
+        f"features/{LATE}: not encoded again: is of a network of your own; give its file, --entry mine.yaml"
+        in done.unfolded
     )
     done = repa_cache(*recompute, "--entry", file)
-    assert f"features/{LATE}: 3 samples encoded again, cosine to what is stored: mean 1.0" in done.out
+    assert f"features/{LATE}: 3 samples encoded again, cosine to what is stored: mean 1.0" in done.unfolded
     assert marker.exists()
     (file.parent / "nets.py").write_text(HELPER + "# changed\n")
     done = repa_cache(*recompute, "--entry", file)
     assert done.code == 0
-    assert f"features/{LATE}: not encoded again: nets.py of {file} is not the one that it was built with" in done.out
+    assert (
+        f"features/{LATE}: not encoded again: nets.py of {file} is not the one that it was built with" in done.unfolded
+    )
     done = build(images, cache, *requests(file))
     assert done.code == 1
     assert "spec.files.nets.py: found" in done.err
@@ -239,7 +242,7 @@ def test_an_unfinished_component_says_which_file_finishes_it(
     file = write_own(tmp_path / "own")
     assert build(images, tmp_path / "cache", *requests(file)).code == 0
     next((tmp_path / f"cache/features/{LATE}/valid/c").parent.glob("c.0*")).unlink()
-    assert "--encoder mine.yaml:grid=2:stage=late --autoencoder none" in repa_cache("info", tmp_path / "cache").out
+    assert "--encoder mine.yaml:grid=2:stage=late --autoencoder none" in repa_cache("info", tmp_path / "cache").unfolded
     assert build(images, tmp_path / "cache", *requests(file)).code == 0
     assert "INCOMPLETE" not in repa_cache("info", tmp_path / "cache").out
 
