@@ -6,8 +6,9 @@ Nothing of repa.pipeline and nothing of the direct reader is used: two ways to t
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,10 +252,20 @@ def with_checksum(data: bytes) -> bytes:
 
 @pytest.fixture(scope="session")
 def make_cache(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., WrittenCache]:
-    """Return a function that writes a cache in a folder of its own; see `write_cache` for what it takes."""
+    """Return a function that gives a cache in a folder of its own; see `write_cache` for what it takes.
+
+    Those of the same options are copies of one: a copy takes 7 ms, writing one 200.
+    """
+    written: dict[str, WrittenCache] = {}
 
     def make(**options: Any) -> WrittenCache:
-        return write_cache(tmp_path_factory.mktemp("cache") / "cache", **options)
+        key = repr(sorted(options.items()))
+        if key not in written:
+            written[key] = write_cache(tmp_path_factory.mktemp("written") / "cache", **options)
+        path = tmp_path_factory.mktemp("cache") / "cache"
+        shutil.copytree(written[key].path, path, copy_function=shutil.copyfile)
+        arrays = {name: array.copy() for name, array in written[key].arrays.items()}
+        return replace(written[key], path=path, arrays=arrays)
 
     return make
 
