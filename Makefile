@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A process a core, and a file of tests to one of them. `make test PARALLEL=` runs them one after another.
+PARALLEL ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .PHONY: setup demo test test-lowest lint gpu-check clean
 
@@ -18,14 +20,14 @@ demo: setup
 	$(BIN)/python benchmarks/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # The suite with the lowest version of everything that pyproject.toml asks for, in an environment of its own.
 test-lowest: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv venv --quiet --seed --allow-existing --python $(BIN)/python $(VENV)-lowest
 	$(BIN)/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct -e '.[dev]'
-	$(VENV)-lowest/bin/python -m pytest
+	$(VENV)-lowest/bin/python -m pytest $(PARALLEL)
 
 lint: setup
 	$(BIN)/ruff check .

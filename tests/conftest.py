@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Ops this small gain nothing by a second thread, and where the machine does much else, as with a test a core, they take
+# 40 times longer: the threads wait for each other. Read when torch is imported, here and in the processes of tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +28,9 @@ if not torch.cuda.is_available():
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 # Missing weights fail at once, and no test depends on what the network answers. Read when the hub client is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Ray may ask for a token; one of this session's own, whatever the user has set up for real clusters. Read when Ray is
+# imported, by whichever test that is.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 # Started from a process of its own, so that a test's driver joins and leaves it as it would a cluster.
 _RAY_HEAD = """
@@ -52,8 +59,6 @@ def ray_head(object_store: str) -> Iterator[tuple[str, int]]:
 
     Its workers know the session's S3 server.
     """
-    # Ray may ask for a token; one of this session's own, whatever the user has set up for real clusters.
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     command = [sys.executable, "-W", "ignore", "-c", _RAY_HEAD]
     environment = os.environ | s3_settings(object_store)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

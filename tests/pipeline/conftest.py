@@ -14,6 +14,7 @@ from repa.pipeline.commands.cache import main
 
 # Two components, two views, shards of 4 and sub-batches of 3: nothing divides anything.
 SMALL = "--encoder hog:grid=4 --autoencoder pixels --resolution 16 --flip --shard-samples 4 --batch-size 3 --workers 0"
+SMALL += " --threads 1"
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,14 @@ def test_adding_a_component_or_asking_again_touches_no_file(
 
 
 def test_the_models_get_the_threads_that_are_asked_for(
-    images: Path, tmp_path: Path, build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, repa_cache: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    assert build(images, tmp_path / "one", "--threads", 3).code == 0
-    assert build(images, tmp_path / "two").code == 0
+    command = ("build", "--data", images, "--encoder", "hog:grid=4", "--autoencoder", "pixels", "--resolution", 16)
+    command = (*command, "--workers", 0, "--cache")
+    assert repa_cache(*command, tmp_path / "one", "--threads", 3).code == 0
+    assert repa_cache(*command, tmp_path / "two").code == 0
     assert asked == [3, os.cpu_count()]
 
 

@@ -234,7 +234,7 @@ def test_a_range_that_kills_its_worker_twice_is_reported_and_the_others_are_done
 def test_work_goes_on_with_the_workers_that_live(
     pool: tuple[RayPool, Callable[..., RangeWork]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray  # after `ray_head` has set its token, which Ray reads when it is imported
+    import ray
 
     opened, work = pool
     get, failures = ray.get, [ray.exceptions.OutOfMemoryError("killed for memory"), None]
