@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, Self
 
 import numpy as np
 
+from .derived import DEFAULT_SAMPLE, DERIVED, check_derived
 from .errors import CacheError, UsageError
 from .fingerprint import digest
 from .layout import (
@@ -48,7 +49,7 @@ class ComponentSpec:
 
     `spec` is the resolved table entry (`EncoderEntry.resolve`, `AutoencoderEntry.resolve`); `weights`
     is `sha256:<digest>` of the loaded weights, or `none` for a model without any. Of imported latents `weights` and
-    `precision` are `unknown`.
+    `precision` are `unknown`; of a derived component (`derived_spec`) `weights` is the digest of its fit.
     """
 
     kind: Literal["features", "latents"]
@@ -81,6 +82,11 @@ class ComponentSpec:
         return self.spec.get(TOKENS)
 
     @property
+    def derived(self) -> Mapping[str, Any] | None:
+        """From what the component was made and how, None where it comes from images or an import."""
+        return self.spec.get(DERIVED)
+
+    @property
     def path(self) -> str:
         """The group's path inside the cache: `features/dinov2-vit-b-int8`."""
         return component_path(self.kind, self.name, self.dtype)
@@ -108,6 +114,8 @@ class ComponentSpec:
             return self._import_command(cache)
         if self.tokens is not None:
             return self._features_command(cache)
+        if self.derived is not None:
+            return self._derive_command(cache)
         from .tables import autoencoder_table, encoder_table
 
         request = str(self.spec["entry"])
@@ -160,6 +168,16 @@ class ComponentSpec:
             options.append(f"--compressor {self.compressor}")
         return "repa-cache import " + " ".join(options)
 
+    def _derive_command(self, cache: object) -> str:
+        derived = self.derived or {}
+        options = [f"--from {shlex.quote(derived['from'][0])}", f"--with {derived['method']}"]
+        options += [f"--latents {shlex.quote(path)}" for path in derived["from"][1:]]
+        options += [f"--sample {derived['sample']}"] if derived["sample"] != DEFAULT_SAMPLE else []
+        for option, default in (("dtype", "float16"), ("compressor", "none")):
+            if getattr(self, option) != default:
+                options.append(f"--{option} {getattr(self, option)}")
+        return f"repa-cache derive {shlex.quote(str(cache))} {' '.join(options)}"
+
     def attributes(self, cache: CacheLayout) -> dict[str, Any]:
         """Return the group's attributes before completion, in the order in which they are written."""
         return {
@@ -183,8 +201,9 @@ class ComponentSpec:
                 raise TypeError(f"kind {found['kind']!r}, spec a {type(found['spec']).__name__}")
             if not all(isinstance(found[name], str) for name in ("name", "weights")):
                 raise TypeError("name and weights are not both text")
+            check_derived(found["spec"])
             return cls(**found)
-        except (KeyError, TypeError, AttributeError, UsageError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CacheError(f"{where}: damaged attributes of the component ({error!r})") from error
 
     def difference(self, other: Self) -> str | None:

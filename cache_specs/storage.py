@@ -3,7 +3,7 @@
 A `Location` is a file or folder of a cache; `location("s3://bucket/in1k") / "features"` is one below. What a cache
 asks of its storage is little: read a small file whole, list the names in a folder, write or put a file so that a kill
 leaves the old one or the new one, and read ranges of a shard. On disk a write is a temporary name, fsync and rename; in
-an object store a put is the commit (object_store.py).
+an object store a put is the commit (remote/object_store.py).
 """
 
 import contextlib
@@ -121,10 +121,10 @@ def location(where: "str | Path | Location") -> Location:
     if scheme == "file":
         return LocalPath(Path("/" + rest.lstrip("/")))
     if scheme == "hf":
-        from .hub import hub_path
+        from .remote.hub import hub_path
 
         return hub_path(rest)
-    from .object_store import SCHEMES, ObjectPath
+    from .remote.object_store import SCHEMES, ObjectPath
 
     bucket, _, prefix = rest.partition("/")
     if scheme not in SCHEMES or not bucket or not prefix.strip("/"):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from repa.cache_specs.errors import CacheError, RepaError, UsageError
-from repa.cache_specs.hub import HubPath, _listing
+from repa.cache_specs.remote.hub import HubPath, _listing
 from repa.cache_specs.storage import location
 from repa.pipeline.building.build import run_build
 from repa.pipeline.building.plan import BuildOptions

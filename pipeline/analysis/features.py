@@ -18,6 +18,7 @@ from ...cache_specs.layout import layer_array
 from ...cache_specs.schema import FEATURES, ComponentSpec, enlarged, stored_layers
 from ...cache_specs.tables import pick_layer, stored_encoder
 from ..store.binding import check_images
+from ..store.quantize import dequantize_int8
 from ..store.records import read_whole_record
 from ..store.rows import ComponentRows
 from ..store.statistics import EPS
@@ -81,9 +82,7 @@ class Features:
             mean, std = self._read("channel_mean", part), self._read("channel_std", part)
             tokens = self._read("patch_tokens", part)
             if self.component.dtype == "int8":
-                # channel_std * s * q + channel_mean: the code lives in normalised space (store/quantize.py)
-                scale = self._read("token_scale", part)
-                tokens = tokens * scale[..., None] * std[:, None] + mean[:, None]
+                tokens = dequantize_int8(tokens, self._read("token_scale", part), mean, std)
             yield TokenBatch(rows=part, tokens=tokens, mean=mean, std=std)
 
     def pooled(self, rows: np.ndarray) -> np.ndarray:

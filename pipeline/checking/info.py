@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...cache_specs.components import Component, finish_command
+from ...cache_specs.derived import FITS, array_bytes, read_fit
 from ...cache_specs.errors import CacheError
+from ...cache_specs.group import component_names
 from ...cache_specs.schema import IMPORTED, TOKENS, describe
 from ...cache_specs.sizes import human_bytes
 from ..store.binding import unbound
@@ -42,7 +44,16 @@ def cache_record(path: str | Path) -> dict[str, Any]:
         "num_ranges": layout.num_ranges,
         "dataset_fingerprint": layout.dataset_fingerprint,
         "components": components,
+        "fits": [_fit_record(store, name) for name in component_names(store.path, FITS)],
     }
+
+
+def _fit_record(store: CacheStore, name: str) -> dict[str, Any]:
+    try:
+        fit = read_fit(store.path, name)
+    except CacheError as error:
+        return {"name": name, "error": str(error)}
+    return {"name": name} if fit is None else {**fit.attributes(), "weights": fit.weights}
 
 
 def _component_record(store: CacheStore, opened: Component) -> dict[str, Any]:
@@ -91,8 +102,21 @@ def info_lines(record: Mapping[str, Any]) -> Iterator[str]:
         if "error" not in component:
             yield ""
             yield from _component_lines(record, component)
+    for fit in record["fits"]:
+        if "arrays" in fit:
+            yield ""
+            yield from _fit_lines(fit)
     if not record["components"]:
         yield "no components yet; add one with repa-cache build"
+
+
+def _fit_lines(fit: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{FITS}/{fit['name']}: {fit['method']}, fitted to {fit['sample'].get('images')} images"
+    yield f"  of {' and '.join(fit['sources'])}"
+    yield f"  weights {fit['weights'].removeprefix('sha256:')}"
+    for name, array in fit["arrays"].items():
+        shape = f"{array['dtype']} {array['shape']}"
+        yield f"  {name:<13} {shape:<32} {human_bytes(array_bytes(array['dtype'], array['shape']))}"
 
 
 def _component_lines(record: Mapping[str, Any], one: Mapping[str, Any]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from ...cache_specs.binding import SHARDS_DIGEST, checksums_layout
 from ...cache_specs.errors import CacheError, UsageError
 from ...cache_specs.group import METADATA
-from ...cache_specs.hub import SCHEME, TYPE, HubPath, errors, hub
+from ...cache_specs.remote.hub import SCHEME, TYPE, HubPath, errors, hub
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.storage import LocalPath, location
 from ..store.store import CacheStore

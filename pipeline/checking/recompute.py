@@ -5,17 +5,23 @@ normalised by the stored statistics of their image before the cosine: one outlie
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ...cache_specs.derived import FITS, fit_name, read_fit, read_method
 from ...cache_specs.errors import CacheError, UsageError
 from ...cache_specs.layout import layer_array
 from ...cache_specs.schema import FEATURES, ComponentSpec, stored_layers
 from ...cache_specs.tables import code_of
 from ..building.encode import ModelRequest, load_model
+from ..deriving.choose import method_of
+from ..deriving.derive import derived_tokens
+from ..deriving.fit import fit_sources
+from ..deriving.method import Derivation
+from ..deriving.source import StoredSource
 from ..images.decode import decode_batch
 from ..images.manifest import ImageSource
 from ..store.store import CacheStore
@@ -32,10 +38,11 @@ class Agreement:
     """How far one component's stored values are from the images': cosines over tokens, `problems` a line a sample.
 
     Latents count as h * w tokens of M channels. Tokens without any spread (a blank picture) are left out. `left_out`
-    is why nothing of the component could be encoded again.
+    is why nothing of the component could be encoded again; `done` what was done again, encoded or derived.
     """
 
     path: str
+    done: str = "encoded"
     left_out: str | None = None
     num_samples: int = 0
     cosines: list[np.ndarray] = field(default_factory=list)
@@ -86,6 +93,8 @@ def recompute(
     return [
         Agreement(path=component.path, left_out=why)
         if (why := _not_from_images(component))
+        else _derive_again(store, component, num)
+        if component.derived is not None
         else _recompute_component(store, component, source, rows, weights, device, entries)
         for component in components
     ]
@@ -110,6 +119,23 @@ def compare_tokens(store: CacheStore, component: ComponentSpec, tokens: Tokens, 
             _compare(
                 agreement, store, component, row, f"{component.path}: sample {row}", views, "the tokens derived again"
             )
+    return agreement
+
+
+def _derive_again(store: CacheStore, component: ComponentSpec, num: int) -> Agreement:
+    """Compare what is stored of a derived component with what its source in the cache gives."""
+    derived, name = component.derived or {}, fit_name(component.path)
+    agreement = Agreement(path=component.path, done="derived")
+    fit = read_fit(store.path, name)
+    sources = [found.spec for path in derived["from"] if (found := store.opened(path)) is not None and found.complete]
+    if fit is None or fit.weights != component.weights:
+        agreement.left_out = f"the fit that it was made with is not there as {FITS}/{name}"
+    elif fit.sources != fit_sources(store, sources):
+        agreement.left_out = f"{' and '.join(derived['from'])}, of which it was made, is not there any more"
+    else:
+        derivation = Derivation(method_of(read_method(derived["method"])), fit)
+        tokens = derived_tokens(StoredSource(store, sources[0]), derivation, store.layout.num_views)
+        agreement = replace(compare_tokens(store, component, tokens, num=num), done=agreement.done)
     return agreement
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ import numpy as np
 
 from ...cache_specs.binding import SHARD_CHECKSUMS, SHARDS_DIGEST, shard_number
 from ...cache_specs.components import Component, check_fingerprint, check_place
+from ...cache_specs.derived import FITS, Fit
 from ...cache_specs.errors import CacheError
 from ...cache_specs.files.outside import parse_json
 from ...cache_specs.fingerprint import manifest_fingerprint, transform_fingerprint
@@ -28,11 +29,12 @@ from ...cache_specs.layout import COMPLETE, METADATA_CHUNK, ArrayLayout
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.storage import Location
 from ..store.binding import unbound
-from ..store.metadata import component_files, root_files
+from ..store.metadata import component_files, fit_files, root_files
 from ..store.shards import iter_chunks
 from ..store.statistics import component_statistics
 from ..store.store import CacheStore
 from .verify_binding import binding_problems, listed_runs, missing_line, source_problems
+from .verify_fits import fit_notes, fit_problems, stored_fits
 
 CONSOLIDATED = "consolidated_metadata"  # key of Zarr's own for a copy of the metadata of all arrays below
 
@@ -86,6 +88,7 @@ def verify(path: str | Path | Location, *, on_progress: Callable[[int, int], Non
         for problem, file in binding_problems(store, component, numbers[component.spec.path]):
             report.add(problem, file)
     report.problems += source_problems(store, opened, sample_ids)
+    _check_fits(report, store, components)
     if not report.problems:
         for spec in components:
             report.problems += _check_statistics(store, spec)
@@ -110,6 +113,19 @@ def _check_files(report: VerifyReport, folder: Location, expected: Mapping[str, 
             )
         elif found != wanted:
             report.add(f"{file}: not the metadata of this array or group; the file was changed or is damaged", file)
+
+
+def _check_fits(report: VerifyReport, store: CacheStore, components: Sequence[ComponentSpec]) -> None:
+    fits: dict[str, Fit] = {}
+    for name, fit in stored_fits(store):
+        group = store.path / FITS / name
+        if isinstance(fit, CacheError):
+            report.add(str(fit), group / METADATA)
+            continue
+        fits[name] = fit
+        _check_files(report, group, {file: data for file, data in fit_files(fit).items() if METADATA in file})
+    report.problems += fit_problems(store, components, fits)
+    report.notes += fit_notes(store, components, fits)
 
 
 def _check_samples(report: VerifyReport, store: CacheStore) -> list[str] | None:

@@ -14,6 +14,7 @@ import click
 from ...cache_specs.errors import CacheError, JobError, UsageError, expand_home, one_line_errors
 from .bind import bind
 from .build import build, weights_of
+from .derive import derive
 from .encoders import encoders
 from .estimate import estimate
 from .imports import import_command
@@ -27,7 +28,7 @@ MAX_LISTED = 20  # damaged files in the line that removes them; verify has named
 
 
 @click.group(
-    commands=(*COMMANDS, bind, build, encoders, estimate, import_command, push, reference),
+    commands=(*COMMANDS, bind, build, derive, encoders, estimate, import_command, push, reference),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="repa-cache")
@@ -58,7 +59,7 @@ def info(cache: str, as_json: bool) -> None:
         say_json(record)
     else:
         say_report(*info_lines(record))
-    damaged = next((one["error"] for one in record["components"] if "error" in one), None)
+    damaged = next((one["error"] for one in (*record["components"], *record["fits"]) if "error" in one), None)
     if damaged is not None:
         raise CacheError(damaged)
 
@@ -118,10 +119,10 @@ def _recompute(cache: str, num: int, data: str, options: dict[str, Any]) -> None
     for agreement in recompute(cache, source_of(data), num=num, **options):
         problems += agreement.problems
         if agreement.left_out:
-            say_report(f"{agreement.path}: not encoded again: {agreement.left_out}")
+            say_report(f"{agreement.path}: not {agreement.done} again: {agreement.left_out}")
         if agreement.cosines:
             say_report(
-                f"{agreement.path}: {agreement.num_samples} samples encoded again, cosine to what is stored: "
+                f"{agreement.path}: {agreement.num_samples} samples {agreement.done} again, cosine to what is stored: "
                 f"mean {agreement.mean:.6f}, min {agreement.min:.6f}"
             )
     for problem in problems:

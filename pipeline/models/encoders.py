@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from ...cache_specs.derived import DERIVED
 from ...cache_specs.entries import OwnCode
 from ...cache_specs.errors import UsageError
 from ...cache_specs.tables import encoder_table
@@ -161,6 +162,10 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 
 def check_loadable(spec: Mapping[str, Any], weights: Path | None) -> None:
     """Raise `UsageError` for what keeps the encoder of `spec` from being loaded and is known without loading it."""
+    if spec["loader"] == DERIVED:
+        raise UsageError(
+            f"{spec['model']} is what repa-cache derive makes of a cache's tokens, and no encoder of pictures: name one"
+        )
     check_weights(spec, weights)
     if spec["loader"] == "builtin" and min(spec["input_size"]) < MIN_PIXELS:
         raise UsageError(f"{spec['entry']} needs images of at least {MIN_PIXELS} pixels, not {min(spec['input_size'])}")

@@ -1,4 +1,4 @@
-"""The metadata of a cache as zarr renders it: every file of the root and of a component, as bytes.
+"""The metadata of a cache as zarr renders it: every file of the root, of a component and of a fit, as bytes.
 
 Rendered in memory and written by the store, so that a kill leaves either the old file or the new one. Metadata holds no
 time, host, path or job state, and its order is fixed: the same build gives the same bytes.
@@ -13,6 +13,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from ...cache_specs.binding import checksums_layout
+from ...cache_specs.derived import Fit
 from ...cache_specs.group import METADATA, with_digest
 from ...cache_specs.layout import METADATA_CHUNK, ArrayLayout, CacheLayout
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
@@ -71,6 +72,32 @@ def component_files(
     files = _render({**component.attributes(cache), **(results or {})}, arrays)
     group = files.pop(METADATA)
     return {**files, METADATA: group}
+
+
+def fit_files(fit: Fit) -> dict[str, bytes]:
+    """Return the files of a fit, by path relative to its group, the group's own metadata last."""
+    arrays: dict[str, dict[str, Any]] = {
+        name: {
+            "shape": values.shape,
+            "dtype": values.dtype.name,
+            "chunks": values.shape,
+            "filters": None,
+            "serializer": BytesCodec(endian="little"),
+            "compressors": [Crc32cCodec()],
+            "fill_value": 0,
+            "chunk_key_encoding": {"name": "default", "separator": "."},
+            "config": {"write_empty_chunks": True},
+        }
+        for name, values in fit.arrays.items()
+    }
+    files = _render(fit.attributes(), arrays, fit.arrays)
+    group = files.pop(METADATA)
+    return {**files, METADATA: group}
+
+
+def fits_file() -> bytes:
+    """Return the metadata of the group of all fits, which a cache has from its first one on."""
+    return _render({}, {})[METADATA]
 
 
 def _array_options(layout: ArrayLayout, compressor: str) -> dict[str, Any]:

@@ -37,6 +37,11 @@ def quantize_int8(tokens: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -
     return torch.where(scale[..., None] > 0, codes, 0.0).to(torch.int8), scale
 
 
+def dequantize_int8(codes: torch.Tensor, scale: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Return tokens [B, T, E] of float32 `codes` [B, T, E], `scale` [B, T], `mean` and `std` [B, E]."""
+    return codes * scale[..., None] * std[:, None] + mean[:, None]
+
+
 def stored_tokens(tokens: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
     """Return the arrays of one view by name for `tokens` [B, T, E] float32 stored as `dtype` (float16 or int8)."""
     mean, std = channel_statistics(tokens)

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ...cache_specs.derived import FITS
 from ...cache_specs.errors import CacheError, UsageError
 from ...cache_specs.files.locks import locked
 from ...cache_specs.group import METADATA, component_names, group_attributes
@@ -38,7 +39,7 @@ def never_begun(cache: Location) -> bool:
 
 def remove_leftovers(cache: Location) -> None:
     """Remove all of a cache that was never begun, its record last: killed in between, it is one still."""
-    for kind in (LATENTS, FEATURES):
+    for kind in (LATENTS, FEATURES, FITS):
         (cache / kind).delete_tree()
     for name in ("sample_id", "label"):
         (cache / name).delete_tree()
@@ -105,7 +106,7 @@ def check_same_record(path: Location, found: CacheLayout, asked: CacheLayout) ->
 
 
 def _foreign_entries(path: Location) -> list[str]:
-    own = {PARTIAL_FOLDER, LATENTS, FEATURES, "sample_id", "label", METADATA + ".partial"}
+    own = {PARTIAL_FOLDER, LATENTS, FEATURES, FITS, "sample_id", "label", METADATA + ".partial"}
     return sorted(path.names() - own)
 
 

@@ -17,7 +17,7 @@ from .store import CacheStore
 
 
 class ComponentRows:
-    """The arrays of one finished component with a row a sample and view; view 0, the identity, is what is read."""
+    """The arrays of one finished component with a row a sample and view."""
 
     def __init__(self, store: CacheStore, component: ComponentSpec) -> None:
         self._folder = store.path / component.path
@@ -28,9 +28,10 @@ class ComponentRows:
     def __contains__(self, name: str) -> bool:
         return name in self._arrays
 
-    def read(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Return array `name` at samples `rows` [n] int64, ascending: [n, ...] in the array's dtype.
+    def read(self, name: str, rows: np.ndarray, view: int = 0) -> np.ndarray:
+        """Return array `name` of one view (0: the identity) at samples `rows` [n] int64, ascending.
 
+        [n, ...] in the array's dtype.
         Raises `CacheError` naming the file and the sample where bytes are missing or damaged.
         """
         layout = self._arrays[name]
@@ -38,17 +39,17 @@ class ComponentRows:
         shards = rows // layout.shard[0]
         for shard in np.unique(shards).tolist():
             places = np.flatnonzero(shards == shard)
-            self._read_shard(layout, shard, rows[places], values, places)
+            self._read_shard(layout, shard, rows[places], view, values, places)
         return values
 
     def _read_shard(
-        self, layout: ArrayLayout, shard: int, rows: np.ndarray, values: np.ndarray, places: np.ndarray
+        self, layout: ArrayLayout, shard: int, rows: np.ndarray, view: int, values: np.ndarray, places: np.ndarray
     ) -> None:
         path = self._folder / layout.name / layout.shard_file(shard)
         decode = chunk_decoder(self._compressor, layout.inner_bytes)
         with path.open() as source:
             index = read_index(source, layout, where=path)
-            chunks = (rows - shard * layout.shard[0]) * self._views
+            chunks = (rows - shard * layout.shard[0]) * self._views + view
             for place, row, (offset, length) in zip(places, rows, index[chunks].tolist(), strict=True):
                 if offset == int(ABSENT):
                     raise CacheError(_damaged(path, row, "it is missing from its shard"))

@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 from repa.cache_specs.errors import CacheError, UsageError
-from repa.cache_specs.object_store import READ_AHEAD_BYTES, ObjectPath
+from repa.cache_specs.remote.object_store import READ_AHEAD_BYTES, ObjectPath
 from repa.cache_specs.storage import LocalPath, Location, location
 
 

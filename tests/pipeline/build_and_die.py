@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import repa.pipeline.building.build
+import repa.pipeline.deriving.derive
 import repa.pipeline.importing.latents  # noqa: F401
-from repa.cache_specs.object_store import ObjectPath
+from repa.cache_specs.remote.object_store import ObjectPath
 from repa.cache_specs.tables import autoencoder_table, encoder_table
 from repa.pipeline.commands.cache import main
 

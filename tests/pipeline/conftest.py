@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,6 +56,19 @@ def build(repa_cache: Callable[..., Outcome]) -> Callable[..., Outcome]:
 
     def run(images: Path, cache: Path, *options: object) -> Outcome:
         return repa_cache("build", "--data", images, "--cache", cache, *SMALL.split(), *options)
+
+    return run
+
+
+@pytest.fixture
+def verified(repa_cache: Callable[..., Any]) -> Callable[[Path], list[str]]:
+    """Return a function that runs `repa-cache verify` and returns its lines of problems, without the last one."""
+
+    def run(cache: Path) -> list[str]:
+        outcome = repa_cache("verify", cache)
+        lines = outcome.err.splitlines()
+        assert outcome.code == (1 if lines else 0), outcome.err
+        return lines[:-1]
 
     return run
 

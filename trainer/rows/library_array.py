@@ -19,7 +19,7 @@ import numpy as np
 
 from ...cache_specs.errors import CacheError, UsageError
 from ...cache_specs.layout import ArrayLayout
-from ...cache_specs.object_store import ObjectPath
+from ...cache_specs.remote.object_store import ObjectPath
 from ...cache_specs.storage import LocalPath, Location
 
 CACHE_BYTES = 128 * 2**20

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,16 +25,3 @@ def as_before() -> Callable[[Path], None]:
             shutil.rmtree(file.parent / "shard_checksums", ignore_errors=True)
 
     return strip
-
-
-@pytest.fixture
-def verified(repa_cache: Callable[..., Any]) -> Callable[[Path], list[str]]:
-    """Return a function that runs `repa-cache verify` and returns its lines of problems, without the last one."""
-
-    def run(cache: Path) -> list[str]:
-        outcome = repa_cache("verify", cache)
-        lines = outcome.err.splitlines()
-        assert outcome.code == (1 if lines else 0), outcome.err
-        return lines[:-1]
-
-    return run

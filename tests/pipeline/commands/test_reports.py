@@ -12,7 +12,7 @@ from repa.pipeline.checking import throughput
 from repa.pipeline.commands.said import WIDTH, folded
 
 CACHE = {"cache", "num_samples", "class_names", "resolution", "views", "shard_samples", "num_ranges"}
-CACHE |= {"dataset_fingerprint", "components"}
+CACHE |= {"dataset_fingerprint", "components", "fits"}
 COMPONENT = {"path", "complete", "spec", "weights", "precision", "dtype", "compressor", "fingerprint", "arrays"}
 COMPONENT |= {"latent_mean", "latent_std", "float16_error", "bad_files", "bound", "missing_ranges", "missing_samples"}
 COMPONENT |= {"finish"}

@@ -18,8 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from .errors import CacheError, UsageError
-from .files.outside import MOST_METADATA_BYTES
+from ..errors import CacheError, UsageError
+from ..files.outside import MOST_METADATA_BYTES
 
 SCHEMES = ("s3", "gs", "az")
 MAX_RETRIES = 4

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import CacheError, RepaError, UsageError, reason
-from .files.outside import MOST_METADATA_BYTES
+from ..errors import CacheError, RepaError, UsageError, reason
+from ..files.outside import MOST_METADATA_BYTES
 from .object_store import RangedSource
 
 SCHEME = "hf"

@@ -1,0 +1,53 @@
+"""The rows that a derived component is made of, from shards that are there: any of them, any view, a bounded batch."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...cache_specs.layout import layer_array
+from ...cache_specs.schema import ComponentSpec, stored_layers
+from ..store.quantize import dequantize_int8
+from ..store.records import read_whole_record
+from ..store.rows import ComponentRows
+from ..store.store import CacheStore
+from .method import Inputs
+
+BATCH_BYTES = 2**23  # of float32 tokens at a time
+
+
+class StoredSource:
+    """A finished features component as `Inputs`."""
+
+    def __init__(self, store: CacheStore, component: ComponentSpec) -> None:
+        self._store = store
+        self._component = component
+        self._rows = ComponentRows(store, component)
+        spec = component.spec
+        layers = stored_layers(spec)
+        tokens = spec["grid"][0] * spec["grid"][1]
+        self.batch_size: int = max(1, BATCH_BYTES // (4 * tokens * spec["width"] * len(layers)))
+        self._layers = layers
+
+    def usable(self, rows: np.ndarray) -> np.ndarray:
+        """Return those of `rows` that are there."""
+        return rows[read_whole_record(self._store, self._component, "valid")[rows]]
+
+    def read(self, rows: np.ndarray, view: int = 0) -> Inputs:
+        """Return `rows` [n], ascending, of one view; raise `CacheError` naming what is damaged."""
+        return Inputs(tokens=torch.cat([self._tokens(rows, view, layer) for layer in self._layers], dim=2))
+
+    def batches(self, rows: np.ndarray) -> Iterator[Inputs]:
+        """Yield view 0 of `rows`, ascending, in batches."""
+        for start in range(0, len(rows), self.batch_size):
+            yield self.read(rows[start : start + self.batch_size])
+
+    def _tokens(self, rows: np.ndarray, view: int, layer: int | None) -> Tensor:
+        def stored(name: str) -> Tensor:
+            return torch.from_numpy(self._rows.read(layer_array(name, layer), rows, view)).float()
+
+        tokens = stored("patch_tokens")
+        if self._component.dtype == "int8":
+            return dequantize_int8(tokens, stored("token_scale"), stored("channel_mean"), stored("channel_std"))
+        return tokens
