@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ...cache_specs.derived import DERIVED
 from ...cache_specs.entries import OwnCode
 from ...cache_specs.errors import UsageError
+from ...cache_specs.schema import TOKENS
 from ...cache_specs.tables import encoder_table
 from ..images.preprocess import encoder_input
 from .hog import MIN_PIXELS, hog_tokens
@@ -165,6 +166,11 @@ def check_loadable(spec: Mapping[str, Any], weights: Path | None) -> None:
     if spec["loader"] == DERIVED:
         raise UsageError(
             f"{spec['model']} is what repa-cache derive makes of a cache's tokens, and no encoder of pictures: name one"
+        )
+    if TOKENS in spec:
+        raise UsageError(
+            f"these are tokens of a trained {spec['model']}, of noised latents: no picture can be encoded to them. "
+            "Name another encoder"
         )
     check_weights(spec, weights)
     if spec["loader"] == "builtin" and min(spec["input_size"]) < MIN_PIXELS:

@@ -32,11 +32,6 @@ def load_vectors(
     the component stores; `entries` are files of networks of one's own. Raises `UsageError` where the
     weights cannot be had or are not those that the component was built with.
     """
-    if component.tokens is not None:
-        raise UsageError(
-            f"{component.path} are tokens of a {component.spec['model']}, of noised latents: no picture is encoded to "
-            "them. Name another encoder (evaluation.encoder)"
-        )
     code = code_of(component.path, component.spec, entries)
     encoder = load_encoder(component.spec, weights=weights, precision=component.precision, device=device, code=code)
     if encoder.weights != component.weights:

@@ -28,6 +28,7 @@ MOST_LABEL_CHARACTERS = 60  # in a file's name, of which file systems take 255 b
 @click.option("--guidance-low", type=float, default=0.0, show_default=True, help="Guide where t is at least this.")
 @click.option("--guidance-high", type=float, default=1.0, show_default=True, help="Guide where t is at most this.")
 @click.option("--cls-cfg-scale", type=float, help="Guidance of REG's class token; 1 is none. [default: --cfg-scale]")
+@click.option("--internal-guidance", type=float, default=1.0, help="Away from the model's middle head; 1 is none.")
 @click.option("--labels", default="random", show_default=True, metavar="random|balanced|0,3,7")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="The .npz. [default: RUN/samples, named by the request]")
@@ -43,6 +44,7 @@ def sample_command(checkpoint: Path, **options: Any) -> None:
     \b
     repa-sample runs/irepa --num-samples 64 --labels balanced
     repa-sample runs/irepa --num-samples 50000 --sampler sde --steps 250 --cfg-scale 1.8 --guidance-high 0.7
+    repa-sample runs/irepa-internal --internal-guidance 1.4
     repa-sample SiT-XL-2-256.pt --autoencoder sd-vae-ft-ema --checkpoint-convention sit
     torchrun --nproc-per-node 8 --no-python -- repa-sample runs/irepa --num-samples 50000
 
@@ -68,7 +70,7 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
     from .borrowed import load_decoder
 
     check_name(options["out"] or checkpoint)
-    names = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high", "cls_cfg_scale")
+    names = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high", "cls_cfg_scale", "internal_guidance")
     request = SampleRequest(
         num=options["num"],
         seed=options["seed"],
@@ -113,8 +115,10 @@ def samples_file(trained: "TrainedModel", request: "SampleRequest", weights: str
         labels = f"{len(request.labels)}labels{hashlib.sha256(labels.encode()).hexdigest()[:12]}"
     which = weights.replace(":", "")
     name = f"{trained.path.stem}-{which}-{precision}-{sampler.sampler}{sampler.steps}-cfg{sampler.cfg_scale:g}"
-    if sampler.cfg_scale > 1:
+    if sampler.cfg_scale > 1 or sampler.internal_guidance > 1:
         name += f"-t{sampler.guidance_low:g}to{sampler.guidance_high:g}"
+    if sampler.internal_guidance > 1:
+        name += f"-ig{sampler.internal_guidance:g}"
     if sampler.cls_cfg_scale is not None:
         name += f"-cls{sampler.cls_cfg_scale:g}"
     folder = trained.path.parent

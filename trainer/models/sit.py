@@ -31,7 +31,6 @@ SIZES = {
     "XL": (28, 1152, 16),
 }
 
-
 Convention = Literal["repa", "sit"]
 
 
@@ -58,6 +57,7 @@ class SiTConfig:
     convention: Convention = "repa"
     learn_sigma: bool = False
     cls_width: int | None = None  # of a class token that is denoised beside the latents (REG)
+    middle_head: int | None = None  # block, from 1, after which a second head answers the velocity too (internal)
 
     def __post_init__(self) -> None:
         for field in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
@@ -143,7 +143,6 @@ class SiT(nn.Module):
         self.projector_configs = tuple(projectors)
         self.encoder_depth = encoder_depth
         self._num_extra = 0 if config.cls_width is None else 1  # tokens before those of the patches
-
         shapes_only = torch.get_default_device().type == "meta"
         with torch.device("meta"):  # PyTorch's own initialisation would draw from the global generator
             self.x_embedder = PatchEmbed(config.in_channels, config.hidden_size, config.patch_size)
@@ -165,6 +164,8 @@ class SiT(nn.Module):
                 make_projector(config.hidden_size, projector, config.grid) for projector in projectors
             )
             self.final_layer = FinalLayer(config.hidden_size, config.patch_size**2 * config.out_channels, cls_width)
+            answer, middle = config.patch_size**2 * config.in_channels, config.middle_head is not None
+            self.middle_layer = FinalLayer(config.hidden_size, answer) if middle else None
         if not shapes_only:
             self._allocate()
             self._initialize(seed)
@@ -190,7 +191,7 @@ class SiT(nn.Module):
     def _initialize(self, seed: int) -> None:
         """Set every parameter: xavier-uniform Linear layers, normal(0.02) embeddings, zero gates and output."""
         generator = torch.Generator().manual_seed(_derived_seed(seed, 0))
-        added = ("projectors", "r_embedder", "cls_projectors2", "final_layer.linear_cls")
+        added = ("projectors", "r_embedder", "cls_projectors2", "final_layer.linear_cls", "middle_layer")
         trunk = (module for name, module in self.named_modules() if not name.startswith(added))
         for module in trunk:
             if isinstance(module, nn.Linear):
@@ -209,6 +210,8 @@ class SiT(nn.Module):
                 for parameter in module.parameters():
                     nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
+        for zero in () if self.middle_layer is None else self.middle_layer.linear.parameters():
+            nn.init.zeros_(zero)
         self.pos_embed.zero_()  # of a class token it stays so
         self.pos_embed[0, self._num_extra :] = torch.from_numpy(sincos_pos_embed(self.config.hidden_size, self.grid))
         if self.cls_projectors2 is not None and self.wg_norm is not None and self.final_layer.linear_cls is not None:
@@ -235,21 +238,25 @@ class SiT(nn.Module):
         x is [B,C,H,W]; t [B] in [0, 1]; y [B] int64 in [0, num_classes], labels already dropped. The velocity is
         [B,C,H,W] and the projections are a tuple of [B,T,E], in the dtype that autocast gives them. With a second time
         embedder the answer is the mean velocity from t - h to t, h [B] in [0, t]; None is 0, the velocity at t itself.
-        A model with a class token takes it noised as x is, [B,cls_width], and answers both their velocities, a pair.
+        A model with a class token takes it noised as x is, [B,cls_width], and answers both their velocities, a pair;
+        one with a middle head answers the last layer's velocity and that head's.
         """
         x, conditioning = self._embed(x, t, y, h, cls_token)
         projections: tuple[Tensor, ...] = ()
+        middle: Tensor | None = None
         for depth, block in enumerate(self.blocks, start=1):
             x = block(x, conditioning)
             if return_projections and depth == self.encoder_depth:
                 projections = tuple(self._project(x))
+            if self.middle_layer is not None and depth == self.config.middle_head:
+                middle = self._unpatchify(self.middle_layer(x, conditioning)[0])
         patches, cls_velocity = self.final_layer(x, conditioning)
-        velocity = self._unpatchify(patches)
+        velocity, second = self._unpatchify(patches), cls_velocity if middle is None else middle
         if self.config.learn_sigma:
             velocity = velocity[:, : self.config.in_channels]
         if self.config.convention == "sit":  # dx/dt = -dx/d(1 - t)
-            velocity, cls_velocity = -velocity, None if cls_velocity is None else -cls_velocity
-        answer = velocity if cls_velocity is None else (velocity, cls_velocity)
+            velocity, second = -velocity, None if second is None else -second
+        answer = velocity if second is None else (velocity, second)
         return (answer, projections) if return_projections else answer
 
     def tokens_after(self, depth: int, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

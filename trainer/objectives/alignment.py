@@ -1,9 +1,11 @@
 """Representation alignment: how block `encoder_depth` of the model is held to frozen encoders' tokens, until when.
 
 REPA (arXiv 2410.06940, section 3.2) and iREPA (arXiv 2512.10794, section 4): proj_coeff times the mean over encoders,
-images and tokens of -cos(projector(h), target), the target spatially normalised with strength gamma in iREPA.
+images and tokens of -cos(projector(h), target), the target spatially normalised with strength gamma in iREPA. The
+coefficient is a function of the step: constant as published, or warmed up and let fall to 0, where reading ends.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +26,10 @@ class AlignmentConfig:
     kernel_size: int = 3  # of the projector conv
     encoder_depth: int = 8  # block after which the projectors read, from 1
     gamma: float | None = None  # strength of the spatial normalisation of the target; null for none
-    proj_coeff: float = 0.5  # weight of the alignment loss
+    proj_coeff: float = 0.5  # weight of the alignment loss, at its highest
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # how the weight falls to 0 at the horizon
+    horizon: int | None = None  # step from which on a falling weight is 0: neither aligned nor read
+    warmup_steps: int = 0  # in which the weight rises from 0, in equal steps
     stop_step: int | None = None  # from this step on neither aligned nor read; null: never stopped
 
     def __post_init__(self) -> None:
@@ -39,10 +44,43 @@ class AlignmentConfig:
                 f"alignment.proj_coeff is {self.proj_coeff}; expected a number above 0 (no alignment is "
                 f"alignment.projector=none, the recipe sit)"
             )
+        at_least("alignment.warmup_steps", self.warmup_steps, 0)
         if self.stop_step is not None:
             at_least("alignment.stop_step", self.stop_step, 1)
             if self.projector == "none":
                 raise UsageError("alignment.stop_step has nothing to stop: alignment.projector is none. Leave it out")
+        if (self.schedule == "constant") != (self.horizon is None):
+            raise UsageError(
+                f"alignment.schedule is {self.schedule} and alignment.horizon {self.horizon}: a weight that falls "
+                f"(linear, cosine) has a horizon at which it is 0, and a constant one has none"
+            )
+        if self.horizon is not None and self.horizon <= self.warmup_steps:
+            raise UsageError(
+                f"alignment.horizon is {self.horizon}; expected a step after the {self.warmup_steps} of "
+                f"alignment.warmup_steps"
+            )
+        if self.projector == "none" and (self.horizon is not None or self.warmup_steps):
+            raise UsageError("alignment.schedule has no weight to change: alignment.projector is none. Leave it out")
+
+    @property
+    def end(self) -> int | None:
+        """The step from which on nothing is aligned, None where there is none."""
+        return min((step for step in (self.stop_step, self.horizon) if step is not None), default=None)
+
+    def coefficient(self, step: int) -> float:
+        """Return the weight of the alignment in `step` (from 0), a function of it alone.
+
+        It rises to `proj_coeff` over `warmup_steps`, and falls from there, linearly or as half a cosine, to 0 at
+        `horizon`.
+        """
+        weight = self.proj_coeff
+        if step < self.warmup_steps:
+            return weight * (step + 1) / self.warmup_steps
+        if self.horizon is None:
+            return weight
+        left = max(0.0, (self.horizon - step) / (self.horizon - self.warmup_steps))
+        # sin^2 is (1 + cos(pi (1 - left))) / 2 that does not round to 0 before the horizon.
+        return weight * (left if self.schedule == "linear" else math.sin(math.pi / 2 * left) ** 2)
 
     def projector_config(self, width: int, *, of: TokensOf = "all") -> ProjectorConfig:
         """Return one projector into an encoder's `width` channels; `of` says which of the model's tokens it takes."""
@@ -62,12 +100,12 @@ class Alignment:
 
     def acts(self, step: int) -> bool:
         """Whether `step` (from 0) is aligned; once it is not, no later one is."""
-        stop = self.config.stop_step
-        return self._aligned and (stop is None or step < stop)
+        end = self.config.end
+        return self._aligned and (end is None or step < end)
 
     def coefficient(self, step: int) -> float:
         """Return the weight of the alignment in `step`."""
-        return self.config.proj_coeff
+        return self.config.coefficient(step)
 
     def loss(
         self, projections: Sequence[Tensor], targets: Sequence[AlignmentTarget], *, step: int

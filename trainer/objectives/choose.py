@@ -15,6 +15,7 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "reg": ("reg", "REG"),
     "sra": ("sra", "SRA"),
     "jit": ("jit", "JiT"),
+    "internal": ("internal", "Internal"),
 }
 
 

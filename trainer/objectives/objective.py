@@ -14,7 +14,7 @@ model only where the paper has one. Shapes: B batch, C channels, T tokens, E an 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ class Field(Protocol):
     `samplers` are those that may follow it, `guided` says whether classifier-free guidance may; `interpolant` gives the
     SDE's score; with `own_times` the guidance interval is judged at each evaluation's time, not at its step's start,
     and its ends are outside it; `cls_token` says that a class token, with a guidance scale of its own, is part of the
-    state.
+    state; `internal` that the model has a middle head, away from which samples can be led.
     """
 
     @property
@@ -100,7 +100,13 @@ class Field(Protocol):
     @property
     def cls_token(self) -> bool: ...
     @property
+    def internal(self) -> bool: ...
+    @property
     def interpolant(self) -> Interpolant: ...
+
+    def led(self, scale: float) -> Self:
+        """Return the field that leads away from the model's middle head by `scale`; 1 is the field itself."""
+        ...
 
     def shapes(self, model: SiT) -> tuple[tuple[int, ...], ...]:
         """Return the shape of each part of a sample's state, x [C,H,W] first; all begin as normal noise."""

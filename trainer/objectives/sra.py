@@ -73,8 +73,9 @@ class SRA(Velocity):
         """Return one map into the model's own width."""
         if alignment.projector == "none":
             raise UsageError("alignment.projector is none: SRA without its alignment is the recipe sit")
-        if alignment.stop_step is not None:
-            raise UsageError("alignment.stop_step is set, and SRA's teacher has no stop. Leave it out")
+        if alignment.end is not None:
+            which = "horizon" if alignment.stop_step is None else "stop_step"
+            raise UsageError(f"alignment.{which} is set, and SRA's teacher has no stop. Leave it out")
         if settings.teacher_depth > shape.depth:
             raise UsageError(
                 f"sra.teacher_depth is {settings.teacher_depth}; {shape.name} has {shape.depth} blocks. Choose one of "

@@ -10,7 +10,7 @@ With alignment.projector "none" the second line is absent and no encoder is read
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -58,6 +58,12 @@ class VelocityField:
     guided: bool = True
     own_times: bool = False
     cls_token: bool = False
+    internal: bool = False
+
+    def led(self, scale: float) -> Self:
+        """Return the field itself: its model has no middle head to lead away from."""
+        assert scale == 1, "check_sampler refuses others"
+        return self
 
     def shapes(self, model: SiT) -> tuple[tuple[int, ...], ...]:
         """Return that of x, [C,H,W]."""

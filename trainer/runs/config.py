@@ -11,6 +11,7 @@ from ...cache_specs.errors import UsageError, at_least, nearest
 from ..diffusion.interpolant import Interpolant
 from ..objectives.alignment import AlignmentConfig
 from ..objectives.choose import objective_class, other_sections, settings_of
+from ..objectives.internal import InternalConfig
 from ..objectives.jit import JiTMethodConfig
 from ..objectives.meanflow import MeanFlowConfig
 from ..objectives.reg import REGConfig
@@ -112,6 +113,7 @@ class RunConfig:
     reg: REGConfig = field(default_factory=REGConfig)
     sra: SRAConfig = field(default_factory=SRAConfig)
     jit: JiTMethodConfig = field(default_factory=JiTMethodConfig)
+    internal: InternalConfig = field(default_factory=InternalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

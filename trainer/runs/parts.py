@@ -49,11 +49,11 @@ def make_batches(config: RunConfig, reader: CacheReader, world: World, objective
     """Return what says, for each step, which samples this rank reads and which random numbers go with them."""
     spec = DrawSpec(seed=config.seed, draws=objective.draws())
     later = None
-    if reader.features and config.alignment.stop_step is not None and not reads_of(config).cls_token:
+    if reader.features and config.alignment.end is not None and not reads_of(config).cls_token:
         bare = CacheReader(
             str(reader.path), autoencoder=reader.latents.name, encoder=(), check_reads=config.check_reads
         )
-        later = (config.alignment.stop_step, bare)
+        later = (config.alignment.end, bare)
     place = Place(batch_size=config.batch_size, accumulation=config.accumulation, rank=world.rank, world=world.size)
     return Batches(reader, spec, place, shuffle=config.shuffle, window=config.shuffle_window, later=later)
 

@@ -84,7 +84,7 @@ class Run:
         return self.wrapped(*inputs), ()
 
     def follow_alignment(self) -> bool:
-        """Take the projectors out of the graph from alignment.stop_step on; say whether anything changed.
+        """Take the projectors out of the graph from alignment.stop_step or horizon on; say whether anything changed.
 
         They stay in the model, its checkpoints and the EMA. DistributedDataParallel is made anew, since it waits for
         every parameter's gradient that it was made with.

@@ -130,6 +130,8 @@ def _identity(
     }
     if request.sampler.cls_cfg_scale is None:  # as in requests from before there was one
         del identity["sampler"]["cls_cfg_scale"]
+    if request.sampler.internal_guidance == 1:
+        del identity["sampler"]["internal_guidance"]
     if model.config.convention != "repa":  # the same weights, read the other way, draw other images
         identity["convention"] = model.config.convention
     return json.loads(json.dumps(identity))

@@ -31,7 +31,8 @@ class SamplerConfig:
     `steps` counts drift evaluations, but Heun's takes 2 * steps - 1. Guidance with `cfg_scale` above 1 acts where
     guidance_low <= t <= guidance_high, for some methods without these ends; elsewhere the model is conditional only. A
     guided evaluation doubles the batch. `cls_cfg_scale` is the class token's own scale, where the image is guided
-    (REG); None is the image's.
+    (REG); None is the image's. `internal_guidance` above 1 leads away from the model's middle head, on the same times,
+    with `cfg_scale` or without.
     """
 
     sampler: SamplerName = "euler"
@@ -40,6 +41,7 @@ class SamplerConfig:
     guidance_low: float = 0.0
     guidance_high: float = 1.0
     cls_cfg_scale: float | None = None
+    internal_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.sampler not in get_args(SamplerName):
@@ -58,15 +60,19 @@ class SamplerConfig:
                 f"cls_cfg_scale is {self.cls_cfg_scale} and cfg_scale 1: a class token is guided where the image is. "
                 f"Give both, or neither"
             )
+        if not 1 <= self.internal_guidance < float("inf"):
+            raise UsageError(f"internal_guidance is {self.internal_guidance}; expected 1 (none) or more")
         if not 0 <= self.guidance_low <= self.guidance_high <= 1:
             raise UsageError(
                 f"guidance interval is {self.guidance_low} to {self.guidance_high}; expected 0 <= low <= high <= 1"
             )
 
     def guides(self, t: float, *, ends: bool = True) -> bool:
-        """Whether guidance acts at time t; without `ends` not at the interval's own, but for those at 0 and 1."""
-        if self.cfg_scale == 1:
-            return False
+        """Whether classifier-free guidance acts at time t; `ends` as in `within`."""
+        return self.cfg_scale > 1 and self.within(t, ends=ends)
+
+    def within(self, t: float, *, ends: bool = True) -> bool:
+        """Whether time t is one of guidance; without `ends` not at the interval's own, but for those at 0 and 1."""
         if ends:
             return self.guidance_low <= t <= self.guidance_high
         return (self.guidance_low == 0 or t > self.guidance_low + ROUNDING) and (
@@ -123,6 +129,11 @@ def check_sampler(config: SamplerConfig, field: Field, *, where: str = "") -> No
             f"{where}cfg_scale is {config.cfg_scale}; this model's method learns its guidance while training, and "
             f"guiding it again would count it twice. Sample with cfg_scale 1"
         )
+    if config.internal_guidance > 1 and not field.internal:
+        raise UsageError(
+            f"{where}internal_guidance is {config.internal_guidance}; this model has no middle head to lead away from, "
+            f"as those of the recipes sit-internal and irepa-internal have. Leave it out"
+        )
     if config.cls_cfg_scale is not None and not field.cls_token:
         raise UsageError(
             f"cls_cfg_scale is {config.cls_cfg_scale}; this model's method has no class token to guide, as only REG's "
@@ -173,15 +184,18 @@ class _Drift:
         self.both_labels = torch.cat([labels, torch.full_like(labels, model.null_label)])
         self.config = config
         self.field = field
+        self.led = field.led(config.internal_guidance)
         self.model_dtype = model_dtype
 
     def __call__(self, x: State, t: float, t_next: float, *, guide_at: float) -> State:
-        guide, labels = self.config.guides(guide_at, ends=not self.field.own_times), self.labels
+        ends, labels = not self.field.own_times, self.labels
+        guide = self.config.guides(guide_at, ends=ends)
+        field = self.led if self.config.within(guide_at, ends=ends) else self.field
         if guide:
             x, labels = tuple(torch.cat([part, part]) for part in x), self.both_labels
         now, then = (torch.full((len(x[0]),), time, dtype=self.model_dtype, device=x[0].device) for time in (t, t_next))
         asked = tuple(part.to(self.model_dtype) for part in x)
-        drift = tuple(part.double() for part in self.field.velocities(self.model, asked, now, then, labels))
+        drift = tuple(part.double() for part in field.velocities(self.model, asked, now, then, labels))
         if self.config.sampler == "sde":
             drift = tuple(v - t * score(v, part, t, self.field.interpolant) for v, part in zip(drift, x, strict=True))
         if guide:

@@ -144,7 +144,7 @@ def test_other_weights_other_settings_and_other_latents_are_told_apart(
     assert "latents/toy-ae are not those that" in another.err
     assert "latent_size is [4, 4], the model's [8, 8]" in another.err
     (component, *_) = token_components(str(cache))
-    with pytest.raises(UsageError, match=r"features/other are tokens of a SiT-Ti/2, of noised latents"):
+    with pytest.raises(UsageError, match=r"tokens of a trained SiT-Ti/2, of noised latents: no picture can be encoded"):
         load_vectors(component, "mean")
 
 

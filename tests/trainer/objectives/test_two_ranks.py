@@ -18,6 +18,7 @@ from repa.trainer.training import loop
 from ..test_distributed import ALONE, SCRIPT, free_ports
 
 RECIPES = {"reg": "reg.cls_coeff=0.5", "reg-irepa": "label_dropout=0.4", "sra": "sra.teacher_depth=2"}
+RECIPES["irepa-internal"] = "internal.depth=1"
 
 
 def test_two_ranks_are_one_process(make_cache, tmp_path, run_outcome, small_sit):
