@@ -5,6 +5,7 @@ manifest -> layout -> locks -> missing ranges -> workers -> shards -> statistics
 
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -134,7 +135,8 @@ def _open_pool(job: JobOptions, options: BuildOptions) -> Pool:
     """Return where ranges are encoded: Ray where there is something to schedule, else this process, as quick."""
     if options.in_process:
         return InProcessPool(job)
-    return RayPool(job, num_workers=options.workers, address=options.address)
+    go_on = shlex.join(["repa-cache", *options.words]) if options.words else ""
+    return RayPool(job, num_workers=options.workers, address=options.address, go_on=go_on)
 
 
 def _list_bad(result: RangeResult, listed: int, manifest: Manifest, on_message: Callable[[str], None]) -> None:

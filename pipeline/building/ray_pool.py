@@ -6,6 +6,7 @@ Lost actors are replaced, and a range that was lost with one is tried once more.
 import contextlib
 import math
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,12 @@ from ...cache_specs.schema import ComponentSpec
 from ..images.decode import DecodedBatch, decode_batch
 from .encode import RangeResult, Worker
 from .job import JobOptions, RangeWork
-from .ray_session import ray_session
+from .ray_session import head_answers, ray_session
 
 RANGES_IN_FLIGHT = 3  # a worker: one being committed, one being encoded, one being decoded
 REPLACEMENT_TIMEOUT_S = 600  # for a node to come back, or models to load, once no worker is left
+WATCH_S = 5  # between looks at Ray's head
+HEAD_LOST_S = 20  # that it may be away, to be started again: after 60 Ray ends this process, in a wall of its own
 ATTEMPTS = 2  # a range that kills its worker this often is reported, not tried for ever
 
 
@@ -55,9 +58,12 @@ class _RayWorker:
 class RayPool:
     """`num_workers` actors (None: one a GPU) and CPU decode tasks, on this machine or on the cluster at `address`."""
 
-    def __init__(self, options: JobOptions, *, num_workers: int | None, address: str | None) -> None:
+    def __init__(self, options: JobOptions, *, num_workers: int | None, address: str | None, go_on: str = "") -> None:
+        """Make the pool; `go_on` is the command that goes on where Ray is lost, for the line that says so."""
         self._options = options
         self._address = address
+        self._go_on = go_on or "the same command"
+        self._looked, self._away_since = 0.0, math.inf  # at Ray's head
         self._num_workers = num_workers
         self._stack = contextlib.ExitStack()
         self._ready: list[Any] = []  # workers whose models are loaded
@@ -120,7 +126,7 @@ class RayPool:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.RayError as error:
-            raise JobError(f"a worker died while it loaded its models ({_first_line(error)})") from error
+            raise self._lost(f"a worker died while it loaded its models ({_first_line(error)})") from error
         if self.components and components != self.components:
             raise JobError(
                 "two workers loaded different weights for one component; give every node the same files and versions"
@@ -137,12 +143,24 @@ class RayPool:
         ray.kill(worker)  # where it is only out of reach, it must not keep its GPU
         self._start_worker()
 
+    def _lost(self, what: str) -> JobError:
+        without = "" if self._address else "; without Ray: --workers 0"
+        return JobError(f"{what}; finished ranges are kept, and this goes on: {self._go_on}{without}")
+
     def run(self, work: Iterable[RangeWork]) -> Iterator[RangeResult]:
         """Yield results as ranges finish.
 
-        Lost workers are replaced, and those that live go on. Raises `JobError` where none is left, and at the end where
-        a range killed its worker twice.
+        Lost workers are replaced, and those that live go on. Raises `JobError` where none is left, where Ray itself is
+        lost, and at the end where a range killed its worker twice.
         """
+        import ray
+
+        try:
+            yield from self._run(work)
+        except ray.exceptions.RayError as error:  # those of a worker or a task were dealt with
+            raise self._lost(f"Ray was lost ({_first_line(error)})") from error
+
+    def _run(self, work: Iterable[RangeWork]) -> Iterator[RangeResult]:
         import ray
 
         queue = iter(work)
@@ -177,9 +195,8 @@ class RayPool:
                     load[self._take_loaded(done)] = 0
                 except Exception as error:  # whatever a model's loader raises: no reason to stop those that work
                     if not self._ready and not self._loading:
-                        raise JobError(
-                            f"no worker is left, and none could be started ({_first_line(error)})"
-                        ) from error
+                        why = _first_line(error.__cause__ or error)
+                        raise self._lost(f"no worker is left, and none could be started ({why})") from error
                     _say(f"a worker was lost and could not be replaced ({_first_line(error)})")
                 continue
             item, worker, cost = running.pop(done)
@@ -215,13 +232,28 @@ class RayPool:
         import ray
 
         running = list(running)
-        done, _ = ray.wait([*running, *self._loading], timeout=None if running else REPLACEMENT_TIMEOUT_S)
-        if not done:
-            raise JobError(
-                f"no worker is left, and no new one was ready in {REPLACEMENT_TIMEOUT_S} s; see that nodes are up "
-                "(ray status) and run the same command again: finished ranges are kept"
-            )
-        return done[0]
+        until = math.inf if running else time.monotonic() + REPLACEMENT_TIMEOUT_S
+        while (left := until - time.monotonic()) > 0:
+            done, _ = ray.wait([*running, *self._loading], timeout=min(WATCH_S, left))
+            self._look()
+            if done:
+                return done[0]
+        raise self._lost(
+            f"no worker is left, and no new one was ready in {REPLACEMENT_TIMEOUT_S} s; see that nodes are up "
+            "(ray status)"
+        )
+
+    def _look(self) -> None:
+        """Raise `JobError` where Ray's head has been away for too long: its workers go on, and nobody may ask more."""
+        import ray
+
+        now = time.monotonic()
+        if now - self._looked < WATCH_S:
+            return
+        self._looked = now
+        self._away_since = math.inf if head_answers(ray) else min(now, self._away_since)
+        if now - self._away_since >= HEAD_LOST_S:
+            raise self._lost("Ray was lost: its head (gcs_server) does not answer")
 
 
 def gpu_share(workers: int, gpus: int) -> float:

@@ -1,13 +1,25 @@
 """Ray started on this machine or joined on a cluster, and left again: the one place that does either."""
 
+import atexit
 import contextlib
+import importlib
 import os
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...cache_specs.errors import JobError, reason
-from .ray_start import driver_folder, give_token, nothing_left, session_folder, take_back_sigterm, terminated_quietly
+from .ray_start import (
+    descendants,
+    driver_folder,
+    give_token,
+    kill_started,
+    nothing_left,
+    session_folder,
+    take_back_sigterm,
+    terminated_quietly,
+)
 
 CONNECT_TIMEOUT_S = 10
 
@@ -39,6 +51,7 @@ def ray_session(address: str | None, *, instead: str, **local: Any) -> Iterator[
             _check_reachable(address)
             settings["address"] = address
         stack.enter_context(terminated_quietly())
+        before = descendants(os.getpid())
         try:
             with contextlib.chdir(empty), nothing_left():
                 ray.init(**settings)
@@ -46,9 +59,51 @@ def ray_session(address: str | None, *, instead: str, **local: Any) -> Iterator[
             if address:
                 raise JobError(f"--address {address}: Ray could not be reached ({reason(error)})") from error
             raise JobError(f"Ray did not start ({reason(error)}); run the same command again, or {instead}") from error
-        stack.callback(ray.shutdown)
+        stack.enter_context(_no_logs_of_the_dead())
+        stack.callback(_leave, ray, before)
         take_back_sigterm()
         yield ray
+
+
+def head_answers(ray: Any) -> bool:
+    """Return whether the server behind all of this Ray is there: a minute without it, and Ray ends this process."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _no_logs_of_the_dead() -> Iterator[None]:
+    """Keep Ray from printing the log of a daemon that dies into our output: what is lost is said in one line."""
+    worker = importlib.import_module("ray._private.worker")
+    printing = getattr(worker, "print_to_stdstream", None)  # of its own thread; where it has none, it prints
+    if printing is None:
+        yield
+        return
+    worker.print_to_stdstream = lambda *_, **__: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = printing  # type: ignore[attr-defined]
+
+
+def _leave(ray: Any, before: Mapping[int, int]) -> None:
+    """Leave Ray, ending one of our own; of one whose head is gone nobody can take leave, now or at the exit."""
+    if head_answers(ray):
+        ray.shutdown()
+        return
+    atexit.unregister(ray.shutdown)
+    atexit.register(_end)  # of what Ray still has in this process, a plain exit would be a crash
+    kill_started(before)
+
+
+def _end() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(JobError.exit_code)
 
 
 def _check_reachable(address: str) -> None:

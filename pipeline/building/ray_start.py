@@ -14,7 +14,7 @@ import signal
 import stat
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -83,12 +83,17 @@ def nothing_left() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        while started := descendants(os.getpid()).items() - before.items():
-            for pid, born in started:
-                if descendants(os.getpid()).get(pid) == born:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+        kill_started(before)
         raise
+
+
+def kill_started(before: Mapping[int, int]) -> None:
+    """Kill every process below this one that is not among `before`, its `descendants` of then."""
+    while started := descendants(os.getpid()).items() - before.items():
+        for pid, born in started:
+            if descendants(os.getpid()).get(pid) == born:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def descendants(parent: int) -> dict[int, int]:

@@ -1,6 +1,7 @@
 """The Ray job: the same bytes as in this process, whatever dies on the way. One Ray instance for all of it."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from repa.cache_specs.errors import JobError
-from repa.pipeline.building import ray_pool
+from repa.pipeline.building import ray_pool, ray_session
 from repa.pipeline.building.build import run_build
 from repa.pipeline.building.job import JobOptions, RangeWork
 from repa.pipeline.building.plan import BuildOptions, plan_build
@@ -258,6 +260,42 @@ def test_work_goes_on_with_the_workers_that_live(
     done, said = run_all(opened, [work(0), work(_DeadlyIndex(1)), work(2)])
     assert 2 not in done
     assert "no worker is left, and no new one was ready in 1 s" in said
+
+
+def test_a_lost_ray_is_one_line_with_the_command_that_goes_on(
+    images: Path, tmp_path: Path, ray_head: tuple[str, int], build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    asked = (images, tmp_path / "cache", "--workers", 1, "--address", ray_head[0])
+    with monkeypatch.context() as patched:
+        patched.setattr(ray_pool, "WATCH_S", 0)
+        patched.setattr(ray_pool, "HEAD_LOST_S", 0)
+        patched.setattr(ray_session, "socket", SimpleNamespace(create_connection=refuse_connection))
+        patched.setattr(ray_session, "_check_reachable", lambda address: None)
+        at_exit: list[Any] = []
+        patched.setattr(ray_session, "atexit", SimpleNamespace(register=at_exit.append, unregister=at_exit.append))
+        outcome = build(*asked)
+    ray.shutdown()  # of one without a head nobody takes leave, and this one has its head
+    assert outcome.code == 1
+    assert at_exit == [ray.shutdown, ray_session._end]
+    assert "Traceback" not in outcome.err
+    said = outcome.err.splitlines()[-1]
+    assert "Ray was lost: its head (gcs_server) does not answer; finished ranges are kept, and this goes on: " in said
+    words = shlex.split(said.partition("goes on: ")[2])
+    assert words[:2] == ["repa-cache", "build"]
+    assert words[-4:] == ["--workers", "1", "--address", ray_head[0]]
+    # What Ray raises of itself is the same line.
+    with monkeypatch.context() as patched:
+        patched.setattr(ray, "wait", lambda *_, **__: (_ for _ in ()).throw(ray.exceptions.RaySystemError("gone")))
+        outcome = build(*asked)
+    assert outcome.code == 1
+    assert "Ray was lost (System error: gone); finished ranges are kept" in outcome.err.splitlines()[-1]
+    assert build(images, tmp_path / "cache").code == 0
+
+
+def refuse_connection(*_: object, **__: object) -> None:
+    raise ConnectionRefusedError
 
 
 @pytest.mark.parametrize(("workers", "gpus"), [(1, 1), (1, 8), (3, 2), (6, 1), (7, 3), (16, 8), (17, 8)])
