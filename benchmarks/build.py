@@ -32,7 +32,7 @@ from peak_memory import peak_bytes, reset_peak
 from PIL import Image, ImageFilter
 
 from repa.pipeline.building.build import run_build
-from repa.pipeline.building.encode import load_model
+from repa.pipeline.building.networks import load_model
 from repa.pipeline.building.plan import BuildOptions, plan_build
 from repa.pipeline.images.decode import decode_batch
 from repa.pipeline.images.manifest import Manifest, scan_folder

@@ -99,6 +99,12 @@ def derived_spec(
     }
 
 
+def straight_spec(method: MethodRequest, source: str, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the spec of what is derived straight from an encoder: what it is of the component `source`, not stored."""
+    method.check_width(source, stored_width(spec))
+    return derived_spec(method, spec, [source], width=method.width, sample=DEFAULT_SAMPLE)
+
+
 def check_derived(spec: Mapping[str, Any]) -> None:
     """Raise `TypeError` or `ValueError` where a spec says that it is derived and does not say from what, or how."""
     if (spec.get("loader") == DERIVED) != (DERIVED in spec):

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from .autoencoder_entry import AutoencoderEntry
+from .derived import MethodRequest, straight_spec
 from .encoder_entry import VARIANT, EncoderEntry
 from .entries import OwnCode, is_file, make_entry, read_own_entry, read_row
 from .errors import UsageError, nearest
@@ -26,6 +27,7 @@ OPTIONS = {
     "grid": (r"[0-9]+", "a whole number of tokens a side"),
     "layers": (r"[0-9]+(,[0-9]+)*", "block numbers, as in layers=8,9"),
     "stage": (r"[A-Za-z0-9_.]+", "the number or name of a stage, as in stage=2"),
+    "pca": ("[1-9][0-9]{0,5}", "a number of principal components, as in pca=16"),
     "resize": ("bilinear", "bilinear, which lets a map be enlarged to the grid"),
 }
 RANDOM_SUFFIX = "-random"  # random weights never go by the name of the pretrained ones
@@ -100,24 +102,33 @@ def as_known(name: str, known: Collection[str]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderRequest:
-    """What `--encoder NAME[:grid=G][:layers=I,J,...][:stage=K][:resize=bilinear]` asks for, its values read."""
+    """What `--encoder NAME[:grid=G][:layers=I,J,...][:stage=K][:resize=bilinear][:pca=K]` asks for, its values read.
+
+    `method` is what is derived of the tokens, which themselves are not stored then.
+    """
 
     entry: EncoderEntry
     grid: int | None
     layers: tuple[int, ...] | None
     stage: str | None = None
     resize: str | None = None
+    method: MethodRequest | None = None
 
     @property
     def group(self) -> str:
         """The group's name for pretrained weights: `dinov2-vit-b-grid8-layers8-11`, `my-cnn-grid8-stage2`."""
+        return self.source if self.method is None else f"{self.source}-{self.method.suffix}"
+
+    @property
+    def source(self) -> str:
+        """The group's name of the network's own tokens."""
         name = self.entry.name if self.grid is None else f"{self.entry.name}-grid{self.grid}"
         name = name if self.layers is None else f"{name}-layers{'-'.join(map(str, self.layers))}"
         return name if self.stage is None else f"{name}-stage{self.stage}"
 
 
 def read_encoder_request(request: str) -> EncoderRequest:
-    """Read `NAME|FILE.yaml[:grid=G][:layers=I,J,...][:stage=K][:resize=bilinear]`.
+    """Read `NAME|FILE.yaml[:grid=G][:layers=I,J,...][:stage=K][:resize=bilinear][:pca=K]`.
 
     Raises `UsageError` with the nearest known name for one that is not in the table.
     """
@@ -146,6 +157,7 @@ def read_encoder_request(request: str) -> EncoderRequest:
         layers=tuple(map(int, values["layers"].split(","))) if "layers" in values else None,
         stage=values.get("stage"),
         resize=values.get("resize"),
+        method=MethodRequest(name="pca", width=int(values["pca"])) if "pca" in values else None,
     )
 
 
@@ -192,7 +204,7 @@ class ResolvedModel:
 def resolve_encoder(
     request: str, *, resolution: int, random_weights: bool = False, default_grid: int | None = None
 ) -> ResolvedModel:
-    """Resolve `NAME|FILE.yaml[:grid=G][:layers=I,J,...][:stage=K][:resize=bilinear]` for images of `resolution`.
+    """Resolve what `read_encoder_request` reads for images of `resolution`.
 
     Without `:grid=G` it is `default_grid`, without that resolution / 16.
     """
@@ -207,7 +219,9 @@ def resolve_encoder(
         random_weights=random_weights,
         code=code,
     )
-    name = asked.group + RANDOM_SUFFIX * spec["random_weights"]
+    name = asked.source + RANDOM_SUFFIX * spec["random_weights"]
+    if asked.method is not None:
+        name, spec = f"{name}-{asked.method.suffix}", straight_spec(asked.method, f"features/{name}", spec)
     return ResolvedModel(name=name, entry=asked.entry, spec=spec, code=code)
 
 

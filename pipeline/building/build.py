@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
+
+from ...cache_specs.derived import DERIVED, FITS, fit_name
 from ...cache_specs.errors import JobError
 from ...cache_specs.files.asked import forget, remember
 from ..images.manifest import Manifest
@@ -17,10 +20,12 @@ from ..store.binding import bind_ranges, lacks_numbers
 from ..store.complete import complete_component
 from ..store.records import known_bytes
 from ..store.store import CacheStore
-from .encode import RangeResult, load_model
+from .encode import RangeResult
 from .job import InProcessPool, JobOptions, Pool, RangeWork
+from .networks import load_model
 from .plan import BuildOptions, BuildPlan, missing_ranges, plan_build
 from .ray_pool import RayPool
+from .straight import with_fits
 
 MAX_LISTED = 1000  # bad images named while they are found: where a whole disk is gone, the rest are the same
 
@@ -80,6 +85,9 @@ def run_build(
     with contextlib.ExitStack() as locks:
         for path in sorted(plan.missing):
             locks.enter_context(store.lock(path))
+        for request in plan.requests:
+            if DERIVED in request.spec:
+                locks.enter_context(store.lock(f"{FITS}/{fit_name(request.component('').path)}"))
         store.check_record()
         # Again, now that no other build can change it: what is missing, never what is asked, which is what is locked.
         plan = replace(plan, missing=missing_ranges(store, plan.requests))
@@ -103,6 +111,17 @@ def _encode(
     on_message: Callable[[str], None],
 ) -> None:
     pending = tuple(request for request in plan.requests if plan.missing[request.component("").path])
+    threads = options.threads or max(1, (os.cpu_count() or 1) // max(1, options.workers or 1))
+    pending = with_fits(
+        store,
+        pending,
+        options.manifest,
+        batch_size=options.batch_size,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        threads=threads,
+        skip_bad=options.skip_bad,
+        on_message=on_message,
+    )
     job = JobOptions(
         cache=store.path.absolute(),
         layout=store.layout,
@@ -110,7 +129,7 @@ def _encode(
         source=options.manifest.source,
         batch_size=options.batch_size,
         device=options.device,
-        threads=options.threads or max(1, (os.cpu_count() or 1) // max(1, options.workers or 1)),
+        threads=threads,
         skip_bad=options.skip_bad,
     )
     with _open_pool(job, options) as pool:
@@ -207,6 +226,6 @@ def _check_on_disk(store: CacheStore, plan: BuildPlan, options: BuildOptions) ->
         found = store.component(request.component("").path)
         if found is not None:
             weights = found.weights
-            if request.weights_file is not None and not plan.missing[found.path]:
+            if request.weights_file is not None and not plan.missing[found.path] and found.derived is None:
                 _, weights = load_model(request, options.device or "cpu")
             store.create_component(request.component(weights))

@@ -5,56 +5,20 @@ appends rows to partial files; one decode feeds every component. A thread checks
 device goes on, so that memory is two sub-batches: the one being encoded and the one being written.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from ...cache_specs.entries import OwnCode
-from ...cache_specs.fingerprint import canonical_json
-from ...cache_specs.layout import CacheLayout, layer_array
-from ...cache_specs.schema import FEATURES, ComponentSpec, stored_layers
+from ...cache_specs.layout import CacheLayout
+from ...cache_specs.schema import ComponentSpec
 from ...cache_specs.storage import Location
 from ..images.decode import DecodedBatch
-from ..models.autoencoders import load_autoencoder
-from ..models.encoders import Encoder, check_loadable, load_encoder, network_of
-from ..models.weights import check_weights
 from ..store.component_writer import ComponentWriter
-from ..store.quantize import stored_tokens
 from ..store.store import CacheStore
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelRequest:
-    """A component asked for: a `ComponentSpec` whose weights are not loaded yet, and where to find them.
-
-    `code` is that of a network of the user's own; it travels with the request.
-    """
-
-    kind: str
-    name: str
-    spec: Mapping[str, Any]
-    dtype: str
-    precision: str
-    compressor: str
-    weights_file: Path | None = None
-    code: OwnCode | None = None
-
-    def component(self, weights: str) -> ComponentSpec:
-        """Return the component's spec, given what identifies its weights."""
-        return ComponentSpec(
-            kind=self.kind,  # type: ignore[arg-type]  # checked in ComponentSpec.__post_init__, as the next two
-            name=self.name,
-            spec=self.spec,
-            dtype=self.dtype,  # type: ignore[arg-type]
-            precision=self.precision,  # type: ignore[arg-type]
-            compressor=self.compressor,  # type: ignore[arg-type]
-            weights=weights,
-        )
+from .networks import ModelRequest, Network, load_networks
 
 
 @dataclass(kw_only=True)
@@ -136,7 +100,7 @@ class Worker:
         self._disk.shutdown(wait=True)
 
     def _views(
-        self, batch: DecodedBatch, network: "Network", components: Sequence[ComponentSpec]
+        self, batch: DecodedBatch, network: Network, components: Sequence[ComponentSpec]
     ) -> dict[str, dict[str, torch.Tensor]]:
         """Return the arrays [b, V, ...] of a sub-batch by component path, on the device."""
         images = torch.tensor(batch.images).permute(0, 3, 1, 2)
@@ -185,87 +149,3 @@ def _commit(
 def _abandon(writers: Sequence[ComponentWriter]) -> None:
     for writer in writers:
         writer.abandon()
-
-
-# A component's function from images to what is stored of them.
-
-Encode = Callable[[torch.Tensor], dict[str, torch.Tensor]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """A model on a device, and the components that one forward of it gives: several stages, or the one.
-
-    `encode` returns, of images [b, 3, H, W] uint8 and some of the components, one view's stored arrays by path.
-    """
-
-    components: tuple[ComponentSpec, ...]
-    encode: Callable[[torch.Tensor, Sequence[ComponentSpec]], dict[str, dict[str, torch.Tensor]]]
-
-
-def load_networks(requests: Sequence[ModelRequest], device: str) -> list[Network]:
-    """Load the models of `requests`, each once, in their order: stages of one network share it and its forward."""
-    alike: dict[str, list[ModelRequest]] = {}
-    for request in requests:
-        staged = request.spec.get("stage") is not None
-        key = canonical_json([network_of(request.spec), request.precision]) if staged else request.component("").path
-        alike.setdefault(key + str(request.weights_file), []).append(request)
-    return [_load_stages(group, device) if len(group) > 1 else _load_one(group[0], device) for group in alike.values()]
-
-
-def _load_one(request: ModelRequest, device: str) -> Network:
-    encode, weights = load_model(request, device)
-    component = request.component(weights)
-    return Network(components=(component,), encode=lambda images, asked: {component.path: encode(images)})
-
-
-def _load_stages(requests: Sequence[ModelRequest], device: str) -> Network:
-    encoder = _load_encoder(requests[0], device)
-    encoder.check([request.spec for request in requests])
-
-    def encode(images: torch.Tensor, asked: Sequence[ComponentSpec]) -> dict[str, dict[str, torch.Tensor]]:
-        stages = encoder.stages(images, [component.spec for component in asked])
-        return {
-            component.path: stored_tokens(tokens, component.dtype)
-            for component, tokens in zip(asked, stages, strict=True)
-        }
-
-    return Network(components=tuple(request.component(encoder.weights) for request in requests), encode=encode)
-
-
-def check_request(request: ModelRequest) -> None:
-    """Raise `UsageError` for what keeps a model from being loaded and is known without loading it."""
-    check = check_loadable if request.kind == FEATURES else check_weights
-    check(request.spec, request.weights_file)
-
-
-def load_model(request: ModelRequest, device: str) -> tuple[Encode, str]:
-    """Load a model; return its function from images [b, 3, H, W] uint8 to one view's stored arrays, and its weights."""
-    if request.kind == FEATURES:
-        encoder = _load_encoder(request, device)
-
-        def encode_features(images: torch.Tensor) -> dict[str, torch.Tensor]:
-            stored: dict[str, torch.Tensor] = {}
-            for layer, (tokens, cls_token) in zip(stored_layers(request.spec), encoder.by_layer(images), strict=True):
-                arrays = stored_tokens(tokens, request.dtype)
-                if cls_token is not None:
-                    arrays["cls_token"] = cls_token.half()
-                stored |= {layer_array(name, layer): values for name, values in arrays.items()}
-            return stored
-
-        return encode_features, encoder.weights
-    autoencoder = load_autoencoder(request.spec, **_options(request, device))
-    return lambda images: {"moments": autoencoder.encode(images).half()}, autoencoder.weights
-
-
-def _load_encoder(request: ModelRequest, device: str) -> Encoder:
-    return load_encoder(request.spec, **_options(request, device))
-
-
-def _options(request: ModelRequest, device: str) -> dict[str, Any]:
-    return {
-        "weights": request.weights_file,
-        "precision": request.precision,
-        "device": device,
-        "code": request.code,
-    }

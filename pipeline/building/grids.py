@@ -6,7 +6,7 @@ A SiT of patch p makes (latent side / p)^2 tokens, and is aligned with an encode
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from ...cache_specs.schema import FEATURES, LATENTS
-from .encode import ModelRequest
+from .networks import ModelRequest
 
 PATCHES = (1, 2, 4, 8, 16)  # of the models that are trained: SiT-B/2 on latents, /16 on pixels
 

@@ -22,7 +22,8 @@ from ...cache_specs.schema import ComponentSpec
 from ...cache_specs.storage import Location
 from ..images.decode import DecodedBatch, decode_batch
 from ..images.manifest import ImageSource
-from .encode import ModelRequest, RangeResult, Worker
+from .encode import RangeResult, Worker
+from .networks import ModelRequest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

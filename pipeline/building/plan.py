@@ -17,8 +17,8 @@ from ...cache_specs.tables import ResolvedModel, autoencoder_table, resolve_auto
 from ..images.manifest import Manifest
 from ..store.binding import lacks_numbers
 from ..store.store import CacheStore
-from .encode import ModelRequest, check_request
 from .grids import default_grid
+from .networks import ModelRequest, check_request
 
 DEFAULT_RESOLUTION = 256
 MOST_RESOLUTION = 2**14

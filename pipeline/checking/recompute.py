@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...cache_specs.derived import FITS, fit_name, read_fit, read_method
+from ...cache_specs.derived import FITS, Fit, fit_name, network_spec, read_fit, read_method
 from ...cache_specs.errors import CacheError, UsageError
 from ...cache_specs.layout import layer_array
-from ...cache_specs.schema import FEATURES, ComponentSpec, stored_layers
+from ...cache_specs.schema import FEATURES, TOKENS, ComponentSpec, stored_layers
 from ...cache_specs.tables import code_of
-from ..building.encode import ModelRequest, load_model
+from ..building.networks import ModelRequest, load_model
 from ..deriving.choose import method_of
 from ..deriving.derive import derived_tokens
 from ..deriving.fit import fit_sources
@@ -93,7 +93,7 @@ def recompute(
     return [
         Agreement(path=component.path, left_out=why)
         if (why := _not_from_images(component))
-        else _derive_again(store, component, num)
+        else _derive_again(store, component, source, rows, weights, device, entries)
         if component.derived is not None
         else _recompute_component(store, component, source, rows, weights, device, entries)
         for component in components
@@ -122,21 +122,30 @@ def compare_tokens(store: CacheStore, component: ComponentSpec, tokens: Tokens, 
     return agreement
 
 
-def _derive_again(store: CacheStore, component: ComponentSpec, num: int) -> Agreement:
-    """Compare what is stored of a derived component with what its source in the cache gives."""
+def _derive_again(
+    store: CacheStore,
+    component: ComponentSpec,
+    source: ImageSource,
+    rows: np.ndarray,
+    weights: Mapping[str, Path],
+    device: str,
+    entries: Sequence[Path],
+) -> Agreement:
+    """Compare what is stored of a derived component with what its source in the cache gives, or else the images."""
     derived, name = component.derived or {}, fit_name(component.path)
-    agreement = Agreement(path=component.path, done="derived")
     fit = read_fit(store.path, name)
     sources = [found.spec for path in derived["from"] if (found := store.opened(path)) is not None and found.complete]
     if fit is None or fit.weights != component.weights:
-        agreement.left_out = f"the fit that it was made with is not there as {FITS}/{name}"
-    elif fit.sources != fit_sources(store, sources):
-        agreement.left_out = f"{' and '.join(derived['from'])}, of which it was made, is not there any more"
-    else:
+        why = f"the fit that it was made with is not there as {FITS}/{name}"
+        return Agreement(path=component.path, done="derived", left_out=why)
+    if fit.sources == fit_sources(store, sources):
         derivation = Derivation(method_of(read_method(derived["method"])), fit)
         tokens = derived_tokens(StoredSource(store, sources[0]), derivation, store.layout.num_views)
-        agreement = replace(compare_tokens(store, component, tokens, num=num), done=agreement.done)
-    return agreement
+        return replace(compare_tokens(store, component, tokens, num=len(rows)), done="derived")
+    if len(derived["from"]) > 1 or TOKENS in derived["spec"]:
+        why = f"{' and '.join(derived['from'])}, of which it was made, is not there any more"
+        return Agreement(path=component.path, done="derived", left_out=why)
+    return _recompute_component(store, component, source, rows, weights, device, entries, fit=fit)
 
 
 def _some(rows: np.ndarray, num: int) -> np.ndarray:
@@ -162,10 +171,11 @@ def _recompute_component(
     weights: Mapping[str, Path],
     device: str,
     entries: Sequence[Path],
+    fit: Fit | None = None,
 ) -> Agreement:
     entry = component.spec["entry"]
     try:
-        code = code_of(component.path, component.spec, entries)
+        code = code_of(component.path, network_spec(component.spec), entries)
     except UsageError as error:
         return Agreement(path=component.path, left_out=str(error).removeprefix(component.path).lstrip(": "))
     request = ModelRequest(
@@ -177,6 +187,7 @@ def _recompute_component(
         compressor=component.compressor,
         weights_file=weights.get(entry),
         code=code,
+        fit=fit,
     )
     encode, digest = load_model(request, device)
     if digest != component.weights:

@@ -5,8 +5,9 @@ import time
 
 import torch
 
+from ...cache_specs.derived import network_spec
 from ...cache_specs.tables import ResolvedModel
-from ..building.encode import ModelRequest, load_model
+from ..building.networks import ModelRequest, load_model
 
 PROBE_SECONDS = 2.0
 MEMORY_SHARE = 0.4  # of what is free: activations need room beside the weights
@@ -25,7 +26,7 @@ def measure(kind: str, model: ResolvedModel, *, resolution: int, batch_size: int
     request = ModelRequest(
         kind=kind,
         name=model.name,
-        spec={**model.spec, "random_weights": model.code is None},
+        spec={**network_spec(model.spec), "random_weights": model.code is None},
         dtype="float16",
         precision=precision,
         compressor="none",

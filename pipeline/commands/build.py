@@ -122,10 +122,11 @@ def _check_own(plan: "BuildPlan") -> None:
 
     own = [request for request in plan.requests if request.spec["entry"] not in encoder_table() | autoencoder_table()]
     if own:
+        from ...cache_specs.derived import network_spec
         from ..models.shapes import check_shapes
 
         for request in own:
-            check_shapes(request.spec, request.code)
+            check_shapes(network_spec(request.spec), request.code)
 
 
 def _plan_lines(plan: "BuildPlan", manifest: "Manifest") -> "Iterator[str]":

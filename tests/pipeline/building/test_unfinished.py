@@ -12,7 +12,7 @@ import pytest
 import torch
 import zarr
 
-import repa.pipeline.building.encode
+import repa.pipeline.building.networks
 from repa.cache_specs.errors import CacheError
 from repa.cache_specs.schema import ComponentSpec
 from repa.pipeline.images.manifest import FolderSource
@@ -162,7 +162,7 @@ def test_what_lies_there_instead_is_no_command(
 
 def spoil_values(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
     """Make the encoder return `value` at one place of sample 3, which is a sub-batch by itself."""
-    load_model = repa.pipeline.building.encode.load_encoder
+    load_model = repa.pipeline.building.networks.load_encoder
 
     class Spoilt:
         def __init__(self, encoder: Any) -> None:
@@ -175,7 +175,7 @@ def spoil_values(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
                 layers[0][0][0, 2, 5] = value
             return layers
 
-    monkeypatch.setattr(repa.pipeline.building.encode, "load_encoder", lambda *a, **k: Spoilt(load_model(*a, **k)))
+    monkeypatch.setattr(repa.pipeline.building.networks, "load_encoder", lambda *a, **k: Spoilt(load_model(*a, **k)))
 
 
 @pytest.mark.parametrize(
