@@ -1,10 +1,10 @@
 """Train from a cache and with the encoder online, and say how far the losses of the two are apart.
 
     python benchmarks/online.py                                  # HOG; appends a line to results/online.jsonl
-    python benchmarks/online.py --encoder my.yaml:grid=8:stage=3 --weights my=my.safetensors --resolution 128
+    python benchmarks/online.py --encoder my.yaml:grid=4 --tokens 4 --weights my=my.safetensors
 
 One cache of the demo's photographs holds the encoder's tokens as float16 and as int8, in two views. The same run, with
-pixels as latents and 64 tokens, is trained three times: from each, and by `repa-train --online` with the encoder
+pixels as latents, is trained three times: from each, and by `repa-train --online` with the encoder
 computed at every step. All three see the same samples, views, noise and times: what differs is the rounding of the
 cache, and float32 sums in batches of another size. Reported is how far a step's losses are from those online.
 """
@@ -47,7 +47,7 @@ def learn(
     cache: Path, folder: Path, values: dict[str, Any], options: argparse.Namespace
 ) -> tuple[list[dict[str, float]], float]:
     """Train one run; return its records, and its seconds a step."""
-    model = f"SiT-Ti/{options.resolution // 8}"
+    model = f"SiT-Ti/{options.resolution // options.tokens}"
     common = {
         "cache": str(cache),
         "out": str(folder),
@@ -66,6 +66,7 @@ def learn(
             train(run)
             seconds = time.perf_counter() - started
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(records) == options.steps, "it was stopped"
     return records, seconds / options.steps
 
 
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--weights", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--recipe", default="irepa")
     parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=8, help="a side, the encoder's grid [%(default)s]")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", choices=["cuda", "cpu"], default=default_device())
@@ -91,7 +93,7 @@ def main() -> None:
         line: dict[str, Any] = {
             "benchmark": "online",
             "encoder": float16,
-            "model": f"SiT-Ti/{options.resolution // 8}",
+            "model": f"SiT-Ti/{options.resolution // options.tokens}",
             "recipe": options.recipe,
             "resolution": options.resolution,
             "batch_size": options.batch_size,

@@ -24,6 +24,7 @@ from repa.cache_specs.storage import location
 from repa.pipeline.building.build import run_build
 from repa.pipeline.building.plan import BuildOptions
 from repa.pipeline.checking import push as push_module
+from repa.pipeline.checking.info import info_lines
 from repa.pipeline.checking.push import push
 from repa.pipeline.images.manifest import scan_folder
 from repa.trainer import CacheReader, stage_cache
@@ -320,6 +321,7 @@ def test_rows_are_not_read_from_the_hub_one_by_one(hub: Hub, built: Path) -> Non
     push(built, f"hf://{REPO}")
     with pytest.raises(UsageError, match="add --stage DIR"):
         CacheReader(f"hf://{REPO}").rows([0])
+    assert any("features/hog-grid4" in line for line in info_lines(f"hf://{REPO}"))
 
 
 def test_places_on_the_hub() -> None:

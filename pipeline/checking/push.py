@@ -74,8 +74,8 @@ def push(
     if not pushed.components:
         raise CacheError(f"{cache}: no component is complete; finish its build, then push")
     root = store.path.path
-    below = [file.relative_to(root).as_posix() for name in ("sample_id", "label") for file in (root / name).rglob("*")]
-    shards = [name for name in below if (root / name).is_file()] + shards
+    rows = [file for name in ("sample_id", "label") for file in sorted((root / name).rglob("*")) if file.is_file()]
+    shards = [file.relative_to(root).as_posix() for file in rows if not file.name.startswith(".")] + shards
     records = [name for name in records if (root / name).exists()]
     for name in (*shards, *records):
         if not (root / name).is_file() or (root / name).is_symlink():

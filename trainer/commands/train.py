@@ -28,7 +28,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.option("--recipe", metavar="NAME", help="sit, repa, irepa, meanflow, reg, sra, ... (trainer/runs/recipes.yaml).")
 @click.option("--init", metavar="RUN|FILE", help="Begin with the weights of a run or a published checkpoint.")
 @click.option("--steps", help="Optimizer steps in all. [default: 400000]")
-@click.option("--until", type=int, help="Save and end after this step; what the run is for, --steps, stays.")
+@click.option("--until", type=click.IntRange(min=1), help="Save and end after this step; --steps stays.")
 @click.option("--batch-size", type=int, help="Samples a step, over all ranks. [default: 256]")
 @click.option("--lr", type=float, help="optimizer.learning_rate [default: 1e-4]")
 @click.option("--gamma", help="alignment.gamma, 0 to 1 or none. [default: the recipe's]")

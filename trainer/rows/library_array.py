@@ -72,7 +72,7 @@ class LibraryArray:
         if self._array is None:
             raise UsageError(
                 f"{self.folder}: rows cannot be read from there directly; add --stage DIR, which copies the cache once "
-                "to a local disk"
+                "to a local disk (an evaluation reads --cache itself: name the copy there)"
             )
         future = self._array.vindex[rows, views].read()
 

@@ -11,6 +11,7 @@ figures. If that has a `close`, it is called at the end. A step that runs again 
 Telling is no part of training: what fails here is said once and left out from there, and metrics.jsonl has everything.
 """
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -66,6 +67,7 @@ def find_logger(name: str | None) -> Open | None:
     return found
 
 
+@functools.cache  # checked before the training, called when it begins
 def _imported(module: str) -> Any:
     if not module.endswith(".py"):
         return importlib.import_module(module)

@@ -113,7 +113,7 @@ def plan(study: StudyFile, out: Path, *, device: str, ranks: int) -> Ablation:
         reads = (config.cache, config.autoencoder, config.encoders, config.objective, config.alignment.projector)
         if reads not in opened:
             try:
-                resolved, reader = open_cache(dataclasses.replace(config, stage=None), world)
+                resolved, reader = open_cache(config, world)
                 opened[reads] = resolved, reader.fingerprints
             except RepaError as error:
                 opened[reads] = str(error)

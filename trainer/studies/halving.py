@@ -152,7 +152,7 @@ def judge(rung: Rung, runs: Sequence[Planned]) -> Verdict:
         return not math.isfinite(value), -value if figure.better == "higher" else value, _id(one)
 
     ranked = sorted(settings, key=order)
-    num = min(math.floor(rung.fraction * len(ranked)), len(ranked) - 1)
+    num = min(math.floor(rung.fraction * len(ranked) + 1e-9), len(ranked) - 1)  # 0.29 * 100 is 29, too
     return Verdict(
         figure=figure,
         ranked=[(one, means[_id(one)]) for one in ranked],
