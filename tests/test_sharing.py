@@ -24,8 +24,9 @@ from repa.cache_specs.storage import location
 from repa.pipeline.building.build import run_build
 from repa.pipeline.building.plan import BuildOptions
 from repa.pipeline.checking import push as push_module
-from repa.pipeline.checking.info import info_lines
+from repa.pipeline.checking.info import cache_record, info_lines
 from repa.pipeline.checking.push import push
+from repa.pipeline.deriving.derive import DeriveOptions, run_derive
 from repa.pipeline.images.manifest import scan_folder
 from repa.trainer import CacheReader, stage_cache
 
@@ -240,8 +241,12 @@ def test_a_pushed_cache_is_staged_as_it_was_and_again_adds_what_is_new(
     hub.uploads.clear()
     assert push(cache, f"hf://{REPO}").place is None
     build(images, cache, "hog:grid=4", dtype="int8")
+    derived = DeriveOptions(cache=str(cache), source="features/hog-grid4", method="pca:2")
+    run_derive(derived, on_start=lambda done, total: None, on_progress=lambda samples: None)
     again = push(cache, f"hf://{REPO}")
-    assert all(name.startswith("features/hog-grid4-int8/") for name in hub.uploads)
+    assert {name.rpartition("/")[0].split("/")[1] for name in hub.uploads if name.count("/") > 1} == {
+        "hog-grid4-int8", "hog-grid4-pca2",
+    }  # fmt: skip
     assert again.sent == len(hub.uploads) == len(contents(cache)) - len(there)
     _listing.cache_clear()  # as another process would see it
     assert "hog-grid4-int8" not in (location(str(first)) / "features").names()
@@ -321,7 +326,7 @@ def test_rows_are_not_read_from_the_hub_one_by_one(hub: Hub, built: Path) -> Non
     push(built, f"hf://{REPO}")
     with pytest.raises(UsageError, match="add --stage DIR"):
         CacheReader(f"hf://{REPO}").rows([0])
-    assert any("features/hog-grid4" in line for line in info_lines(f"hf://{REPO}"))
+    assert any("features/hog-grid4" in line for line in info_lines(cache_record(f"hf://{REPO}")))
 
 
 def test_places_on_the_hub() -> None:

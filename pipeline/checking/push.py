@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...cache_specs.binding import SHARDS_DIGEST, checksums_layout
+from ...cache_specs.derived import FITS
 from ...cache_specs.errors import CacheError, UsageError
 from ...cache_specs.group import METADATA
 from ...cache_specs.remote.hub import SCHEME, TYPE, HubPath, errors, hub
@@ -74,7 +75,9 @@ def push(
     if not pushed.components:
         raise CacheError(f"{cache}: no component is complete; finish its build, then push")
     root = store.path.path
-    rows = [file for name in ("sample_id", "label") for file in sorted((root / name).rglob("*")) if file.is_file()]
+    rows = [
+        file for name in ("sample_id", "label", FITS) for file in sorted((root / name).rglob("*")) if file.is_file()
+    ]
     shards = [file.relative_to(root).as_posix() for file in rows if not file.name.startswith(".")] + shards
     records = [name for name in records if (root / name).exists()]
     for name in (*shards, *records):
