@@ -2,7 +2,7 @@
 and of the alignment kernel the instructions that its warps execute for a row.
 
     python benchmarks/kernel_resources.py              # appends one line to results/kernel_resources.jsonl
-    python benchmarks/kernel_resources.py --out counted.jsonl
+    python benchmarks/kernel_resources.py --out counted.jsonl --disassemble sm_90    # instructions of that one alone
 
 Registers depend on the compiler's version, so they are figures, with that version beside them; what every version must
 give, tests/kernels/test_compile.py asks of this same count. It needs a process of its own because Triton compiles
@@ -17,7 +17,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,14 @@ ALIGNMENT = [
 
 
 def compile_kernel(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], aligned: set[str], arch: str, warps: int
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    aligned: set[str],
+    arch: str,
+    warps: int,
+    *,
+    disassemble: bool,
 ) -> dict[str, int]:
     """Compile one kernel and return its resources; pointers and the sizes in `aligned` are multiples of 16."""
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -71,7 +78,8 @@ def compile_kernel(
     source = ASTSource(kernel, signature, {places[n]: v for n, v in constants.items()}, attributes)
     with contextlib.redirect_stdout(io.StringIO()) as log:
         compiled = triton.compile(source, target=TARGETS[arch], options={"num_warps": warps})
-    return resources(compiled, arch, log.getvalue())
+    counted = resources(compiled, arch, log.getvalue())
+    return counted | ({"loop_instructions": loop_instructions(compiled.asm["cubin"])} if disassemble else {})
 
 
 def resources(compiled: Any, arch: str, log: str) -> dict[str, int]:
@@ -89,7 +97,6 @@ def resources(compiled: Any, arch: str, log: str) -> dict[str, int]:
         }
     ptx = compiled.asm["ptx"]
     return {
-        "loop_instructions": loop_instructions(compiled.asm["cubin"]),
         "registers": int(re.findall(r"Used (\d+) registers", log)[0]),
         "spills": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
         "wide_loads": len(re.findall(r"ld\.global\.[^;]*v4\.b32", ptx)),
@@ -118,7 +125,15 @@ def loop_instructions(cubin: bytes) -> int:
 
 
 def alignment(
-    arch: str, width: int, z: str, tokens: str, normalised: bool, weighted: bool, indexed: bool, numbers: str
+    arch: str,
+    disassemble: bool,
+    width: int,
+    z: str,
+    tokens: str,
+    normalised: bool,
+    weighted: bool,
+    indexed: bool,
+    numbers: str,
 ) -> dict[str, int]:
     """Compile the alignment kernel and return its resources."""
     types = {
@@ -132,7 +147,8 @@ def alignment(
         "INT8": tokens == "i8", "NORMALISED": normalised, "WEIGHTED": weighted, "INDEXED": indexed, "NEEDS_DZ": True,
         "STD_EPS": alignment_triton.STD_EPS, "NORM_EPS": alignment_triton.NORM_EPS,
     }  # fmt: skip
-    counted = compile_kernel(alignment_triton.alignment_kernel, types, constants, {"K", "T"}, arch, rows.warps)
+    kernel = alignment_triton.alignment_kernel
+    counted = compile_kernel(kernel, types, constants, {"K", "T"}, arch, rows.warps, disassemble=disassemble)
     wide = wide_accesses(rows.chunks, z, tokens, normalised)
     if "loop_instructions" in counted:
         counted["instructions_a_row"] = rows.warps * counted.pop("loop_instructions")
@@ -147,7 +163,7 @@ def wide_accesses(chunks: int, z: str, tokens: str, normalised: bool) -> dict[st
     return {"wide_loads": chunks * (row + statistics), "wide_stores": chunks * (elements * BYTES[z] // 16)}
 
 
-def statistics(arch: str) -> dict[str, int]:
+def statistics(arch: str, disassemble: bool) -> dict[str, int]:
     """Compile the kernel of channel statistics and return its resources."""
     return compile_kernel(
         statistics_triton.statistics_kernel,
@@ -156,10 +172,11 @@ def statistics(arch: str) -> dict[str, int]:
         {"T"},
         arch,
         4,
+        disassemble=disassemble,
     )
 
 
-def scale_unless_one(arch: str) -> dict[str, int]:
+def scale_unless_one(arch: str, disassemble: bool) -> dict[str, int]:
     """Compile the kernel that scales dz and return its resources."""
     return compile_kernel(
         alignment_triton.scale_unless_one_kernel,
@@ -168,17 +185,20 @@ def scale_unless_one(arch: str) -> dict[str, int]:
         {"n"},
         arch,
         8,
+        disassemble=disassemble,
     )
 
 
-def count() -> list[dict[str, Any]]:
+def count(disassembled: Sequence[str]) -> list[dict[str, Any]]:
     """Compile every kernel for every target; return a row a kernel: what it is, then its resources by target."""
     kernels: list[tuple[dict[str, Any], Callable[..., dict[str, int]], tuple[Any, ...]]] = [
         (dict(zip(SETTINGS, given, strict=True)), alignment, given) for given in ALIGNMENT
     ]
     kernels += [({"width": 768, "tokens": "fp16"}, statistics, ()), ({"z": "bf16"}, scale_unless_one, ())]
     with ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        counted = [{arch: pool.submit(of, arch, *given) for arch in TARGETS} for _, of, given in kernels]
+        counted = [
+            {arch: pool.submit(of, arch, arch in disassembled, *given) for arch in TARGETS} for _, of, given in kernels
+        ]
         return [
             {"kernel": of.__name__, **what, **{arch: future.result() for arch, future in futures.items()}}
             for (what, of, _), futures in zip(kernels, counted, strict=True)
@@ -206,13 +226,17 @@ def main() -> None:
     """Count, print the table and write the line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the line here, not to results/kernel_resources.jsonl")
-    out = parser.parse_args().out
+    nvidia = [arch for arch in TARGETS if arch.startswith("sm_")]
+    parser.add_argument(
+        "--disassemble", nargs="*", choices=nvidia, default=nvidia, help="count instructions of these: half of the time"
+    )
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder  # a kernel from the user's cache would come without ptxas's log
-        line = conditions() | {"kernels": count()}
+        line = conditions() | {"kernels": count(asked.disassemble)}
     print(show(line["kernels"]))
-    if out:
-        out.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    if asked.out:
+        asked.out.write_text(json.dumps(line) + "\n", encoding="utf-8")
     else:
         append_line("kernel_resources", line)
 

@@ -22,9 +22,10 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """Compile everything once, in a process without the interpreter."""
+    """Compile everything once, in a process without the interpreter; count the instructions of one target."""
     line = tmp_path_factory.mktemp("kernels") / "line.json"
-    done = subprocess.run([sys.executable, str(COUNT), "--out", str(line)], capture_output=True, text=True)
+    command = [sys.executable, str(COUNT), "--out", str(line), "--disassemble", "sm_80"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(line.read_text())["kernels"]
 
@@ -34,6 +35,7 @@ def test_every_kernel_compiles_for_every_target(kernels):
     widths = {384, 768, 1024, 1152, 1280, 1536, 4096}
     assert {x["width"] for x in kernels if x["kernel"] == "alignment"} == widths
     assert all(x[target]["registers"] > 0 for x in kernels for target in TARGETS)
+    assert all(x["sm_80"]["instructions_a_row"] > 100 for x in kernels if x["kernel"] == "alignment")
 
 
 def test_nothing_spills(kernels):
