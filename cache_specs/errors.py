@@ -111,5 +111,5 @@ def one_line_errors(command: str) -> Iterator[None]:
         yield
     except RepaError as error:
         text = printable(" ".join(str(error).split("\n")))
-        print(f"{command}: {text}", file=sys.stderr)
+        print(f"{command}: {text}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -34,9 +34,15 @@ RANDOM_SUFFIX = "-random"  # random weights never go by the name of the pretrain
 
 
 @functools.cache
+def packaged_table(package: str, file: str) -> dict[str, Any]:
+    """Return a YAML file of a package of ours, read once; by libyaml, in a tenth of the time, where it is there."""
+    text = importlib.resources.files(package).joinpath(file).read_text(encoding="utf-8")
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def _table(file: str) -> dict[str, Any]:
-    text = importlib.resources.files(__package__).joinpath(file).read_text(encoding="utf-8")
-    return yaml.safe_load(text)
+    assert __package__
+    return packaged_table(__package__, file)
 
 
 @functools.cache

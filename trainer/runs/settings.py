@@ -9,15 +9,13 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from ...cache_specs.errors import UsageError, nearest, reason
 from ...cache_specs.files.outside import MOST_SETTINGS_BYTES, parse_yaml, read_text
 from ...cache_specs.sizes import parse_bytes
+from ...cache_specs.tables import packaged_table
 from ..objectives.choose import other_sections
 from .config import MAY_CHANGE, Bytes, RunConfig
 
@@ -109,7 +107,8 @@ def recipe_layer(name: str, model: str) -> Layer:
 
 def known_recipes() -> dict[str, dict[str, Any]]:
     """Return recipes.yaml: dotted keys by recipe name."""
-    return yaml.safe_load((files(__package__) / "recipes.yaml").read_text(encoding="utf-8"))
+    assert __package__
+    return packaged_table(__package__, "recipes.yaml")
 
 
 def file_layer(path: Path) -> Layer:
