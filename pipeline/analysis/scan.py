@@ -110,7 +110,8 @@ class TokenScan:
                 shade = str(0.8 * order / max(1, len(times) - 1))  # black at data, lighter towards noise
                 axis.plot(blocks, values, color=shade, marker="o", markersize=3, linewidth=1, label=f"t {t:g}")
             if metric == "linear_probe":
-                axis.axhline(self.chance, color="tab:red", linewidth=0.8, linestyle=":", label="largest class")
+                axis.axhline(self.chance, color="tab:red", linewidth=0.8, linestyle=":")
+                axis.text(0, self.chance, "always the largest class", fontsize=7, va="bottom")
             axis.set_xlabel("after block (0: before the first)", fontsize=8)
             axis.set_title(_DRAWN[metric], fontsize=9)
             axis.tick_params(labelsize=8)
