@@ -61,7 +61,7 @@ COMMON = {
     "latent_norm": "channel",
     "ema_decay": 0.99,  # after so few steps 0.9999 would still be the initial noise
     "optimizer.learning_rate": 1e-3,
-    "evaluation.encoder": "hog-grid4",
+    "evaluation.encoders": ["hog-grid4"],
 }
 
 
@@ -113,7 +113,7 @@ def learn(name: str, cache: Path, folder: Path, options: argparse.Namespace) -> 
         "batch_size": run.config.batch_size,
         "sampler_steps": method.sampler_steps,
         "samples": options.num,
-        "space": run.config.evaluation.encoder,
+        "space": run.config.evaluation.encoders[0],
         "frechet_untrained": before,
         "frechet": after,
         "losses": {loss: sum(record[loss] for record in last) / len(last) for loss in losses},

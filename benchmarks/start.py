@@ -64,9 +64,9 @@ def first_step(cache: Path, *, batch_size: int) -> tuple[float, int]:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             while process.poll() is None and not (log.exists() and log.stat().st_size):
                 time.sleep(POLL_S)
+            if process.returncode is not None:  # it waits for the checkpoint after its step
+                raise SystemExit("repa-train failed; its message stands above")
             seconds, memory = time.perf_counter() - start, peak_bytes(process.pid)
-        if process.returncode:
-            raise SystemExit("repa-train failed; its message stands above")
     return seconds, memory
 
 

@@ -14,7 +14,7 @@ from ...cache_specs.errors import UsageError
 from ...cache_specs.schema import TOKENS, ComponentSpec
 from ..diffusion.latents import LatentSource
 from ..distributed import World
-from ..evaluating.evaluation import Evaluation, Scorer, open_reference
+from ..evaluating.evaluation import Evaluation, Judge, Scorer, open_references
 from ..reading.online import Online
 from ..reading.specs import FeatureSpec
 from ..runs.config import RunConfig
@@ -110,26 +110,53 @@ def load_evaluation(run: Run) -> Evaluation:
     """Return the run's evaluation: everything that it needs is checked and loaded before the first step."""
     from ...pipeline.models.vectors import load_vectors
 
-    settings, device = run.config.evaluation, str(run.world.device)
-    reference = open_reference(run.config)
-    weights = [
-        None if file is None else Path(file) for file in (settings.encoder_weights, settings.autoencoder_weights)
+    settings, device, entries = run.config.evaluation, str(run.world.device), run.config.entries
+    references = open_references(run.config)
+    for reference in references:
+        if reference.resolution != run.reader.resolution:
+            raise UsageError(
+                f"evaluation.cache {settings.cache} is of images of {reference.resolution} pixels, and this run's "
+                f"samples have {run.reader.resolution}; build one of that resolution"
+            )
+    given = _weights_of([reference.name for reference in references], settings.encoder_weights)
+    judges = [
+        Judge(
+            reference,
+            load_vectors(
+                reference.component,
+                settings.pooling,
+                layer=reference.layer,
+                weights=weights,
+                device=device,
+                entries=entries,
+            ),
+        )
+        for reference, weights in zip(references, given, strict=True)
     ]
-    entries = run.config.entries
-    encode = load_vectors(
-        reference.component,
-        settings.pooling,
-        layer=reference.layer,
-        weights=weights[0],
-        device=device,
-        entries=entries,
-    )
+    weights = None if settings.autoencoder_weights is None else Path(settings.autoencoder_weights)
     latents = latent_source(run.reader, run.norm)
-    decode, decoder = load_decoder(latents, weights=weights[1], device=device, entries=entries)
+    decode, decoder = load_decoder(latents, weights=weights, device=device, entries=entries)
     if decode is None:
         raise UsageError("evaluation compares pictures, and without diffusers there are none; set evaluation.every=0")
     score = _inception(run)
-    return Evaluation(run, reference, decode=decode, decoder=decoder, encode=encode, score=score, tell=say)
+    return Evaluation(run, judges, decode=decode, decoder=decoder, score=score, tell=say)
+
+
+def _weights_of(judges: Sequence[str], given: Sequence[str]) -> list[Path | None]:
+    """Return each judge's local weights: of one, FILE; of several, NAME=FILE."""
+    files: dict[str, str] = {}
+    for word in given:
+        name, equals, file = word.partition("=")
+        if name in judges and equals:
+            files[name] = file
+        elif len(judges) == len(given) == 1:
+            files[judges[0]] = word
+        else:
+            raise UsageError(
+                f"evaluation.encoder_weights: {word!r} is of no judge; expected NAME=FILE, NAME one of "
+                f"{', '.join(judges)}"
+            )
+    return [Path(files[name]) if name in files else None for name in judges]
 
 
 def _inception(run: Run) -> Scorer | None:

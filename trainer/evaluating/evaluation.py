@@ -1,12 +1,13 @@
 """Evaluation while a run trains: samples of the EMA with fixed noise, and how far they are from the data.
 
-In: a run and two plain callables, to decode latents and to encode pictures as the cache's vectors were made. Out: a
-line an evaluated step in RUN/evaluation.jsonl, and the samples as an .npz for the field's own tools. Nothing in the run
+In: a run and plain callables, to decode latents and to encode pictures as the cache's vectors were made. Out: a line an
+evaluated step in RUN/evaluation.jsonl, and the samples as an .npz for the field's own tools. Nothing in the run
 changes: noise and labels have streams of their own, and the EMA is only read.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,42 @@ Encoder = Callable[[np.ndarray], np.ndarray]  # pictures [B,H,W,3] uint8 -> vect
 Scorer = Callable[[Path], dict[str, float]]  # the .npz of samples -> figures of the field's own tools, by name
 
 
-def open_reference(config: RunConfig) -> Reference:
-    """Return the vectors of real images that `config.evaluation` compares with.
+@dataclass(frozen=True)
+class Judge:
+    """An encoder in whose space samples are compared with the data: the real vectors, and how pictures get theirs."""
 
-    The encoder is the named one, the run's own where it has one, or the only one in the cache. Raises UsageError where
-    there are no more samples, real or generated, than the encoder is wide.
+    reference: Reference
+    encode: Encoder
+
+
+def open_references(config: RunConfig) -> list[Reference]:
+    """Return the vectors of real images that `config.evaluation` compares with, one a judge.
+
+    Judges are the named encoders, the run's own where it has one, or the only one in the cache; the images are those of
+    `evaluation.cache`, or of the run's. Raises UsageError where there are no more samples, real or generated, than a
+    judge is wide.
     """
-    settings = config.evaluation
-    encoder = settings.encoder or (config.encoders[0] if len(config.encoders) == 1 else None)
-    reference = Reference(config.cache, autoencoder=config.autoencoder, encoder=encoder, pooling=settings.pooling)
-    check_number(settings.num, reference.width, f"evaluation.num in the space of {reference.name}")
-    check_number(min(settings.num_real, len(reference.valid_rows)), reference.width, f"real images in {config.cache}")
-    return reference
+    settings, own = config.evaluation, config.encoders[0] if len(config.encoders) == 1 else None
+    cache = settings.cache or config.cache
+    if len(set(settings.encoders)) != len(settings.encoders):
+        raise UsageError(f"evaluation.encoders names one twice: {', '.join(settings.encoders)}")
+    references = []
+    for encoder in settings.encoders or (own if settings.cache is None else None,):
+        reference = Reference(
+            cache,
+            autoencoder=config.autoencoder,
+            encoder=encoder,
+            pooling=settings.pooling,
+            latents=settings.cache is None,
+        )
+        check_number(settings.num, reference.width, f"evaluation.num in the space of {reference.name}")
+        check_number(min(settings.num_real, len(reference.valid_rows)), reference.width, f"real images in {cache}")
+        references.append(reference)
+    return references
 
 
 class Evaluation:
-    """Compares a run's samples with the data, in one encoder's space; the real vectors are read once.
+    """Compares a run's samples with the data, in the space of each judge; the real vectors are read once.
 
     Every rank calls `at`; all of them draw samples, rank 0 encodes them and writes.
     """
@@ -55,22 +76,22 @@ class Evaluation:
     def __init__(
         self,
         run: Run,
-        reference: Reference,
+        judges: Sequence[Judge],
         *,
         decode: Decoder,
         decoder: str,
-        encode: Encoder,
         score: Scorer | None = None,
         tell: Callable[[str], object] = print,
     ) -> None:
         self._score = score
         self._tell = tell
-        self._reference = reference
         self._decode = decode
         self._decoder = decoder
-        self._encode = encode
         settings = run.config.evaluation
-        self._real = reference.vectors(reference.some_rows(settings.num_real, run.config.seed))
+        self._judges = [
+            (judge, judge.reference.vectors(judge.reference.some_rows(settings.num_real, run.config.seed)))
+            for judge in judges
+        ]
         self._request = SampleRequest(
             num=settings.num,
             seed=run.config.seed,
@@ -104,24 +125,17 @@ class Evaluation:
 
     def _record(self, run: Run, npz: Path, stop: Callable[[], bool]) -> dict[str, float]:
         """Return the figures of the samples in `npz`; raise Stopped where `stop` says so."""
-        settings, vectors = run.config.evaluation, []
+        settings = run.config.evaluation
+        vectors: list[list[np.ndarray]] = [[] for _ in self._judges]
         for pictures in pictures_of(npz, settings.batch_size):
             if stop():
                 raise Stopped
-            vectors.append(self._encode(pictures))
-        generated = np.concatenate(vectors)
-        record = {"step": run.step, "num": len(generated)} | self.compare(generated, neighbours=settings.neighbours)
+            for (judge, _), found in zip(self._judges, vectors, strict=True):
+                found.append(judge.encode(pictures))
+        record: dict[str, float] = {"step": run.step, "num": sum(map(len, vectors[0]))}
+        for (judge, real), found in zip(self._judges, vectors, strict=True):
+            record |= compare(real, np.concatenate(found), space=judge.reference.space, neighbours=settings.neighbours)
         return record | ({} if self._score is None else self._score(npz))
-
-    def compare(self, generated: np.ndarray, *, neighbours: int) -> dict[str, float]:
-        """Return the figures of `generated` [N, E], each named by the space that it was taken in."""
-        space = self._reference.space
-        precision, recall = precision_recall(self._real[: len(generated)], generated, neighbours)
-        return {
-            f"frechet_{space}": frechet_distance(self._real, generated),
-            f"precision_{space}": precision,
-            f"recall_{space}": recall,
-        }
 
     def _draw(self, run: Run, stop: Callable[[], bool]) -> Path:
         sampler = self._request.sampler
@@ -140,6 +154,16 @@ class Evaluation:
                 about={"precision": run.config.precision},
                 stop=stop,
             )
+
+
+def compare(real: np.ndarray, generated: np.ndarray, *, space: str, neighbours: int) -> dict[str, float]:
+    """Return the figures of `generated` [N, E] beside `real` [M, E], each named by the space that they lie in."""
+    precision, recall = precision_recall(real[: len(generated)], generated, neighbours)
+    return {
+        f"frechet_{space}": frechet_distance(real, generated),
+        f"precision_{space}": precision,
+        f"recall_{space}": recall,
+    }
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:

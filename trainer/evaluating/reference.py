@@ -9,10 +9,13 @@ from typing import Literal
 
 import numpy as np
 
-from ...cache_specs.errors import UsageError
-from ...cache_specs.layout import layer_array
-from ...cache_specs.schema import FEATURES
-from ..reading.components import finished_component
+from ...cache_specs.components import Component
+from ...cache_specs.errors import CacheError, UsageError
+from ...cache_specs.layout import ArrayLayout, layer_array
+from ...cache_specs.schema import FEATURES, stored_layers
+from ...cache_specs.storage import Location, location
+from ...cache_specs.tables import pick_layer
+from ..reading.components import check_ranges, choose_component, finished_component, read_layout, read_whole
 from ..reading.reader import CacheReader
 from ..rows.row_reads import RowReads
 from ..rows.shards import open_array
@@ -23,29 +26,47 @@ _SUBSET = 5  # the word of this use among the streams of one seed; the others: r
 
 
 class Reference:
-    """One encoder's vectors, view 0, of the samples that are valid for it and for the latents.
+    """One encoder's vectors, view 0, of the samples that are valid for it and, with `latents`, for the latents.
 
     Raises as `CacheReader`, and UsageError for `cls` of an encoder that has no class token.
     """
 
-    def __init__(self, cache: str | Path, *, autoencoder: str | None, encoder: str | None, pooling: Pooling) -> None:
-        reader = CacheReader(cache, autoencoder=autoencoder, encoder=encoder)
-        (features,) = reader.features
-        group = reader.path / FEATURES / features.group
-        self.component = finished_component(reader.path, reader.layout, FEATURES, features.group).spec
-        layouts = {layout.name: layout for layout in self.component.arrays(reader.layout)}
-        array = layer_array(_ARRAYS[pooling], features.layer)
+    def __init__(
+        self, cache: str | Path, *, autoencoder: str | None, encoder: str | None, pooling: Pooling, latents: bool = True
+    ) -> None:
+        path = location(cache)
+        layout = read_layout(path)
+        if latents:
+            reader = CacheReader(cache, autoencoder=autoencoder, encoder=encoder)
+            (features,) = reader.features
+            name, asked, valid_rows = features.group, features.layer, reader.valid_rows
+            reader.close()
+        else:
+            name, asked = choose_component(path, FEATURES, encoder)
+            valid_rows = None
+        opened = finished_component(path, layout, FEATURES, name)
+        self.component = opened.spec
+        group = path / opened.spec.path
+        self.layer = pick_layer(str(group), stored_layers(opened.spec.spec), asked)
+        layouts = {array.name: array for array in self.component.arrays(layout)}
+        array = layer_array(_ARRAYS[pooling], self.layer)
         if array not in layouts:
             raise UsageError(f"{group} has no class token; compare mean-pooled tokens (mean)")
-        self.name = features.name
-        self.layer = features.layer
+        self.name = name if len(stored_layers(opened.spec.spec)) == 1 else f"{name}:layer={self.layer}"
         self.pooling = pooling
-        self.width = features.width
-        self.valid_rows = reader.valid_rows
+        self.resolution = layout.resolution
+        self.width: int = self.component.spec["width"]
+        self.valid_rows = self._valid(group, layouts["valid"], opened) if valid_rows is None else valid_rows
         self._reads = RowReads()
         compressor = self.component.compressor
         self._array = open_array(group, layouts[array], reads=self._reads, check_reads=True, compressor=compressor)
-        reader.close()
+
+    def _valid(self, group: Location, layout: ArrayLayout, opened: Component) -> np.ndarray:
+        check_ranges(group / "valid", layout)
+        valid = read_whole(group / "valid").astype(bool) if opened.bad_files else np.ones(layout.shape[0], dtype=bool)
+        if not valid.any():
+            raise CacheError(f"{group}: no image is valid")
+        return np.flatnonzero(valid)
 
     @property
     def space(self) -> str:

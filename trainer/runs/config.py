@@ -50,16 +50,17 @@ class EvaluationConfig:
     """Comparisons of the EMA's samples with the data while training; `every` 0 makes none."""
 
     every: int = 0  # steps between two comparisons; 0: none
-    num: int = 5000  # samples, more than the encoder is wide
+    num: int = 5000  # samples, more than any judge is wide
     num_real: int = 50_000  # images of the cache, or all of them where there are fewer
-    encoder: str | None = None  # null: the run's own, or the only one in the cache
+    cache: str | None = None  # whose images samples are compared with, as of held-out ones; null: the run's own
+    encoders: tuple[str, ...] = ()  # judges; empty: the run's own, or the only one in the cache
     pooling: Literal["mean", "cls"] = "mean"  # of patch tokens, or the class token
     neighbours: int = 3  # of precision and recall
     sampler: SamplerName = "euler"  # as repa-sample --sampler
     steps: int = 50  # of the sampler
     cfg_scale: float = 1.0  # of classifier-free guidance; 1: none
     batch_size: int = 64  # samples drawn at a time
-    encoder_weights: str | None = None  # local weights; null: the hub's
+    encoder_weights: tuple[str, ...] = ()  # local weights: FILE, of several judges NAME=FILE; empty: the hub's
     autoencoder_weights: str | None = None  # local weights of the decoder; null: the hub's
     inception_weights: str | None = None  # for FID and Inception score by torch-fidelity; null: neither
     inception_data: str | None = None  # the images of FID, as in repa-cache build --data; null: Inception score only
@@ -187,7 +188,7 @@ class RunConfig:
 
     def plain(self) -> dict[str, Any]:
         """Return the configuration as nested dicts of JSON values."""
-        return asdict(self) | {"encoders": list(self.encoders), "ema_decay": list(self.ema_decay)}
+        return {key: _as_json(value) for key, value in asdict(self).items()}
 
 
 # A resume may differ in these. `cache` is where the data lies; what it holds is compared by fingerprint.
@@ -198,6 +199,12 @@ MAY_CHANGE = frozenset(
     | {f"evaluation.{item.name}" for item in fields(EvaluationConfig)}
     | {f"online.{item.name}" for item in fields(OnlineConfig)}
 )
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -230,7 +230,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             raise UsageError(f"{where} is {value!r}; {nearest(str(value), map(str, arguments))}")
         return value
     if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
+        items = value if isinstance(value, list | tuple) else [] if value is None else [value]
         return tuple(_coerce(item, arguments[0], where) for item in items)
     if hint is Bytes:
         if isinstance(value, str):

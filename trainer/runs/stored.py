@@ -17,7 +17,7 @@ from .settings import NOT_SETTINGS, RESOLVED, Layer, flatten, resolve
 
 CONFIG_FILE = "config.json"
 
-RENAMED: dict[str, str] = {}  # by dotted key: what it is called now
+RENAMED = {"evaluation.encoder": "evaluation.encoders"}  # by dotted key: what it is called now
 # Of later settings whose default does something, the value that does nothing.
 NEUTRAL: dict[str, Any] = {"save_minutes": None}
 

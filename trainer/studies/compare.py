@@ -21,7 +21,8 @@ from .records import RunRecord, Study
 # where tokens are computed from instead of read.
 _NO_SETTING = (MAY_CHANGE - {"steps", "online.data"}) | {"seed", "out", "cache", "logger"}
 _FIRST = ("recipe", "model", "encoders")
-_EVALUATED_ALIKE = ("num_real", "pooling", "neighbours", "sampler", "steps", "cfg_scale")  # beside step and num
+# Beside step and number of samples.
+_EVALUATED_ALIKE = ("cache", "num_real", "pooling", "neighbours", "sampler", "steps", "cfg_scale")
 
 
 @dataclass(frozen=True, kw_only=True)

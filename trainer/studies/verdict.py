@@ -39,7 +39,7 @@ def facts(found: Comparison) -> list[str]:
     if apart:
         sentences.append(
             f"Without {found.quality.title} at this step, and so not ranked: {', '.join(apart)}. An evaluation has one "
-            f"space; --set evaluation.encoder=NAME gives all runs the same."
+            f"space; --set evaluation.encoders=[NAME] gives all runs the same."
         )
     return sentences
 

@@ -21,24 +21,35 @@ FIGURES = ("frechet_hog-grid4_mean", "precision_hog-grid4_mean", "recall_hog-gri
 EVALUATE = ("evaluation.every=3", "evaluation.num=130", "evaluation.steps=2", "evaluation.batch_size=50")
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> Path:
-    """A cache of 140 small pictures in pixel space with HOG tokens (E = 128), built by repa-cache."""
+def build(folder: Path, *options: str, num: int, seed: int) -> Path:
+    """Return a cache of `num` small pictures with HOG tokens (E = 128), built by repa-cache."""
     from click.testing import CliRunner
     from PIL import Image
 
     from repa.pipeline.commands.cache import cli
 
-    folder = tmp_path_factory.mktemp("demo")
-    rng = np.random.default_rng(0)
-    for i in range(140):
+    rng = np.random.default_rng(seed)
+    for i in range(num):
         file = folder / "images" / f"class {i % 2}" / f"{i:03d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
     command = ["build", "--data", str(folder / "images"), "--cache", str(folder / "cache"), "--workers", "0"]
-    options = ["--encoder", "hog:grid=4", "--autoencoder", "pixels", "--resolution", "16"]
-    assert CliRunner().invoke(cli, [*command, *options], catch_exceptions=False).exit_code == 0
+    command += ["--encoder", "hog:grid=4", "--resolution", "16", *options]
+    assert CliRunner().invoke(cli, command, catch_exceptions=False).exit_code == 0
     return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """The cache that runs train on, of 140 pictures in pixel space."""
+    return build(tmp_path_factory.mktemp("demo"), "--autoencoder", "pixels", num=140, seed=0)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory) -> Path:
+    """A cache of 131 other pictures, two encoders' tokens and no latents."""
+    folder = tmp_path_factory.mktemp("held_out")
+    return build(folder, "--autoencoder", "none", "--encoder", "hog:grid=2", num=131, seed=1)
 
 
 def settings(*assignments: str) -> list[str]:
@@ -102,6 +113,27 @@ def test_the_figures_are_those_of_the_npz_and_the_cache(demo, repa_train, tmp_pa
     (record,) = evaluations(tmp_path / "run")
     assert record["frechet_hog-grid4_mean"] == pytest.approx(frechet_distance(real, generated), rel=1e-6)
     assert record["num"] == 130
+
+
+def test_every_judge_compares_with_the_images_of_its_own_cache(demo, held_out, repa_train, tmp_path):
+    judges = "evaluation.encoders=[hog-grid2,hog-grid4]"
+    assignments = (*EVALUATE, f"evaluation.cache={held_out}", judges)
+    outcome = train(repa_train, demo, tmp_path / "run", *assignments, steps=3)
+    assert outcome.code == 0, outcome.error
+    (npz,) = (tmp_path / "run" / "evaluation").glob("*.npz")
+    (record,) = evaluations(tmp_path / "run")
+    assert set(record) == {"step", "num", *FIGURES, *(name.replace("grid4", "grid2") for name in FIGURES)}
+
+    from repa.pipeline.models.vectors import load_vectors
+
+    for name in ("hog-grid2", "hog-grid4"):
+        real = zarr.open_array(held_out / "features" / name / "channel_mean", mode="r")[:, 0]
+        component = Reference(held_out, autoencoder=None, encoder=name, pooling="mean", latents=False).component
+        generated = load_vectors(component, "mean")(np.load(npz)["arr_0"])
+        assert record[f"frechet_{name}_mean"] == pytest.approx(frechet_distance(real, generated), rel=1e-6)
+    own = train(repa_train, demo, tmp_path / "own", *EVALUATE, steps=3)
+    assert own.losses() == outcome.losses()
+    assert evaluations(tmp_path / "own")[0]["frechet_hog-grid4_mean"] != record["frechet_hog-grid4_mean"]
 
 
 def test_real_pictures_have_the_vectors_of_the_cache(demo):
@@ -172,8 +204,10 @@ def test_sigterm_ends_an_evaluation_and_a_resume_goes_on_with_it(demo, repa_trai
         (("evaluation.num=128",), "evaluation.num in the space of hog-grid4: 128 for features of 128 channels."),
         (("evaluation.num_real=100",), "real images in"),
         (("evaluation.pooling=cls",), "has no class token; compare mean-pooled tokens"),
-        (("evaluation.encoder=dino",), "holds no encoder 'dino'"),
+        (("evaluation.encoders=dino",), "holds no encoder 'dino'"),
         (("evaluation.encoder_weights=x.pth",), "hog has no weights"),
+        (("evaluation.encoder_weights=[a=x.pth,b=y.pth]",), "'a=x.pth' is of no judge; expected NAME=FILE, NAME one"),
+        (("evaluation.encoders=[hog-grid4,hog-grid4]",), "evaluation.encoders names one twice"),
         (("evaluation.inception_weights=no.pth",), "evaluation.inception_weights=no.pth: no such file"),
         (("evaluation.neighbours=0",), "evaluation.neighbours is 0; expected 1 or more"),
     ],
@@ -184,6 +218,13 @@ def test_an_evaluation_that_cannot_be_made_is_refused_before_the_first_step(
     outcome = train(repa_train, demo, tmp_path / "run", *EVALUATE, *assignments)
     assert outcome.code == 2
     assert words in outcome.error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_judges_that_is_none_is_refused(demo, repa_train, tmp_path):
+    outcome = train(repa_train, demo, tmp_path / "run", *EVALUATE, f"evaluation.cache={tmp_path / 'nowhere'}")
+    assert outcome.code == 1
+    assert "nowhere: no cache here" in outcome.error
     assert not (tmp_path / "run").exists()
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from repa.cache_specs.errors import UsageError
 from repa.trainer.runs import resume, stored
+from repa.trainer.runs.settings import resolve
 
 CONFIG = {"steps": 7, "seed": 1}
 
@@ -45,3 +46,9 @@ def test_where_it_is_none_the_checkpoint_says_it(folder, what):
 def test_settings_that_cannot_be_written_are_refused(value: Any):
     with pytest.raises(UsageError, match=r"here: its settings cannot be written out \(.*\); it is damaged"):
         stored.layer_of({"steps": value}, source="here")
+
+
+@pytest.mark.parametrize(("before", "today"), [("judge", ("judge",)), (None, ())])
+def test_the_one_judge_of_before_is_a_list_today(before, today):
+    values = {"recipe": "sit", "cache": "c", "out": "o", "model": "SiT-Ti/2", "evaluation": {"encoder": before}}
+    assert resolve([stored.layer_of(values, source="run")]).evaluation.encoders == today

@@ -54,7 +54,7 @@ def trained_study(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -
     study = tmp_path_factory.mktemp("trained") / "study"
     common = ["--cache", str(photographs), "--model", "SiT-Ti/4", "--batch-size", "8", "--device", "cpu"]
     settings = ["log_every=2", "alignment.encoder_depth=1", "ema_decay=0.1", "evaluation.every=3", "evaluation.num=130"]
-    settings += ["evaluation.steps=2", "evaluation.batch_size=65", f"evaluation.encoder={JUDGE}"]
+    settings += ["evaluation.steps=2", "evaluation.batch_size=65", f"evaluation.encoders={JUDGE}"]
     runs = [("sit", 0, 6), ("sit", 1, 6), ("irepa", 0, 6), ("irepa", 1, 6), ("irepa", 2, 3)]
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:

@@ -47,7 +47,7 @@ def test_rows_beside_the_grid_and_rows_left_out_of_it(rows):
         BASE
         + "grid: {recipe: [irepa], encoders: [a, [a, b]], alignment.proj_coeff: [0.5, 1]}\n"
         + "exclude: [{encoders: a, alignment.proj_coeff: 1}]\n"
-        + "runs: [{recipe: sit, steps: 7}]\nevaluation: {every: 5, encoder: judge}\n"
+        + "runs: [{recipe: sit, steps: 7}]\nevaluation: {every: 5, encoders: judge}\n"
     )
     assert [row.label for row in found] == [
         "irepa-a-coeff0.5-s0",
@@ -56,7 +56,7 @@ def test_rows_beside_the_grid_and_rows_left_out_of_it(rows):
         "sit-steps7-s0",
     ]
     assert found[-1].config.steps == 7
-    assert {row.config.evaluation.encoder for row in found} == {"judge"}
+    assert {row.config.evaluation.encoders for row in found} == {("judge",)}
 
 
 @pytest.mark.parametrize(
