@@ -14,7 +14,7 @@ from ...cache_specs.errors import UsageError
 from ...cache_specs.schema import TOKENS, ComponentSpec
 from ..diffusion.latents import LatentSource
 from ..distributed import World
-from ..evaluating.evaluation import Evaluation, Judge, Scorer, open_references
+from ..evaluating.evaluation import Evaluation, Judge, Scorer, open_references, weights_of_judges
 from ..reading.online import Online
 from ..reading.specs import FeatureSpec
 from ..runs.config import RunConfig
@@ -118,7 +118,7 @@ def load_evaluation(run: Run) -> Evaluation:
                 f"evaluation.cache {settings.cache} is of images of {reference.resolution} pixels, and this run's "
                 f"samples have {run.reader.resolution}; build one of that resolution"
             )
-    given = _weights_of([reference.name for reference in references], settings.encoder_weights)
+    given = weights_of_judges([reference.name for reference in references], settings.encoder_weights)
     judges = [
         Judge(
             reference,
@@ -140,23 +140,6 @@ def load_evaluation(run: Run) -> Evaluation:
         raise UsageError("evaluation compares pictures, and without diffusers there are none; set evaluation.every=0")
     score = _inception(run)
     return Evaluation(run, judges, decode=decode, decoder=decoder, score=score, tell=say)
-
-
-def _weights_of(judges: Sequence[str], given: Sequence[str]) -> list[Path | None]:
-    """Return each judge's local weights: of one, FILE; of several, NAME=FILE."""
-    files: dict[str, str] = {}
-    for word in given:
-        name, equals, file = word.partition("=")
-        if name in judges and equals:
-            files[name] = file
-        elif len(judges) == len(given) == 1:
-            files[judges[0]] = word
-        else:
-            raise UsageError(
-                f"evaluation.encoder_weights: {word!r} is of no judge; expected NAME=FILE, NAME one of "
-                f"{', '.join(judges)}"
-            )
-    return [Path(files[name]) if name in files else None for name in judges]
 
 
 def _inception(run: Run) -> Scorer | None:

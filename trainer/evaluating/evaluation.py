@@ -67,6 +67,23 @@ def open_references(config: RunConfig) -> list[Reference]:
     return references
 
 
+def weights_of_judges(judges: Sequence[str], given: Sequence[str]) -> list[Path | None]:
+    """Return each judge's local weights: of one, FILE; of several, NAME=FILE. Raises UsageError for another."""
+    files: dict[str, str] = {}
+    for word in given:
+        name, equals, file = word.partition("=")
+        if name in judges and equals:
+            files[name] = file
+        elif len(judges) == len(given) == 1:
+            files[judges[0]] = word
+        else:
+            raise UsageError(
+                f"evaluation.encoder_weights: {word!r} is of no judge; expected NAME=FILE, NAME one of "
+                f"{', '.join(judges)}"
+            )
+    return [Path(files[name]) if name in files else None for name in judges]
+
+
 class Evaluation:
     """Compares a run's samples with the data, in the space of each judge; the real vectors are read once.
 

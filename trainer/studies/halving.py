@@ -84,15 +84,15 @@ def check_rungs(rungs: Sequence[Rung], runs: Sequence[Planned]) -> None:
                 )
     if not rungs:
         return
-    judges = {run.config.evaluation.encoder or "+".join(run.config.encoders) for run in runs} - {""}
+    judges = {"+".join(run.config.evaluation.encoders or run.config.encoders) for run in runs} - {""}
     alike = {
-        (one.num, one.num_real, one.pooling, one.neighbours, one.sampler, one.steps, one.cfg_scale)
+        (one.cache, one.num, one.num_real, one.pooling, one.neighbours, one.sampler, one.steps, one.cfg_scale)
         for one in (run.config.evaluation for run in runs)
     }
     if len(judges) > 1 or len(alike) > 1:
         raise UsageError(
             "--stop-worst: the runs are not judged alike (" + ", ".join(sorted(judges)) + "); one evaluation for all, "
-            "with one encoder: evaluation: {every: STEPS, encoder: NAME}"
+            "with one encoder: evaluation: {every: STEPS, encoders: [NAME]}"
         )
 
 

@@ -17,7 +17,7 @@ STUDY = """
 base: {{cache: {cache}, model: SiT-Ti/2, steps: 4, batch_size: 8, latent_norm: channel, alignment.encoder_depth: 1}}
 grid: {{recipe: [sit, irepa], alignment.gamma: {gammas}}}
 seeds: {seeds}
-evaluation: {{every: 2, num: 20, encoder: {judge}}}
+evaluation: {{every: 2, num: 20, encoders: {judge}}}
 """
 FIGURE = "frechet_other-net_mean"
 
