@@ -148,7 +148,8 @@ class _Schedule:
         stopped = mark_stopped(verdict, rung)
         best, value = verdict.ranked[0]
         say(
-            f"step {rung.step}: {len(verdict.worst)} of {len(verdict.ranked)} settings stopped ({len(stopped)} runs), "
+            f"step {rung.step}: {len(verdict.worst)} of {len(verdict.ranked)} settings stopped ({len(stopped)} run"
+            f"{'' if len(stopped) == 1 else 's'}), "
             f"by {verdict.figure.title}; best is {best.name} with {value:.4g}"
         )
         if verdict.biased:
@@ -168,7 +169,8 @@ class _Schedule:
             nonlocal number
             number += 1
             run = by_folder[trial.folder]
-            how = "stopped" if code == STOPPED else "done" if code == 0 else f"FAILED (exit {code})"
+            ended = "done" if until is None else "judged"
+            how = "stopped" if code == STOPPED else ended if code == 0 else f"FAILED (exit {code})"
             if code not in (0, STOPPED):
                 self._failed.append(run.folder.name)
             say(f"{number} of {len(trials)}  {run.folder.name}: {how} at step {run.done}")

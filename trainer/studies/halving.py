@@ -140,7 +140,7 @@ def judge(rung: Rung, runs: Sequence[Planned]) -> Verdict:
     def worth(figure: Figure) -> tuple[int, tuple[int, str]]:
         return sum(map(figure.biased_for, encoders.values())), quality_order(figure.name)
 
-    encoders = {_id(one): one.runs[0].config.encoders for one in settings}
+    encoders = {_id(one): _seen(one.runs[0]) for one in settings}
     if not known:
         lacking = f"; {len(unjudged)} settings were not evaluated" if unjudged else ""
         raise JobError(f"--stop-worst {rung}: the runs have no figure in common at step {rung.step}{lacking}")
@@ -160,6 +160,11 @@ def judge(rung: Rung, runs: Sequence[Planned]) -> Verdict:
         unjudged=unjudged,
         biased=[one for one in ranked if figure.biased_for(encoders[_id(one)])],
     )
+
+
+def _seen(run: Planned) -> tuple[str, ...]:
+    """Return the networks that a run is aligned with or trained on."""
+    return (*run.config.encoders, (run.config.autoencoder or "").removeprefix("features/"))
 
 
 def _evaluation(run: Planned, rung: Rung) -> dict[str, float] | None:
