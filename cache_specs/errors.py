@@ -39,6 +39,7 @@ MAX_LISTED = 40  # known names in one line of an error: a run's settings, not ev
 # Control characters, what turns the direction of writing, separators of lines, and bytes that were no UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 MAX_REASON = 300  # characters of what a library says
+_commands = 0  # of ours under way in this process: messages name their flags
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -52,6 +53,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return f"{hint}Known: {', '.join(names) if names else '(none)'}"
     shown = difflib.get_close_matches(name, names, n=6, cutoff=0) or names[:6]
     return f"{hint}Known: {', '.join(shown)}, ... ({len(names)} in all)"
+
+
+def option(flag: str, python: str | None = None) -> str:
+    """Return how whoever reads a message gives a setting: by a flag in our commands, by an argument from Python.
+
+    By default the argument is called as the flag is: `--encoder` or `encoder=`, `--encoder NAME` or `encoder='NAME'`.
+    """
+    if _commands:
+        return flag
+    name, _, value = flag.removeprefix("--").partition(" ")
+    return f"{name.replace('-', '_')}={repr(value) if value else ''}" if python is None else python
 
 
 def reason(error: BaseException) -> str:
@@ -106,6 +118,8 @@ def expand_home() -> None:
 @contextlib.contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
     """Print a `RepaError` as one line on stderr and exit with its code; leave every other error its traceback."""
+    global _commands
+    _commands += 1
     try:
         check_arguments(sys.argv[1:])
         yield
@@ -113,3 +127,5 @@ def one_line_errors(command: str) -> Iterator[None]:
         text = printable(" ".join(str(error).split("\n")))
         print(f"{command}: {text}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    finally:
+        _commands -= 1

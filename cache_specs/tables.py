@@ -19,7 +19,7 @@ from .autoencoder_entry import AutoencoderEntry
 from .derived import MethodRequest, straight_spec
 from .encoder_entry import VARIANT, EncoderEntry
 from .entries import OwnCode, is_file, make_entry, read_own_entry, read_row
-from .errors import UsageError, nearest
+from .errors import UsageError, nearest, option
 
 _COLUMNS = ("model", "width", "depth", "params_m", "gmac")  # of a row of encoders.yaml
 # Of a request, NAME:grid=8:layers=8,11: the option's form, and what it is to be in words.
@@ -149,8 +149,8 @@ def read_encoder_request(request: str) -> EncoderRequest:
             raise UsageError(f"unknown encoder {name!r}: {nearest(name, [*encoder_table(), *encoder_aliases()])}")
         entry = encoder_table()[name]
     values: dict[str, Any] = {}
-    for option in options:
-        key, _, value = option.partition("=")
+    for word in options:
+        key, _, value = word.partition("=")
         if key not in OPTIONS:
             raise UsageError(f"--encoder {request}: unknown option {key!r}; {nearest(key, OPTIONS)}")
         pattern, expected = OPTIONS[key]
@@ -192,7 +192,8 @@ def pick_layer(where: str, stored: Sequence[int | None], layer: int | None) -> i
         if tuple(stored) == (None,):
             raise UsageError(f"{where} holds the last layer's tokens alone; leave out :layer={layer}")
         raise UsageError(
-            f"{where} holds layers {', '.join(map(str, stored))}; pick one, as in --encoder {name}:layer={stored[-1]}"
+            f"{where} holds layers {', '.join(map(str, stored))}; pick one, as in "
+            f"{option(f'--encoder {name}:layer={stored[-1]}')}"
         )
     return layer
 

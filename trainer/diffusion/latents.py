@@ -16,9 +16,10 @@ from ...cache_specs.tables import autoencoder_table
 
 
 def draw_latents(moments: Tensor, noise: Tensor | None, kind: Literal["mean_std", "sample"]) -> Tensor:
-    """Return latents z [B,C,h,w] float32 from stored moments [B,M,h,w].
+    """Return latents z [B,C,h,w] float32 from stored moments [B,M,h,w], as `Batch.moments` has them.
 
-    mean_std: M = 2C, z = mean + std * noise with noise [B,C,h,w]; sample: M = C, z is what is stored.
+    mean_std: M = 2C, z = mean + std * noise with noise [B,C,h,w], a draw from the autoencoder's posterior (Kingma and
+    Welling, arXiv 1312.6114, section 2.4); sample: M = C, z is what is stored. `kind` is `reader.latents.kind`.
     """
     if kind == "sample":
         return moments.float()
@@ -99,8 +100,16 @@ class LatentSource:
 
 
 def to_model_input(z: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Return x = (z - bias) * scale; z [B,C,h,w], the others [C,1,1]."""
+    """Return x = (z - bias) * scale, what diffusion works on; z [B,C,h,w], the others [C,1,1] (`LatentNorm.tensors`).
+
+    Latent diffusion's scale (arXiv 2112.10752, section 4.3.2), with a bias for autoencoders that publish one.
+    """
     return (z - bias) * scale
+
+
+def to_latents(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Return z = x / scale + bias, what the autoencoder decodes: the inverse of `to_model_input`."""
+    return x / scale + bias
 
 
 def resolve_latent_norm(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...cache_specs.errors import UsageError
+from ...cache_specs.errors import UsageError, option
 from ..diffusion.interpolant import Interpolant
 from ..diffusion.latents import LatentSource
 from .architectures import make_model, recorded_config
@@ -56,11 +56,19 @@ class TrainedModel:
             return {"objective": "jit"}
         return {"objective": "velocity" if self.model.config.cls_width is None else "reg"}
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the classes of its run's cache are called, in order; empty where nobody noted it."""
+        resolved = (self.config or {}).get("resolved")
+        names = resolved.get("class_names") if isinstance(resolved, Mapping) else None
+        fits = isinstance(names, list) and len(names) == self.model.config.num_classes
+        return tuple(map(str, names)) if fits and names else ()
+
     def latents(self, autoencoder: str | None) -> LatentSource:
         """Return whose latents it draws: its own record, or what the user says of a published checkpoint."""
         if self.config is not None:
             if autoencoder is not None:
-                raise UsageError(f"{self.path} says itself whose latents it draws; leave out --autoencoder")
+                raise UsageError(f"{self.path} says itself whose latents it draws; leave out {option('--autoencoder')}")
             try:
                 source = LatentSource.from_plain(self.config["resolved"]["latents"])
                 numbers = torch.tensor([source.norm.scale, source.norm.bias])
@@ -74,8 +82,8 @@ class TrainedModel:
             autoencoder = "pixels"
         if autoencoder is None:
             raise UsageError(
-                f"{self.path} does not say whose latents it draws. Name them with --autoencoder (REPA's and SiT's are "
-                f"sd-vae-ft-mse at its published scale)"
+                f"{self.path} does not say whose latents it draws. Name them with {option('--autoencoder')} "
+                f"(REPA's and SiT's are sd-vae-ft-mse at its published scale)"
             )
         shape = self.model.config
         return LatentSource.published(autoencoder, input_size=shape.input_size, channels=shape.in_channels)
@@ -107,7 +115,9 @@ def open_model(path: str | Path, *, weights: str = "ema", convention: Convention
     stored = dict(named_averages(stored, settings(stored.get("args"), file)))
     if weights not in stored and (is_sit(stored) or is_sit(stored.get("state_dict"))):
         if weights == "model":
-            raise CheckpointError(f"{file}: a bare state dict holds one set of weights; ask for --weights ema")
+            raise CheckpointError(
+                f"{file}: a bare state dict holds one set of weights; ask for {option('--weights ema')}"
+            )
         stored = {"ema": stored if is_sit(stored) else stored["state_dict"]}
     found = _weights(stored, weights, file)
     if not is_sit(found):
@@ -119,7 +129,8 @@ def open_model(path: str | Path, *, weights: str = "ema", convention: Convention
     try:
         if "architecture" in stored:
             if convention is not None:
-                raise UsageError("it says itself which way its t runs; leave out --checkpoint-convention")
+                flag = option("--checkpoint-convention", "convention=")
+                raise UsageError(f"it says itself which way its t runs; leave out {flag}")
             built, config = _ours(stored, state, file), stored["config"]
         else:
             built = read_published(state, settings(stored.get("args"), file), file, convention=convention)
@@ -143,7 +154,9 @@ def _weights(stored: Mapping[str, Any], weights: str, file: Path) -> Any:
     """Return the state dict that `weights` names."""
     part, _, decay = weights.partition(":")
     if part not in ("ema", "model") or (decay and part == "model"):
-        raise UsageError(f"--weights {weights}; expected ema, model, or ema:DECAY of a run that keeps several averages")
+        raise UsageError(
+            f"{option(f'--weights {weights}')}; expected ema, model, or ema:DECAY of a run that keeps several averages"
+        )
     if not decay:
         return stored.get(part)
     config = stored.get("config")
@@ -155,7 +168,8 @@ def _weights(stored: Mapping[str, Any], weights: str, file: Path) -> Any:
     averages = {short(first): stored.get("ema"), **others}
     if decay not in averages:
         raise UsageError(
-            f"{file} holds averages of decay {', '.join(map(short, averages))}; --weights ema:{decay} names none"
+            f"{file} holds averages of decay {', '.join(map(short, averages))}; "
+            f"{option(f'--weights ema:{decay}')} names none"
         )
     return averages[decay]
 

@@ -11,13 +11,14 @@ import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from torch import Tensor
 
+from ...cache_specs.errors import option
 from ..diffusion.interpolant import PathName
 from .checkpoint import CheckpointError
 from .projector import ProjectorConfig
@@ -50,7 +51,7 @@ class Published:
 
     config: SiTConfig
     projectors: list[ProjectorConfig]
-    encoder_depth: int | None
+    encoder_depth: int | Sequence[int] | None
     state: Mapping[str, Tensor]
     path: PathName
     assumed: tuple[str, ...]
@@ -75,12 +76,15 @@ def read_published(
     told, by = _told_convention(args, config, projectors)
     chosen = convention or told or "repa"
     other = "repa" if chosen == "sit" else "sit"
+    flag = option(f"--checkpoint-convention {other}", f"convention={other!r}")
     if convention is not None:
-        why = "as --checkpoint-convention says" + (f", against {by}" if told == other else "")
+        why = f"as {option('--checkpoint-convention', 'convention=')} says" + (
+            f", against {by}" if told == other else ""
+        )
     elif told is not None:
-        why = f"told by {by}; where that is wrong, give --checkpoint-convention {other}"
+        why = f"told by {by}; where that is wrong, give {flag}"
     else:
-        why = f"assumed, for nothing in it says; was it trained by the other code, give --checkpoint-convention {other}"
+        why = f"assumed, for nothing in it says; was it trained by the other code, give {flag}"
     unsaid = "" if path else "; the path, of which nothing is said, is taken for linear"
     return Published(
         config=dataclasses.replace(config, convention=chosen),
@@ -97,7 +101,8 @@ def _read_jit(
 ) -> Published:
     """Read a state dict of JiT's own code, whose t runs one way alone: `JiT.forward` knows it."""
     if convention is not None:
-        raise CheckpointError(f"{file}: JiT's weights know one convention; leave out --checkpoint-convention")
+        flag = option("--checkpoint-convention", "convention=")
+        raise CheckpointError(f"{file}: JiT's weights know one convention; leave out {flag}")
     state = {_our_name(name): value for name, value in state.items()}
     config, projectors = jit_shape(state, file), _projectors(state)
     depth = args.get("encoder_depth", config.class_tokens_at) if projectors else None

@@ -48,9 +48,10 @@ class MicroBatch:
 class Batches:
     """Reads what one rank sees in any (step, micro-batch).
 
+    `rows` are those of the cache that are in the stream, ascending; by default all valid ones.
     `later` is a step and a reader of the same cache that reads less: from that step on rows come from it, those of the
-    same samples. With shuffle "blocks" and images that failed to decode, shards are counted in the samples that are
-    left: such a block may lie in two neighbouring files.
+    same samples. With shuffle "blocks" and rows that are left out, shards are counted in those that are in the
+    stream: such a block may lie in two neighbouring files.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Batches:
         shuffle: Shuffle = "global",
         window: int = DEFAULT_WINDOW,
         later: tuple[int, CacheReader] | None = None,
+        rows: NDArray | None = None,
     ) -> None:
         self.reader = reader
         self.spec = spec
@@ -69,7 +71,8 @@ class Batches:
         self._later = later
         self._row_bytes: dict[CacheReader, int] = {}
         self._shares: weakref.WeakKeyDictionary[Batch, Batch] = weakref.WeakKeyDictionary()
-        num = len(reader.valid_rows)
+        self.trained_rows = reader.valid_rows if rows is None else rows
+        num = len(self.trained_rows)
         self.order: Order
         if shuffle == "blocks":
             self.order = BlockOrder(num, seed=spec.seed, shard_samples=reader.layout.shard_samples, window=window)
@@ -92,8 +95,7 @@ class Batches:
     def rows(self, step: int, micro: int) -> NDArray:
         """Return the rows of the cache [b] int64 that micro-batch `micro` of step `step` covers."""
         samples = self.order.at(self.place.start(step, micro), self.place.micro_batch)
-        valid = self.reader.valid_rows
-        return samples if len(valid) == self.reader.num_samples else valid[samples]
+        return samples if len(self.trained_rows) == self.reader.num_samples else self.trained_rows[samples]
 
     def empty(self, *, pin_memory: bool = False) -> MicroBatch:
         """Return a micro-batch that is allocated and not filled."""
@@ -110,7 +112,7 @@ class Batches:
         reader, data = self._reader_at(step), out.data
         if reader is not self.reader:
             if data not in self._shares:
-                self._shares[data] = dataclasses.replace(data, features=[], images=None)
+                self._shares[data] = dataclasses.replace(data, features=[], encoders=(), images=None)
             data = self._shares[data]
         reader.rows(self.rows(step, micro), draws["views"].numpy(), out=data)
         return MicroBatch(data=data, draws=draws)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from ...cache_specs import components
-from ...cache_specs.components import Component
-from ...cache_specs.errors import CacheError, UsageError, nearest
+from ...cache_specs.components import Component, check_rows
+from ...cache_specs.errors import CacheError, UsageError, nearest, option
 from ...cache_specs.group import METADATA, component_names
 from ...cache_specs.layout import ArrayLayout, CacheLayout
 from ...cache_specs.schema import FEATURES, LATENTS
@@ -30,28 +30,29 @@ def choose_component(
 
     None is the only one. `without_images` says that the cache was imported without them, so that nothing can be added.
     """
-    option, what = ("--autoencoder", "autoencoder") if kind == LATENTS else ("--encoder", "encoder")
+    flag, what = ("--autoencoder", "autoencoder") if kind == LATENTS else ("--encoder", "encoder")
+    without = option("--recipe sit", "encoder=()")
     present = component_names(cache, kind)
     if not present:
         if kind == FEATURES and without_images:
             raise CacheError(
                 f"{cache} was imported without images, so no {what} can be added to it; train without "
-                "alignment (--recipe sit)"
+                f"alignment ({without})"
             )
         raise CacheError(
             f"{cache} holds no {what}. Add one with repa-cache build --cache {cache} --data PATH "
-            f"{option} NAME" + ("" if kind == LATENTS else ", or train without alignment (--recipe sit)")
+            f"{flag} NAME" + ("" if kind == LATENTS else f", or train without alignment ({without})")
         )
     if name is None:
         if len(present) > 1:
-            raise UsageError(f"{cache} holds several: {', '.join(present)}. Choose with {option}")
+            raise UsageError(f"{cache} holds several: {', '.join(present)}. Choose with {option(flag)}")
         return present[0], None
     found = stored_encoder(name, present) if kind == FEATURES else None
     if found is not None or name in present:
         return (name, None) if found is None else found
     raise UsageError(
         f"{cache} holds no {what} {name!r}; {nearest(name, present)}. Add it with repa-cache build "
-        f"--cache {cache} --data PATH {option} {name}"
+        f"--cache {cache} --data PATH {flag} {name}"
     )
 
 
@@ -85,6 +86,19 @@ def check_ranges(valid: Location, layout: ArrayLayout) -> None:
             f"{len(missing)} of {layout.num_shards} ranges of a component that says it is complete. Copy it again from "
             f"where it came from, or delete {valid.parent} and build it again"
         )
+
+
+def read_labels(cache: Location, layout: CacheLayout) -> np.ndarray:
+    """Return the label of every sample [N] int64; raise CacheError where they are not as the layout says."""
+    stored, num_classes = cache / "label", len(layout.class_names)
+    check_rows(stored, layout)
+    labels = read_whole(stored).astype(np.int64)
+    if labels.shape != (layout.num_samples,) or labels.min() < 0 or labels.max() >= num_classes:
+        raise CacheError(
+            f"{stored} is {list(labels.shape)} with labels up to {labels.max()}; expected "
+            f"[{layout.num_samples}] below {num_classes}: the cache is damaged"
+        )
+    return labels
 
 
 def read_whole(stored: Location) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from ...cache_specs.errors import UsageError
+from ...cache_specs.errors import UsageError, option
 from ...cache_specs.tables import autoencoder_table
 from ..diffusion.latents import LatentNorm, resolve_latent_norm
 from .reader import CacheReader
@@ -11,7 +11,9 @@ NORMS = ("fixed", "channel")
 
 
 def reader_norm(reader: CacheReader, mode: Literal["fixed", "channel"]) -> LatentNorm:
-    """Return the autoencoder's published scale and bias (fixed), or the cache's statistics by channel (channel).
+    """Return a run's numbers for the reader's latents: x = (z - bias) * scale.
+
+    fixed: the autoencoder's published scale and bias; channel: the cache's statistics, to mean 0 and deviation 1.
 
     Raises UsageError or CacheError where the cache has not what the mode asks for.
     """
@@ -24,7 +26,7 @@ def reader_norm(reader: CacheReader, mode: Literal["fixed", "channel"]) -> Laten
     if mode == "fixed" and published is None:
         raise UsageError(
             f"latent_norm=fixed: {latents.name} has no published scale in the table of autoencoders. "
-            f"Train with --set latent_norm=channel"
+            f"Take {option('--set latent_norm=channel', 'latent_norm=channel')}"
         )
     return resolve_latent_norm(
         mode,

@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...cache_specs.components import Component, check_rows, check_same_images
-from ...cache_specs.errors import CacheError, UsageError
+from ...cache_specs.components import Component, check_same_images
+from ...cache_specs.errors import CacheError, UsageError, option
 from ...cache_specs.layout import ArrayLayout, layer_array
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec, stored_layers
 from ...cache_specs.storage import location
 from ...cache_specs.tables import pick_layer
 from ..rows.direct_array import DirectArray
-from ..rows.row_batch import Batch, FeatureBatch
+from ..rows.row_batch import Batch, FeatureBatch, described
 from ..rows.row_reads import NUM_THREADS, Buffers, NDArray, RowArray, RowReads
 from ..rows.shards import open_array
-from .components import check_ranges, choose_component, finished_component, read_layout, read_whole
+from .components import check_ranges, choose_component, finished_component, read_labels, read_layout, read_whole
 from .specs import FeatureSpec, LatentSpec
 
 
@@ -61,7 +61,7 @@ class CacheReader:
 
     Raises CacheError for what is missing, incomplete, damaged or of another format, and UsageError for a name that
     the cache does not hold. Any threads may call `rows`; one call runs at a time. A forked child may go on with it,
-    unless a call was under way.
+    unless a call was under way. A pickled reader opens the cache again where it is loaded (workers that are spawned).
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class CacheReader:
         self.latents, self._moments = self._open_latents(choose_component(self.path, LATENTS, autoencoder)[0])
         names = [encoder] if encoder is None or isinstance(encoder, str) else list(encoder)
         if len(set(names)) != len(names):
-            raise UsageError(f"--encoder names one encoder twice: {', '.join(map(str, names))}")
+            raise UsageError(f"{option('--encoder')} names one encoder twice: {', '.join(map(str, names))}")
         imported = self.latents.without_images
         groups = [choose_component(self.path, FEATURES, name, without_images=imported) for name in names]
         opened = [self._open_features(*group) for group in groups]
@@ -103,7 +103,17 @@ class CacheReader:
             raise CacheError(f"{self.path}: no sample is valid in every component that was asked for")
         # The order of the data is a permutation of these rows: another image that failed to decode is other data.
         self.fingerprints["valid_rows"] = f"sha256:{hashlib.sha256(np.packbits(self._valid).tobytes()).hexdigest()}"
-        self.labels = self._read_labels()
+        self.labels = read_labels(self.path, self.layout)
+        self._options = {"cls_token": cls_token, "check_reads": check_reads, "num_threads": num_threads}
+
+    def __repr__(self) -> str:
+        names = ", ".join([f"{self.num_classes} classes", self.latents.name, *(f.name for f in self.features)])
+        return f"CacheReader({str(self.path)!r}: {len(self.valid_rows)} of {self.num_samples} samples, {names})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what is opened, not what is open: another process opens the cache anew."""
+        chosen = {"autoencoder": self.latents.name, "encoder": tuple(f.name for f in self.features), **self._options}
+        return _reopened, (str(self.path), chosen, self.fingerprints)
 
     @property
     def num_samples(self) -> int:
@@ -170,6 +180,7 @@ class CacheReader:
                 FeatureBatch(**{_FEATURE_FIELDS[name]: allocate(array.layout) for name, array in arrays.items()})
                 for arrays in self._feature_arrays
             ],
+            encoders=tuple(spec.name for spec in self.features),
         )
 
     def complete(self, batch: Batch) -> Batch:
@@ -194,8 +205,8 @@ class CacheReader:
 
         Raises UsageError where it is not as `empty_batch` makes them: its tensors would take a row for another.
         """
-        found = {name: _description(tensor, len(tensor)) for name, tensor in batch.tensors().items()}
-        ours = {name: _description(tensor, len(batch.rows)) for name, tensor in self.empty_batch(0).tensors().items()}
+        found = {name: described(tensor, len(tensor)) for name, tensor in batch.tensors().items()}
+        ours = {name: described(tensor, len(batch.rows)) for name, tensor in self.empty_batch(0).tensors().items()}
         for name in ours | found:
             if found.get(name) != ours.get(name):
                 raise UsageError(
@@ -275,21 +286,11 @@ class CacheReader:
         self._reads.read(self._reads.prepare([(array, out)]), starts, np.zeros_like(starts))
         return out.reshape(-1)[:num]
 
-    def _read_labels(self) -> NDArray:
-        stored = self.path / "label"
-        check_rows(stored, self.layout)
-        labels = read_whole(stored).astype(np.int64)
-        if labels.shape != (self.num_samples,) or labels.min() < 0 or labels.max() >= self.num_classes:
-            raise CacheError(
-                f"{stored} is {list(labels.shape)} with labels up to {labels.max()}; expected "
-                f"[{self.num_samples}] below {self.num_classes}: the cache is damaged"
-            )
-        return labels
 
-
-def _description(tensor: torch.Tensor, num: int) -> str:
-    """Return dtype and shape of a tensor, had it `num` rows."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {[num, *tensor.shape[1:]]}"
+def _reopened(path: str, options: dict[str, Any], fingerprints: dict[str, str]) -> CacheReader:
+    if (reader := CacheReader(path, **options)).fingerprints != fingerprints:
+        raise CacheError(f"{path} is not the cache that its reader was pickled with: it was built anew; open it again")
+    return reader
 
 
 def _integers(values: Any, name: str) -> NDArray:

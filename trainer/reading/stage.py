@@ -19,7 +19,7 @@ import numpy as np
 
 from ...cache_specs.binding import shard_number
 from ...cache_specs.components import Component, check_array, check_same_images, read_array_metadata
-from ...cache_specs.errors import CacheError, JobError, UsageError
+from ...cache_specs.errors import CacheError, JobError, UsageError, option
 from ...cache_specs.files.locks import locked
 from ...cache_specs.files.partial_files import clear_folder, new_file
 from ...cache_specs.group import METADATA
@@ -89,15 +89,15 @@ def stage_cache(
 
 def _stage_folder(source: Location, folder: str | Path) -> LocalPath:
     """Return where copies go; raise UsageError where one would not be local, or would lie in what it is a copy of."""
-    target = location(folder)
+    target, asked = location(folder), f"{option('--stage', 'folder')} {folder}"
     if not isinstance(target, LocalPath):
-        raise UsageError(f"--stage {folder}: expected a folder of this machine; a copy elsewhere would gain nothing")
+        raise UsageError(f"{asked}: expected a folder of this machine; a copy elsewhere would gain nothing")
     if isinstance(source, LocalPath):
         here, there = source.path.resolve(), target.path.resolve()
         if here in (there, *there.parents):
-            raise UsageError(f"--stage {folder}: it lies in --cache {source}; name a folder outside, on a local disk")
+            raise UsageError(f"{asked}: it lies in the cache {source}; name a folder outside, on a local disk")
         if here.parent == there:
-            raise UsageError(f"--stage {folder}: --cache {source} is a copy in it already; leave --stage away")
+            raise UsageError(f"{asked}: {source} is a copy in it already; read that as it is")
     return target.absolute()
 
 
@@ -186,7 +186,7 @@ def _check_room(target: LocalPath, shards: Sequence[_Shard]) -> None:
     if num_bytes > free:
         raise JobError(
             f"{target}: {human_bytes(num_bytes)} are to be copied and {human_bytes(free)} are free; make room, or name "
-            "a --stage on another disk"
+            "a folder on another disk"
         )
 
 

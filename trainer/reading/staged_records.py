@@ -48,7 +48,7 @@ def copy_record(source: Location, target: LocalPath) -> None:
     elif there != data:
         raise CacheError(
             f"{target} is not what {source} is: the copy is of another build; remove {target.parent}, or name another "
-            "--stage"
+            "folder for copies"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ...cache_specs.errors import CacheError, UsageError
+from ...cache_specs.errors import CacheError, UsageError, option
 from ...cache_specs.layout import ArrayLayout
 from ...cache_specs.remote.object_store import ObjectPath
 from ...cache_specs.storage import LocalPath, Location
@@ -71,8 +71,9 @@ class LibraryArray:
         """
         if self._array is None:
             raise UsageError(
-                f"{self.folder}: rows cannot be read from there directly; add --stage DIR, which copies the cache once "
-                "to a local disk (an evaluation reads --cache itself: name the copy there)"
+                f"{self.folder}: rows cannot be read from there directly; "
+                f"{option('add --stage DIR, which copies', 'open what stage_cache returns: it copies')} the cache once "
+                f"to a local disk{option(' (an evaluation reads --cache itself: name the copy there)', '')}"
             )
         future = self._array.vindex[rows, views].read()
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...cache_specs.errors import UsageError, nearest
 from ...cache_specs.files.whole_file import write_whole
-from ..diffusion.latents import LatentNorm
+from ..diffusion.latents import LatentNorm, to_latents
 from ..models.sit import SiT
 from ..objectives.objective import Field
 from .samplers import SamplerConfig, sample_latents
@@ -59,14 +59,34 @@ class SampleRequest:
             raise UsageError(f"labels: {outside or 'none'} given; the model's classes are 0 to {num_classes - 1}")
 
 
-def parse_labels(text: str) -> str | tuple[int, ...]:
-    """Return the labels that a command line names: `random`, `balanced` or numbers such as `0,3,7`."""
+def parse_labels(text: str, class_names: Sequence[str] = ()) -> str | tuple[int, ...]:
+    """Return the labels that a command line names: `random`, `balanced`, or classes by number or name, `0,dog,7`.
+
+    A whole number is a class number, whatever classes are called; a name may hold commas, and its case does not matter.
+    Raises UsageError, with the nearest name, where there is no such class.
+    """
     if text in ("random", "balanced"):
         return text
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise UsageError(f"labels is {text!r}; expected random, balanced, or class numbers such as 0,3,7") from None
+    places = {name.lower(): place for place, name in reversed(list(enumerate(class_names)))}
+    words, labels = text.split(","), []
+    while words:
+        # The longest name that begins here: ImageNet's have commas in them.
+        taken, label = 1, int(words[0]) if words[0].strip().isdecimal() and len(words[0]) < 20 else None
+        for num in range(len(words), 0, -1) if label is None else ():
+            if (label := places.get(",".join(words[:num]).strip().lower())) is not None:
+                taken = num
+                break
+        if label is None:
+            raise UsageError(f"labels: {_no_class(words[0].strip(), class_names)}")
+        labels.append(label)
+        words = words[taken:]
+    return tuple(labels)
+
+
+def _no_class(word: str, class_names: Sequence[str]) -> str:
+    if not class_names:
+        return f"{word!r}, and the model does not say what its classes are called; give random, balanced or 0,3,7"
+    return f"no class {word!r}; {nearest(word, class_names)}. Or random, balanced, or numbers such as 0,3,7"
 
 
 def labels_of(indices: Sequence[int], request: SampleRequest, num_classes: int) -> Tensor:
@@ -125,7 +145,7 @@ def draw_samples(
     def draw_noise() -> tuple[Tensor, ...]:
         return tuple(noise.next(shape).to(device) for shape in field.shapes(model))
 
-    with _evaluating(model):
+    with evaluating(model):
         start = tuple(field.noise_scale(model) * part for part in draw_noise())
         x, *_ = sample_latents(model, start, labels, request.sampler, field=field, sde_noise=draw_noise)
     return finish(x, norm, decode)
@@ -134,7 +154,7 @@ def draw_samples(
 def finish(x: Tensor, norm: LatentNorm, decode: Decoder | None) -> np.ndarray:
     """Return model-space latents [B,C,H,W] as pictures [B,H,W,3] uint8, or as latents where `decode` is None."""
     scale, bias = norm.tensors(x.device)
-    latents = x / scale + bias
+    latents = to_latents(x, scale, bias)
     if decode is None:
         return latents.cpu().numpy()
     pictures = decode(latents)
@@ -144,7 +164,7 @@ def finish(x: Tensor, norm: LatentNorm, decode: Decoder | None) -> np.ndarray:
 
 
 @contextmanager
-def _evaluating(model: SiT) -> Iterator[None]:
+def evaluating(model: SiT) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

@@ -96,7 +96,7 @@ def test_every_layer_is_measured_where_none_is_named(cache: Path) -> None:
 
 
 def test_what_is_not_stored_is_refused_and_the_command_names_the_file(cache: Path) -> None:
-    with pytest.raises(UsageError, match=f"holds layers 0, 2; pick one, as in --encoder {GROUP}:layer=2"):
+    with pytest.raises(UsageError, match=f"holds layers 0, 2; pick one, as in encoder=.{GROUP}:layer=2"):
         CacheReader(cache, encoder=GROUP)
     with pytest.raises(UsageError, match="holds layers 0, 2"):
         CacheReader(cache, encoder=f"{GROUP}:layer=1")

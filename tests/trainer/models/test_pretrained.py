@@ -179,7 +179,7 @@ def test_averages_are_listed_whatever_their_names(decays: Any):
     stored = {"ema": {}, "emas": {7: {}, "0.5": {"w": 1}}, "config": {"ema_decay": decays}}
     assert _weights(stored, "ema:0.5", Path("a.pt")) == {"w": 1}
     with pytest.raises(
-        UsageError, match=r"holds averages of decay .*, 7, 0\.5; --weights ema:0\.1 names none"
+        UsageError, match=r"holds averages of decay .*, 7, 0\.5; weights=.ema:0\.1. names none"
     ) as error:
         _weights(stored, "ema:0.1", Path("a.pt"))
     assert str(error.value).isprintable()

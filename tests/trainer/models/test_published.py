@@ -201,9 +201,9 @@ def test_a_convention_stays_with_the_model_that_is_saved(tmp_path: Path):
         (REPA_ARGS, 3, None, "repa", "told by args.path_type linear"),
         ({"prediction": "velocity"}, 3, None, "sit", "told by args.prediction velocity.*of which nothing is said"),
         (None, 6, None, "sit", "told by its 6 output channels"),
-        (None, 3, None, "repa", "t = 0 is data.*assumed, for nothing in it says.*--checkpoint-convention sit"),
-        (None, 3, "sit", "sit", "as --checkpoint-convention says"),
-        (SIT_ARGS, 6, "repa", "repa", "as --checkpoint-convention says, against args.path_type Linear"),
+        (None, 3, None, "repa", "t = 0 is data.*assumed, for nothing in it says.*convention=.sit."),
+        (None, 3, "sit", "sit", "as convention= says"),
+        (SIT_ARGS, 6, "repa", "repa", "as convention= says, against args.path_type Linear"),
     ],
 )
 def test_what_is_told_is_taken_and_the_rest_assumed_aloud(tmp_path: Path, args, outputs, asked, found, words):

@@ -43,9 +43,9 @@ def test_all_weights_load_and_answer_the_same_images(published, weights: str, in
 
 def test_what_does_not_fit_is_one_line(published):
     file, _, stored = published
-    with pytest.raises(CheckpointError, match=r"one convention; leave out --checkpoint-convention"):
+    with pytest.raises(CheckpointError, match=r"one convention; leave out convention="):
         open_model(file, convention="sit")
-    with pytest.raises(Exception, match=r"holds averages of decay 0\.9999, 0\.9996; --weights ema:0\.5 names none"):
+    with pytest.raises(Exception, match=r"holds averages of decay 0\.9999, 0\.9996; weights=.ema:0\.5. names none"):
         open_model(file, weights="ema:0.5")
     del stored["model_ema1"]["net.blocks.1.attn.q_norm.weight"]
     torch.save(stored, file)

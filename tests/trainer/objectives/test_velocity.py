@@ -108,7 +108,7 @@ def test_several_averages_are_kept_and_each_can_be_sampled(make_cache, repa_trai
         assert "emas" not in expected
         found = open_model(tmp_path / "both", weights=part).model.state_dict()
         assert all(torch.equal(found[name], expected["ema"][name]) for name in expected["ema"])
-    with pytest.raises(UsageError, match=r"holds averages of decay 0\.9, 0\.5; --weights ema:0\.7 names none"):
+    with pytest.raises(UsageError, match=r"holds averages of decay 0\.9, 0\.5; weights=.ema:0\.7. names none"):
         open_model(tmp_path / "both", weights="ema:0.7")
     resumed = repa_train(cache, tmp_path / "both", "--steps", "5", "--resume", "auto")
     repa_train(cache, tmp_path / "whole", "--steps", "5", "--set", "ema_decay=[0.9,0.5]")

@@ -232,13 +232,13 @@ def test_a_folder_that_is_no_place_for_a_copy_is_refused(written: Any, tmp_path:
     (tmp_path / "link").symlink_to(written.path)
     before = files(written.path)
     for cache, folder, said in (
-        (written.path, written.path, "it lies in --cache"),
-        (written.path, tmp_path / "link" / "below", "it lies in --cache"),
-        (tmp_path / "link", written.path / "below", "it lies in --cache"),
-        (copy, tmp_path / "stage", "is a copy in it already; leave --stage away"),
+        (written.path, written.path, "it lies in the cache"),
+        (written.path, tmp_path / "link" / "below", "it lies in the cache"),
+        (tmp_path / "link", written.path / "below", "it lies in the cache"),
+        (copy, tmp_path / "stage", "is a copy in it already; read that as it is"),
         (written.path, "s3://bucket/stage", "expected a folder of this machine"),
     ):
-        with pytest.raises(UsageError, match=rf"^--stage {folder}: .*{said}"):
+        with pytest.raises(UsageError, match=rf"^folder {folder}: .*{said}"):
             stage_cache(cache, folder, encoders=[])
     assert files(written.path) == before
     (tmp_path / "file").write_bytes(b"")

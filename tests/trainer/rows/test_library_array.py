@@ -121,7 +121,9 @@ def test_what_cannot_be_reached_is_one_line(bucket: str, request: pytest.Fixture
         CacheReader(f"{request.getfixturevalue('refusing_bucket')}/cache")
     layout = ArrayLayout(name="x", shape=(1,), dtype="int8", inner=(1,), shard=(1,))
     refused = LibraryArray(location("az://box/x"), layout, in_shard_files=True)
-    with pytest.raises(UsageError, match=r"^az://box/x: rows cannot be read from there directly; add --stage DIR"):
+    with pytest.raises(
+        UsageError, match=r"^az://box/x: rows cannot be read from there directly; open what stage_cache"
+    ):
         refused.begin(np.zeros(1, int), np.zeros(1, int), np.zeros(1, np.int8))
     with pytest.raises(CacheError, match=r"^s3://\S+ cannot be opened \(.*\)$") as error:
         LibraryArray(location("s3://some-bucket/x"), layout, in_shard_files=True)  # at the server that refuses

@@ -140,8 +140,14 @@ def test_labels():
     assert (counts - 1000).abs().max() < 150
     assert parse_labels("0,3,7") == (0, 3, 7)
     assert parse_labels("balanced") == "balanced"
-    with pytest.raises(UsageError, match="labels is 'dogs'; expected random, balanced, or class numbers"):
-        parse_labels("dogs")
+    names = ("tench, Tinca tinca", "dog", "7", "Tinca tinca")
+    assert parse_labels("DOG,2,tench, tinca tinca,Tinca tinca", names) == (1, 2, 0, 3)
+    assert parse_labels("7", names) == (7,)  # a number is a number
+    with pytest.raises(UsageError, match="labels: no class 'dogs'; did you mean 'dog'"):
+        parse_labels("0,dogs", names)
+    for text in ("dogs", "", "0,,1", "9" * 5000):
+        with pytest.raises(UsageError, match="the model does not say what its classes are called; give random"):
+            parse_labels(text)
     with pytest.raises(UsageError, match=r"labels: \[5, -1\] given; the model's classes are 0 to 4"):
         SampleRequest(num=1, labels=(0, 5, -1)).check_labels(5)
 
