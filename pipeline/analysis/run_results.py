@@ -15,10 +15,12 @@ from ...cache_specs.files.outside import MOST_SETTINGS_BYTES, MOST_TABLE_BYTES, 
 
 EVALUATION_FILE = "evaluation.jsonl"  # of a run
 CONFIG_FILE = "config.json"
-# Of a config.json: what changes no result, or is no setting; and the seed, over which runs are averaged.
+# Of a config.json: what changes no result, or is no setting; and the seed, over which runs are averaged. What a resume
+# may change is the trainer's to say; tests/test_rooms_agree.py holds the two to each other.
 _AVERAGED = frozenset(
     {"seed", "steps", "log_every", "save_every", "save_minutes", "keep_last", "keep_every", "stage", "check_reads"}
-    | {"prefetch_bytes", "cache", "out", "entries", "logger", "grid", "evaluation"}
+    | {"prefetch_bytes", "cache", "out", "entries", "logger", "grid", "evaluation", "online"}
+    | {"validation.every", "validation.cache"}
     | {"resolved", "history", "fingerprints"}
 )
 _SETTINGS = ("step", "num")  # of an evaluation: runs are compared at equal ones
@@ -107,10 +109,10 @@ def _differing(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
 def _flat(config: Mapping[str, Any], *, skip: frozenset[str] = _AVERAGED, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if key in skip:
+        if f"{prefix}{key}" in skip:
             continue
         nested = isinstance(value, Mapping)
-        flat |= _flat(value, skip=frozenset(), prefix=f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        flat |= _flat(value, skip=skip, prefix=f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...cache_specs.errors import expand_home, one_line_errors
-from .said import say
+from ...cache_specs.errors import one_line_errors
+from .said import run_command, say
 from .train import CONTEXT
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ def _explain(ablation: "Ablation", *, device: str, serial: bool) -> None:
 
 def ablate() -> None:
     """Entry point of repa-ablate."""
-    expand_home()
-    ablate_command(prog_name="repa-ablate")
+    run_command(ablate_command, "repa-ablate", aborted="stopped; the same command goes on where it was")
 
 
 if __name__ == "__main__":

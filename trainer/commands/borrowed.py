@@ -18,6 +18,7 @@ from ..evaluating.evaluation import Evaluation, Judge, Scorer, open_references, 
 from ..reading.online import Online
 from ..reading.specs import FeatureSpec
 from ..runs.config import RunConfig
+from ..runs.metrics import say as above_the_bar
 from ..runs.run import Run, latent_source
 from ..sampling.sample import Decoder
 from ..studies.pictures import RealImages
@@ -139,7 +140,7 @@ def load_evaluation(run: Run) -> Evaluation:
     if decode is None:
         raise UsageError("evaluation compares pictures, and without diffusers there are none; set evaluation.every=0")
     score = _inception(run)
-    return Evaluation(run, judges, decode=decode, decoder=decoder, score=score, tell=say)
+    return Evaluation(run, judges, decode=decode, decoder=decoder, score=score, tell=above_the_bar)
 
 
 def _inception(run: Run) -> Scorer | None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from ...cache_specs.errors import expand_home, one_line_errors
+from ...cache_specs.errors import one_line_errors
 from .checkpoint import checkpoint_options, open_checkpoint
-from .said import say
+from .said import run_command, say
 from .train import CONTEXT
 
 
@@ -79,5 +79,4 @@ def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any)
 
 def cknna() -> None:
     """Entry point of repa-cknna."""
-    expand_home()
-    cknna_command(prog_name="repa-cknna")
+    run_command(cknna_command, "repa-cknna", aborted="stopped")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...cache_specs.errors import UsageError, expand_home, one_line_errors
-from .said import say
+from ...cache_specs.errors import UsageError, one_line_errors
+from .said import run_command, say
 from .train import CONTEXT
 
 if TYPE_CHECKING:
@@ -167,8 +167,7 @@ def _components(study: "Study", run: "RunRecord", options: dict[str, Any]) -> di
 
 def report() -> None:
     """Entry point of repa-report."""
-    expand_home()
-    report_command(prog_name="repa-report")
+    run_command(report_command, "repa-report", aborted="stopped")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...cache_specs.errors import expand_home, one_line_errors
+from ...cache_specs.errors import one_line_errors
 from .checkpoint import check_name, checkpoint_options, open_checkpoint
-from .said import say
+from .said import run_command, say
 from .train import CONTEXT
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..models.pretrained import TrainedModel
     from ..sampling.sample import SampleRequest
 
+MOST_SAID = 10  # classes by name, of those asked for
 MOST_LABEL_CHARACTERS = 60  # in a file's name, of which file systems take 255 bytes
 
 
@@ -29,7 +30,13 @@ MOST_LABEL_CHARACTERS = 60  # in a file's name, of which file systems take 255 b
 @click.option("--guidance-high", type=float, default=1.0, show_default=True, help="Guide where t is at most this.")
 @click.option("--cls-cfg-scale", type=float, help="Guidance of REG's class token; 1 is none. [default: --cfg-scale]")
 @click.option("--internal-guidance", type=float, default=1.0, help="Away from the model's middle head; 1 is none.")
-@click.option("--labels", default="random", show_default=True, metavar="random|balanced|0,3,7")
+@click.option(
+    "--labels",
+    default="random",
+    show_default=True,
+    metavar="random|balanced|0,dog,7",
+    help="Or classes, by number or name.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="The .npz. [default: RUN/samples, named by the request]")
 @click.option("--batch-size", type=int, default=64, show_default=True, help="Images at a time, on each rank.")
@@ -43,6 +50,7 @@ def sample_command(checkpoint: Path, **options: Any) -> None:
 
     \b
     repa-sample runs/irepa --num-samples 64 --labels balanced
+    repa-sample runs/irepa --num-samples 16 --labels "golden retriever,3"
     repa-sample runs/irepa --num-samples 50000 --sampler sde --steps 250 --cfg-scale 1.8 --guidance-high 0.7
     repa-sample runs/irepa-internal --internal-guidance 1.4
     repa-sample SiT-XL-2-256.pt --autoencoder sd-vae-ft-ema --checkpoint-convention sit
@@ -62,7 +70,7 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
 
     from ..evaluating.grids import sheet_of_file
     from ..objectives.choose import stored_field
-    from ..runs.metrics import Progress
+    from ..runs.metrics import Progress, folded
     from ..runs.run import settle_convolutions
     from ..sampling.sample import SampleRequest, parse_labels
     from ..sampling.sample_file import sample_to_npz
@@ -70,14 +78,21 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
     from .borrowed import load_decoder
 
     check_name(options["out"] or checkpoint)
-    names = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high", "cls_cfg_scale", "internal_guidance")
+    fields = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high", "cls_cfg_scale", "internal_guidance")
+    sampler = SamplerConfig(**{name: options[name] for name in fields})
+    trained = open_checkpoint(checkpoint, options, shown=world.is_main)
     request = SampleRequest(
         num=options["num"],
         seed=options["seed"],
-        labels=parse_labels(options["labels"]),
-        sampler=SamplerConfig(**{name: options[name] for name in names}),
+        labels=parse_labels(options["labels"], trained.class_names),
+        sampler=sampler,
     )
-    trained = open_checkpoint(checkpoint, options, shown=world.is_main)
+    names = trained.class_names
+    if world.is_main and names and not isinstance(request.labels, str):
+        request.check_labels(len(names))
+        asked = sorted(set(request.labels))
+        more = f" and {len(asked) - MOST_SAID} more" if len(asked) > MOST_SAID else ""
+        say(folded(f"classes: {', '.join(f'{label} {names[label]}' for label in asked[:MOST_SAID])}{more}"))
     model = trained.model.to(world.device)
     latents = trained.latents(options["autoencoder"])
     local = {"weights": options["autoencoder_weights"], "entries": options["entries"]}
@@ -128,5 +143,4 @@ def samples_file(trained: "TrainedModel", request: "SampleRequest", weights: str
 
 def sample() -> None:
     """Entry point of repa-sample."""
-    expand_home()
-    sample_command(prog_name="repa-sample")
+    run_command(sample_command, "repa-sample", aborted="stopped; the same command goes on where it was")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...cache_specs.errors import UsageError, expand_home, one_line_errors
-from .said import say
+from ...cache_specs.errors import UsageError, one_line_errors
+from .said import run_command, say
 
 if TYPE_CHECKING:
     from ..distributed import World
@@ -33,6 +33,8 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.option("--lr", type=float, help="optimizer.learning_rate [default: 1e-4]")
 @click.option("--gamma", help="alignment.gamma, 0 to 1 or none. [default: the recipe's]")
 @click.option("--seed", type=int, help="Of weights, order and noise. [default: 0]")
+@click.option("--val-fraction", metavar="0.05", help="Hold out this share of the samples, and log the loss on them.")
+@click.option("--val-data", metavar="CACHE", help="Or log the loss on another cache, of the same networks.")
 @click.option("--out", metavar="RUN", help="Folder of the run: config, metrics, checkpoints, grids.")
 @click.option("--config", "files", multiple=True, type=click.Path(path_type=Path), help="YAML file of settings.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting; wins over --config.")
@@ -107,6 +109,7 @@ def resolve_flags(
     if flags.get("data") and not online and resume is None:
         raise UsageError("--data is what --online computes encoders from; add --online NAME, or leave it out")
     names = {"lr": "optimizer.learning_rate", "gamma": "alignment.gamma", "online": "encoders", "data": "online.data"}
+    names |= {"val_fraction": "validation.fraction", "val_data": "validation.cache"}
     given = {names.get(key, key): value for key, value in flags.items() if value not in (None, ())}
     if resume not in (None, "auto"):
         given = named_run(Path(resume), given)
@@ -124,6 +127,7 @@ def _train(config: "RunConfig", world: "World", *, resume: bool, until: int | No
     from ..evaluating.grids import draw_training_grid
     from ..rows.open_files import raise_limit
     from ..runs.describe import describe
+    from ..runs.metrics import WIDTH
     from ..runs.resume import enter_folder
     from ..runs.run import latent_source, prepare
     from ..training.loop import train
@@ -143,14 +147,16 @@ def _train(config: "RunConfig", world: "World", *, resume: bool, until: int | No
     evaluation = load_evaluation(run) if config.evaluation.every else None
     with enter_folder(run, resume=resume):
         if world.is_main:
-            say(describe(run.config, run.reader, run.norm, world, step=run.step, verbose=verbose))
+            parts = (run.config, run.reader, run.norm, world)
+            say(describe(*parts, validation=run.validation, step=run.step, verbose=verbose))
         train(run, until=until, draw_grid=lambda run: draw_training_grid(run, decode), evaluation=evaluation)
     if world.is_main:
         done = f"{run.folder}: {run.step} of {run.config.steps} steps done"
-        rest = (
-            "" if run.step >= run.config.steps else f"; go on with repa-train --resume {shlex.quote(str(run.folder))}"
-        )
-        say(f"{done}{rest}")
+        command = f"repa-train --resume {shlex.quote(str(run.folder))}"
+        if run.step < run.config.steps:  # a command to copy is never broken
+            fits = len(done) + len(command) + len("; go on with ") <= WIDTH
+            done = f"{done}; go on with{' ' if fits else chr(10) + '  '}{command}"
+        say(done)
 
 
 def _staged(config: "RunConfig", world: "World") -> tuple["RunConfig", Path]:
@@ -180,17 +186,30 @@ def _explain(config: "RunConfig", world: "World", *, resume: bool, verbose: bool
 
 def _checked(config: "RunConfig", world: "World", *, resume: bool, verbose: bool = False) -> tuple[str, int]:
     """Check settings, cache and folder, writing nothing; return what would run, and from which step on."""
+    import torch
+
+    from ..evaluating.evaluation import check_evaluation
     from ..reading.norm import reader_norm
     from ..runs.describe import describe
+    from ..runs.held_out import validation_data
+    from ..runs.parts import build_model
     from ..runs.resume import check_folder
     from ..runs.run import open_cache, record
+    from ..runs.start import check_weights
     from .borrowed import load_online
 
     config, reader = open_cache(config, world, online=load_online)
     norm = reader_norm(reader, config.latent_norm)
-    stored = check_folder(Path(config.out), record(config, reader, norm), reader, resume=resume)
+    validation = validation_data(config, reader)
+    stored = check_folder(Path(config.out), record(config, reader, norm, validation), reader, resume=resume)
     step = stored["steps"] if stored else 0
-    return describe(config, reader, norm, world, step=step, verbose=verbose), step
+    if stored is None and config.init is not None:
+        with torch.device("meta"):
+            shapes = build_model(config, reader)
+        check_weights(config.init, shapes, norm)
+    if config.evaluation.every:
+        check_evaluation(config)
+    return describe(config, reader, norm, world, validation=validation, step=step, verbose=verbose), step
 
 
 def train() -> None:
@@ -199,8 +218,7 @@ def train() -> None:
         from ..studies.trial import die_with_parent
 
         die_with_parent()
-    expand_home()
-    train_command(prog_name="repa-train")
+    run_command(train_command, "repa-train", aborted="aborted; --resume RUN goes on from its last checkpoint")
 
 
 if __name__ == "__main__":

@@ -37,16 +37,32 @@ def alignment_loss(
 ) -> Tensor:
     """Return weight * mean over encoders of the alignment loss, a float32 scalar; -weight is perfect alignment.
 
+    Arguments and errors as in `alignment_losses`.
+    """
+    share = weight / len(projections)
+    losses = alignment_losses(projections, targets, gamma=gamma, weights=[share] * len(projections))
+    return sum(losses[1:], start=losses[0])
+
+
+def alignment_losses(
+    projections: Sequence[Tensor],
+    targets: Sequence[AlignmentTarget],
+    *,
+    gamma: float | None,
+    weights: Sequence[float],
+) -> list[Tensor]:
+    """Return each encoder's alignment loss times its weight, float32 scalars.
+
     projections are [B,T,E_k], one an encoder, in the order of `targets`; gamma None leaves the targets as they are.
-    `weight` is proj_coeff times what the loop scales losses by. It is folded into each encoder's gradient, so the
-    loop calls backward on the sum of its losses as they are, and logs this value divided by `weight`.
+    A weight is proj_coeff times what the loop scales losses by. It is folded into the encoder's gradient, so the
+    loop calls backward on the sum of its losses as they are, and logs a value divided by its weight.
 
     Raises UsageError for a weight that is not positive, ValueError where projections and targets differ in number.
     """
-    if weight <= 0:
-        raise UsageError(f"the alignment's weight is {weight}; to train without alignment, choose no projector")
-    share = weight / len(projections)
-    losses = [
+    for weight in weights:
+        if weight <= 0:
+            raise UsageError(f"the alignment's weight is {weight:g}; to train without alignment, choose no projector")
+    return [
         cosine_alignment(
             z,
             target.tokens,
@@ -54,8 +70,7 @@ def alignment_loss(
             channel_mean=target.channel_mean,
             channel_std=target.channel_std,
             gamma=gamma,
-            weight=share,
+            weight=weight,
         )
-        for z, target in zip(projections, targets, strict=True)
+        for z, target, weight in zip(projections, targets, weights, strict=True)
     ]
-    return sum(losses[1:], start=losses[0])

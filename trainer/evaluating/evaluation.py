@@ -84,6 +84,16 @@ def weights_of_judges(judges: Sequence[str], given: Sequence[str]) -> list[Path 
     return [Path(files[name]) if name in files else None for name in judges]
 
 
+def check_evaluation(config: RunConfig) -> None:
+    """Raise UsageError where an evaluation cannot be made, as far as that shows before a network is loaded."""
+    settings, names = config.evaluation, [reference.name for reference in open_references(config)]
+    files = [("encoder_weights", file) for file in weights_of_judges(names, settings.encoder_weights)]
+    files += [(name, getattr(settings, name)) for name in ("autoencoder_weights", "inception_weights")]
+    for name, file in files:
+        if file is not None and not Path(file).is_file():
+            raise UsageError(f"evaluation.{name}={file}: no such file")
+
+
 class Evaluation:
     """Compares a run's samples with the data, in the space of each judge; the real vectors are read once.
 
@@ -122,8 +132,14 @@ class Evaluation:
         steps = [record["step"] for record in read_records(run.folder / FILE)] if run.world.is_main else [run.step]
         return run.world.most([float(run.step not in steps)]) != [0.0]
 
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The names of what is compared, in the space of each judge."""
+        spaces = [judge.reference.space for judge, _ in self._judges]
+        return tuple(f"{kind}_{space}" for space in spaces for kind in ("frechet", "precision", "recall"))
+
     def at(self, run: Run, stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Evaluate the EMA at this step, write the record and tell it in a line; return it on rank 0.
+        """Evaluate the EMA at this step, write the record, tell it in a line and return it; rank 0 does.
 
         `stop` is asked often; where it says so, the step stays without its record, and what was drawn is kept.
         """

@@ -23,7 +23,11 @@ def model_config(name: str, *, architecture: str, **shape: Any) -> SiTConfig:
 
 
 def make_model(
-    config: SiTConfig, projectors: Sequence[ProjectorConfig] = (), *, encoder_depth: int | None = None, seed: int = 0
+    config: SiTConfig,
+    projectors: Sequence[ProjectorConfig] = (),
+    *,
+    encoder_depth: int | Sequence[int] | None = None,
+    seed: int = 0,
 ) -> SiT:
     """Return the network of a configuration, as its class makes it."""
     if isinstance(config, JiTConfig):

@@ -91,7 +91,7 @@ class JiT(SiT):
         config: JiTConfig,
         projectors: Sequence[ProjectorConfig] = (),
         *,
-        encoder_depth: int | None = None,
+        encoder_depth: int | Sequence[int] | None = None,
         seed: int = 0,
     ) -> None:
         shapes_only = torch.get_default_device().type == "meta"
@@ -146,17 +146,17 @@ class JiT(SiT):
         head = self.config.hidden_size // self.config.num_heads
         rotation = rope_tables(self.grid, head, num_before=NUM_CLASS_TOKENS, device=x.device)
         patches_only = tuple(table[NUM_CLASS_TOKENS:] for table in rotation)
-        projections: tuple[Tensor, ...] = ()
+        projections: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
             if index == self.config.class_tokens_at:
                 x = torch.cat([(labels.unsqueeze(1) + self.in_context_posemb).to(x.dtype), x], dim=1)
             places = rotation if index >= self.config.class_tokens_at else patches_only
             dropped = None if seeds is None or not self.training else mixed(seeds ^ index)
             x = block(x, conditioning, places, dropped)
-            if return_projections and index + 1 == self.encoder_depth:
-                projections = tuple(projector(x[:, -num_patches:]) for projector in self.projectors)
+            if return_projections:
+                projections.update(self._project(x[:, -num_patches:], index + 1))
         clean = self._unpatchify(self.final_layer(x[:, -num_patches:], conditioning))
-        return (clean, projections) if return_projections else clean
+        return (clean, tuple(projections[k] for k in sorted(projections))) if return_projections else clean
 
 
 class _BottleneckEmbed(nn.Module):

@@ -6,6 +6,7 @@ generation script loads it strictly, and `projection_layer.*` for conv and linea
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -115,6 +116,23 @@ class ConvProjector(nn.Module):
         num, num_tokens, _ = tokens.shape
         image = tokens.unflatten(1, self.grid).permute(0, 3, 1, 2)  # [B,D,h,w], strides channels-last
         return self.projection_layer(image).permute(0, 2, 3, 1).reshape(num, num_tokens, -1)
+
+
+def tap_depths(depth: int | Sequence[int] | None, num: int, *, model: str, blocks: int) -> tuple[int, ...]:
+    """Return the block, from 1, after which each of `num` projectors reads; `depth` is one for all, or one for each.
+
+    Raises UsageError where the model has no such block, or not every projector has one.
+    """
+    depths = [depth] * num if depth is None or isinstance(depth, int) else list(depth)
+    if len(depths) != num:
+        raise UsageError(f"encoder_depth names {len(depths)} blocks; expected one, or one for each of {num} projectors")
+    for found in depths:
+        if type(found) is not int or not 1 <= found <= blocks:
+            raise UsageError(
+                f"{model} has {blocks} blocks; encoder_depth is {found}. Choose the block after which the projectors "
+                f"read, from 1 to {blocks}"
+            )
+    return tuple(found for found in depths if found is not None)
 
 
 Projector = MLPProjector | TwoLayerProjector | LinearProjector | ConvProjector

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...cache_specs.errors import UsageError, nearest
 from .blocks import FinalLayer, LabelEmbedder, Modulation, PatchEmbed, SiTBlock, TimestepEmbedder, sincos_pos_embed
-from .projector import Projector, ProjectorConfig, make_projector
+from .projector import Projector, ProjectorConfig, make_projector, tap_depths
 
 # depth, width, heads. SiT publishes S to XL; Ti is ours, for machines without a GPU: at 64 tokens a step of 32 samples
 # is about 15 GFLOP.
@@ -122,7 +122,8 @@ class SiT(nn.Module):
     a second time embedder's from (seed, 0, 0), a class token's from (seed, 0, 1): adding them changes no weight of SiT.
     The global generator is untouched. Under `torch.device("meta")` only shapes are made.
 
-    Raises UsageError where projectors are asked for without an `encoder_depth` from 1 to the model's depth.
+    `encoder_depth` is the block after which the projectors read, or one for each. Raises UsageError where projectors
+    are asked for without one from 1 to the model's depth.
     """
 
     def __init__(
@@ -130,18 +131,15 @@ class SiT(nn.Module):
         config: SiTConfig,
         projectors: Sequence[ProjectorConfig] = (),
         *,
-        encoder_depth: int | None = None,
+        encoder_depth: int | Sequence[int] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if projectors and not (encoder_depth is not None and 1 <= encoder_depth <= config.depth):
-            raise UsageError(
-                f"{config.name} has {config.depth} blocks; encoder_depth is {encoder_depth}. "
-                f"Choose the block after which the projectors read, from 1 to {config.depth}"
-            )
+        depths = tap_depths(encoder_depth, len(projectors), model=config.name, blocks=config.depth)
         self.config = config
         self.projector_configs = tuple(projectors)
-        self.encoder_depth = encoder_depth
+        self.encoder_depth = depths[0] if len(set(depths)) == 1 else depths or encoder_depth
+        self._depths = depths  # of the projectors, one each
         self._num_extra = 0 if config.cls_width is None else 1  # tokens before those of the patches
         shapes_only = torch.get_default_device().type == "meta"
         with torch.device("meta"):  # PyTorch's own initialisation would draw from the global generator
@@ -242,12 +240,12 @@ class SiT(nn.Module):
         one with a middle head answers the last layer's velocity and that head's.
         """
         x, conditioning = self._embed(x, t, y, h, cls_token)
-        projections: tuple[Tensor, ...] = ()
+        projections: dict[int, Tensor] = {}
         middle: Tensor | None = None
         for depth, block in enumerate(self.blocks, start=1):
             x = block(x, conditioning)
-            if return_projections and depth == self.encoder_depth:
-                projections = tuple(self._project(x))
+            if return_projections:
+                projections.update(self._project(x, depth))
             if self.middle_layer is not None and depth == self.config.middle_head:
                 middle = self._unpatchify(self.middle_layer(x, conditioning)[0])
         patches, cls_velocity = self.final_layer(x, conditioning)
@@ -257,7 +255,7 @@ class SiT(nn.Module):
         if self.config.convention == "sit":  # dx/dt = -dx/d(1 - t)
             velocity, second = -velocity, None if second is None else -second
         answer = velocity if second is None else (velocity, second)
-        return (answer, projections) if return_projections else answer
+        return (answer, tuple(projections[k] for k in sorted(projections))) if return_projections else answer
 
     def tokens_after(self, depth: int, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Return the tokens [B,T,D] after block `depth`, from 1, and run no later one; inputs as of `forward`."""
@@ -282,11 +280,12 @@ class SiT(nn.Module):
             assert h is None, f"{self.config.name} has no second time embedder"
         return x + self.pos_embed, conditioning
 
-    def _project(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield each projector's tokens, of the class token and the patches as its `of` says."""
+    def _project(self, x: Tensor, depth: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield each projector's place and tokens that reads after block `depth`, as its `of` says which."""
         extra = self._num_extra
-        for projector, config in zip(self.projectors, self.projector_configs, strict=True):
-            yield projector({"all": x, "patches": x[:, extra:], "cls": x[:, :extra]}[config.of])
+        for index, (projector, config) in enumerate(zip(self.projectors, self.projector_configs, strict=True)):
+            if self._depths[index] == depth:
+                yield index, projector({"all": x, "patches": x[:, extra:], "cls": x[:, :extra]}[config.of])
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """Put patches [B,T, patch * patch * C], rows, columns, then (output) channels, together to [B,C,H,W]."""

@@ -2,18 +2,19 @@
 
 REPA (arXiv 2410.06940, section 3.2) and iREPA (arXiv 2512.10794, section 4): proj_coeff times the mean over encoders,
 images and tokens of -cos(projector(h), target), the target spatially normalised with strength gamma in iREPA. The
-coefficient is a function of the step: constant as published, or warmed up and let fall to 0, where reading ends.
+coefficient is a function of the step: constant as published, or warmed up and let fall to 0, where reading ends. Block
+and coefficient may be each encoder's own; the mean is then of coefficient times -cos.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ...cache_specs.errors import UsageError, at_least
-from ..diffusion.losses import AlignmentTarget, alignment_loss
+from ..diffusion.losses import AlignmentTarget, alignment_losses
 from ..models.projector import ProjectorConfig, TokensOf
 
 
@@ -24,9 +25,9 @@ class AlignmentConfig:
     projector: Literal["none", "mlp", "conv", "linear", "mlp2"] = "mlp"  # none: no alignment; mlp2: SRA's two layers
     hidden_dim: int = 2048  # of the projector mlp
     kernel_size: int = 3  # of the projector conv
-    encoder_depth: int = 8  # block after which the projectors read, from 1
+    encoder_depth: int | tuple[int, ...] = 8  # block after which the projectors read, from 1; or one an encoder
     gamma: float | None = None  # strength of the spatial normalisation of the target; null for none
-    proj_coeff: float = 0.5  # weight of the alignment loss, at its highest
+    proj_coeff: float | tuple[float, ...] = 0.5  # weight of the loss, at its highest; or one an encoder, in their mean
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # how the weight falls to 0 at the horizon
     horizon: int | None = None  # step from which on a falling weight is 0: neither aligned nor read
     warmup_steps: int = 0  # in which the weight rises from 0, in equal steps
@@ -34,16 +35,18 @@ class AlignmentConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_dim", "kernel_size", "encoder_depth"):
-            at_least(f"alignment.{name}", getattr(self, name), 1)
+            for value in _each(getattr(self, name)):
+                at_least(f"alignment.{name}", value, 1)
         if self.kernel_size % 2 == 0:
             raise UsageError(f"alignment.kernel_size is {self.kernel_size}; expected an odd number")
         if self.gamma is not None and not 0 <= self.gamma <= 1:
             raise UsageError(f"alignment.gamma is {self.gamma}; expected 0 to 1, or null for no normalisation")
-        if not 0 < self.proj_coeff < float("inf"):
-            raise UsageError(
-                f"alignment.proj_coeff is {self.proj_coeff}; expected a number above 0 (no alignment is "
-                f"alignment.projector=none, the recipe sit)"
-            )
+        for coefficient in _each(self.proj_coeff):
+            if not 0 < coefficient < float("inf"):
+                raise UsageError(
+                    f"alignment.proj_coeff is {coefficient}; expected a number above 0 (no alignment is "
+                    f"alignment.projector=none, the recipe sit)"
+                )
         at_least("alignment.warmup_steps", self.warmup_steps, 0)
         if self.stop_step is not None:
             at_least("alignment.stop_step", self.stop_step, 1)
@@ -67,13 +70,13 @@ class AlignmentConfig:
         """The step from which on nothing is aligned, None where there is none."""
         return min((step for step in (self.stop_step, self.horizon) if step is not None), default=None)
 
-    def coefficient(self, step: int) -> float:
-        """Return the weight of the alignment in `step` (from 0), a function of it alone.
+    def coefficient(self, step: int, place: int = 0) -> float:
+        """Return the weight of the alignment in `step` (from 0), of the encoder at `place` where each has its own.
 
         It rises to `proj_coeff` over `warmup_steps`, and falls from there, linearly or as half a cosine, to 0 at
         `horizon`.
         """
-        weight = self.proj_coeff
+        weight: float = _each(self.proj_coeff)[place]
         if step < self.warmup_steps:
             return weight * (step + 1) / self.warmup_steps
         if self.horizon is None:
@@ -90,12 +93,20 @@ class AlignmentConfig:
         )
 
 
-class Alignment:
-    """The alignment term of one run, for micro-batches of which `accumulation` make a step."""
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
-    def __init__(self, config: AlignmentConfig, *, num_encoders: int, accumulation: int) -> None:
+
+class Alignment:
+    """The alignment term of one run, for micro-batches of which `accumulation` make a step.
+
+    `names` are of what is aligned with, one a projector's target.
+    """
+
+    def __init__(self, config: AlignmentConfig, *, names: Sequence[str], accumulation: int) -> None:
         self.config = config
-        self._aligned = num_encoders > 0 and config.projector != "none"
+        self.names = tuple(names)
+        self._aligned = len(names) > 0 and config.projector != "none"
         self._accumulation = accumulation
 
     def acts(self, step: int) -> bool:
@@ -103,18 +114,30 @@ class Alignment:
         end = self.config.end
         return self._aligned and (end is None or step < end)
 
-    def coefficient(self, step: int) -> float:
-        """Return the weight of the alignment in `step`."""
-        return self.config.coefficient(step)
+    def coefficients(self, step: int) -> tuple[float, ...]:
+        """Return the weight of each encoder in `step`."""
+        places = range(len(_each(self.config.proj_coeff)))
+        found = tuple(self.config.coefficient(step, place) for place in places)
+        return found * len(self.names) if len(found) == 1 else found
 
-    def loss(
+    def losses(
         self, projections: Sequence[Tensor], targets: Sequence[AlignmentTarget], *, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return the term as it is differentiated, and as it is logged: the mean of -cos, without its coefficient.
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the term as it is differentiated, as it is logged, and where there are several each encoder's log.
 
-        projections are [B,T,E_k], one an encoder, in the order of `targets`.
+        What is logged is the mean of -cos, without coefficients. projections are [B,T,E_k], one an encoder, in the
+        order of `targets`.
         """
-        coefficient = self.coefficient(step)
-        weight = coefficient / self._accumulation
-        loss = alignment_loss(projections, targets, gamma=self.config.gamma, weight=weight)
-        return loss, loss.detach() / coefficient
+        coefficients, num = self.coefficients(step), len(projections)
+        weights = [coefficient / self._accumulation / num for coefficient in coefficients]
+        losses = alignment_losses(projections, targets, gamma=self.config.gamma, weights=weights)
+        loss = sum(losses[1:], start=losses[0])
+        if num == 1 or len(set(coefficients)) == 1:
+            logged = loss.detach() / coefficients[0]
+        else:
+            parts = [one.detach() / coefficient for one, coefficient in zip(losses, coefficients, strict=True)]
+            logged = sum(parts[1:], start=parts[0])
+        if num == 1:
+            return loss, logged, {}
+        each = zip(self.names, losses, coefficients, strict=True)
+        return loss, logged, {name: one.detach() * (num / coefficient) for name, one, coefficient in each}

@@ -111,11 +111,8 @@ class JiT(Objective):
     ) -> list[Term]:
         """Return the error of the clipped velocity, and the alignment loss while there is one."""
         denoising = ((prediction.float() - posed.target) / posed.extra).square().mean() / self.given.accumulation
-        terms = [Term(name="denoising_loss", value=denoising, logged=denoising)]
-        if projections:
-            value, logged = self.alignment.loss(projections, batch.data.features, step=step)
-            terms.append(Term(name="alignment_loss", value=value, logged=logged))
-        return terms
+        first = Term(name="denoising_loss", value=denoising, logged=denoising)
+        return [first, *self.alignment_terms(projections, batch.data.features, step)]
 
     def dummy_inputs(self, num: int) -> tuple[Tensor, ...]:
         """Return zeros for z, t, labels and seeds."""

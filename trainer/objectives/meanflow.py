@@ -173,14 +173,11 @@ class MeanFlow(Objective):
         squares = (prediction.float() - posed.target).square().flatten(1)
         error = squares.sum(1)
         weighted = (error / (error.detach() + settings.floor) ** settings.power).mean() / self.given.accumulation
-        terms = [
+        return [
             Term(name="denoising_loss", value=None, logged=squares.mean() / self.given.accumulation),
             Term(name="weighted_loss", value=weighted, logged=weighted),
+            *self.alignment_terms(projections, batch.data.features, step),
         ]
-        if projections:
-            value, logged = self.alignment.loss(projections, batch.data.features, step=step)
-            terms.append(Term(name="alignment_loss", value=value, logged=logged))
-        return terms
 
     def dummy_inputs(self, num: int) -> tuple[Tensor, ...]:
         """Return zeros for z, t, labels and t - r."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..diffusion.interpolant import Interpolant
 from ..diffusion.latents import LatentNorm, draw_latents, to_model_input
+from ..diffusion.losses import AlignmentTarget
 from ..models.projector import ProjectorConfig
 from ..models.sit import SiT, SiTConfig
 from ..reading.batches import MicroBatch
@@ -150,7 +151,8 @@ class Objective:
         """
         self.given = given
         self.settings = settings
-        self.alignment = Alignment(given.alignment, num_encoders=len(given.features), accumulation=given.accumulation)
+        names = [spec.name for spec in given.features]
+        self.alignment = Alignment(given.alignment, names=names, accumulation=given.accumulation)
         self._norm = given.norm.tensors(given.device)
 
     # Before there is a model
@@ -242,6 +244,16 @@ class Objective:
     def labels(self, batch: MicroBatch) -> Tensor:
         """Return the labels [B] int64 with the dropped ones replaced by the null label."""
         return torch.where(batch.draws["dropped"], self.given.null_label, batch.data.labels)
+
+    def alignment_terms(
+        self, projections: Sequence[Tensor], targets: Sequence[AlignmentTarget], step: int
+    ) -> list[Term]:
+        """Return the alignment loss while there is one, and for the log each encoder's where there are several."""
+        if not projections:
+            return []
+        value, logged, each = self.alignment.losses(projections, targets, step=step)
+        parts = [Term(name=f"alignment_loss_{name}", value=None, logged=one) for name, one in each.items()]
+        return [Term(name="alignment_loss", value=value, logged=logged), *parts]
 
     def _draw_t(self, out: Tensor, generator: torch.Generator) -> None:
         out.copy_(self.given.interpolant.sample_t(len(out), generator=generator))

@@ -146,7 +146,7 @@ class REG(Objective):
             (tokens,) = projections
             projections = tokens[:, 1:], tokens[:, :1]
         patches, cls = projections
-        coefficient = self.alignment.coefficient(step)
+        (coefficient,) = self.alignment.coefficients(step)
         share = coefficient / self.given.accumulation / (1 + patches.shape[1])
         loss = alignment_loss(
             [patches], batch.data.features, gamma=self.given.alignment.gamma, weight=share * patches.shape[1]

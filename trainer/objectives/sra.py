@@ -59,7 +59,7 @@ class SRA(Velocity):
 
     def __init__(self, given: Given, settings: SRAConfig) -> None:
         super().__init__(given, settings)
-        self.alignment = Alignment(given.alignment, num_encoders=1, accumulation=given.accumulation)  # its own average
+        self.alignment = Alignment(given.alignment, names=["its average"], accumulation=given.accumulation)
 
     @classmethod
     def reads(cls, alignment: AlignmentConfig) -> Reads:
@@ -112,8 +112,7 @@ class SRA(Velocity):
     ) -> list[Term]:
         """Return the denoising loss and the alignment loss."""
         terms = super().terms(prediction, (), posed, batch, step)
-        value, logged = self.alignment.loss(projections, [posed.extra], step=step)
-        return [*terms, Term(name="alignment_loss", value=value, logged=logged)]
+        return [*terms, *self.alignment_terms(projections, [posed.extra], step)]
 
     def _draw_gap(self, out: Tensor, generator: torch.Generator) -> None:
         torch.rand(out.shape, generator=generator, out=out).mul_(self.settings.max_gap)

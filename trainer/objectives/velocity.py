@@ -37,11 +37,8 @@ class Velocity(Objective):
     ) -> list[Term]:
         """Return the denoising loss, and the alignment loss while there is one."""
         denoising = denoising_loss(prediction, posed.target) / self.given.accumulation
-        terms = [Term(name="denoising_loss", value=denoising, logged=denoising)]
-        if projections:
-            value, logged = self.alignment.loss(projections, batch.data.features, step=step)
-            terms.append(Term(name="alignment_loss", value=value, logged=logged))
-        return terms
+        first = Term(name="denoising_loss", value=denoising, logged=denoising)
+        return [first, *self.alignment_terms(projections, batch.data.features, step)]
 
     @classmethod
     def field(cls, interpolant: Interpolant, settings: Any) -> Field:

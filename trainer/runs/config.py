@@ -22,6 +22,7 @@ from .optimizer import OptimizerConfig
 
 Bytes = NewType("Bytes", int)  # may be written as 512MB or 2GiB
 PRECISIONS = ("auto", "fp32", "bf16")
+BY_ENCODER = ("alignment.proj_coeff", "alignment.encoder_depth")  # one for all, or one an encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,33 @@ class OnlineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Loss on samples that are never trained on, with the same noise, times and labels each time; `every` steps."""
+
+    fraction: float = 0.0  # share of the cache's samples that is held out; 0: none
+    cache: str | None = None  # or another cache, of the same networks and classes
+    every: int = 1000  # steps between two validations; the run's last step has one, too
+    num: int = 4096  # samples of them, or all where there are fewer
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num"):
+            at_least(f"validation.{name}", getattr(self, name), 1)
+        if not 0 <= self.fraction < 1:
+            raise UsageError(f"validation.fraction is {self.fraction}; expected a share from 0 to below 1")
+        if self.cache == "":  # as of a variable that is not set
+            raise UsageError("validation.cache is empty; name a cache, or leave it out")
+        if self.fraction and self.cache is not None:
+            raise UsageError(
+                f"validation.fraction is {self.fraction} and validation.cache {self.cache}; choose one of them"
+            )
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything is validated."""
+        return self.fraction > 0 or self.cache is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A training run. Defaults are SiT's and REPA's published ones."""
 
@@ -100,6 +128,8 @@ class RunConfig:
     accumulation: int = 1  # micro-batches an optimizer step
     init: str | None = None  # run or checkpoint whose averaged weights training begins with; null: drawn from the seed
     seed: int = 0  # of weights, order and noise
+    subset: int | None = None  # train on so many of the samples; null: on all
+    split_seed: int = 0  # of the subset, of what is held out and of its noise: not the run's, so that seeds share them
     shuffle: Shuffle = "global"  # or blocks: shards in random order, shuffled within a window of shuffle_window
     shuffle_window: int = DEFAULT_WINDOW  # shards, of shuffle=blocks
     precision: str = "auto"  # fp32 | bf16 of the passes; parameters and EMA stay float32. auto: bf16 on CUDA only
@@ -116,6 +146,7 @@ class RunConfig:
     jit: JiTMethodConfig = field(default_factory=JiTMethodConfig)
     internal: InternalConfig = field(default_factory=InternalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
@@ -134,7 +165,10 @@ class RunConfig:
         counts = ("steps", "batch_size", "accumulation", "shuffle_window", "log_every", "save_every", "keep_last")
         for name in (*counts, "prefetch_bytes"):
             at_least(name, getattr(self, name), 1)
-        at_least("seed", self.seed, 0)
+        for name in ("seed", "split_seed"):
+            at_least(name, getattr(self, name), 0)
+        if self.subset is not None:
+            at_least("subset", self.subset, 1)
         if self.keep_every is not None:
             at_least("keep_every", self.keep_every, 1)
         if self.save_minutes is not None and not self.save_minutes > 0:
@@ -162,6 +196,13 @@ class RunConfig:
                 raise UsageError(
                     "--stage copies what is read, and with online.data tokens are not; leave one of them out"
                 )
+        for name in BY_ENCODER:
+            values = getattr(self.alignment, name.rpartition(".")[2])
+            if isinstance(values, tuple) and len(values) != len(self.encoders):
+                raise UsageError(
+                    f"{name} has {len(values)} values, one an encoder, and --encoder names "
+                    f"{', '.join(self.encoders) or 'none'}. Give one for all, or name as many encoders"
+                )
         for section in sorted(other_sections(self.objective)):
             if getattr(self, section) != type(getattr(self, section))():
                 raise UsageError(
@@ -188,13 +229,14 @@ class RunConfig:
 
     def plain(self) -> dict[str, Any]:
         """Return the configuration as nested dicts of JSON values."""
-        return {key: _as_json(value) for key, value in asdict(self).items()}
+        return _as_json(asdict(self))
 
 
-# A resume may differ in these. `cache` is where the data lies; what it holds is compared by fingerprint.
+# A resume may differ in these. A `cache` is where data lies; what it holds is compared by fingerprint.
 MAY_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "save_minutes", "keep_last", "keep_every"}
     | {"logger", "stage", "check_reads", "prefetch_bytes", "cache", "out", "entries"}
+    | {"validation.every", "validation.cache"}
     | {f"grid.{item.name}" for item in fields(GridConfig)}
     | {f"evaluation.{item.name}" for item in fields(EvaluationConfig)}
     | {f"online.{item.name}" for item in fields(OnlineConfig)}

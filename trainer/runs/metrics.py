@@ -1,20 +1,22 @@
-"""What a run reports: metrics.jsonl with each step exactly once, TensorBoard beside it, a line or a bar on the screen.
+"""What a run reports: metrics.jsonl with each step exactly once, and a line or a bar on the screen.
 
 A record is one step: {"step": 1, "denoising_loss": ..., "alignment_loss": ..., "grad_norm": ...}, losses averaged
 over micro-batches and ranks. The last step of each log also carries wall_s, the seconds that the run has trained, over
 all its sessions; and for the time since the last one (less what saving, grids and evaluation took) and all ranks
 together, samples_per_s, read_gb_per_s (10^9 bytes that the reader returned, a second) and data_wait, the share of it
-that the slowest rank waited for data.
+that the slowest rank waited for data. A validated step has val_denoising_loss and so on, of the trained weights, and
+val_ema_denoising_loss, of their average (evaluating/validation.py).
 """
 
 import contextlib
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from ...cache_specs.errors import JobError, printable, writing
 from ...cache_specs.files.whole_file import write_all
@@ -22,11 +24,12 @@ from ...cache_specs.files.whole_file import write_all
 Record = Mapping[str, float | int]
 
 METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 RESUME = "continue with --resume auto"
 APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 MOST_LINE_BYTES = 1 << 20  # of the file: a longer one is none of ours
 LINE_EVERY_S = 60.0  # where there is no terminal to draw a bar on
+WIDTH = 80  # columns of what is printed
+_FOLD = textwrap.TextWrapper(WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 class MetricsFile:
@@ -107,53 +110,6 @@ def _step_of(line: bytes) -> int | str:
     return step if type(step) is int and step < 2**63 else "a damaged line"
 
 
-class Board(Protocol):
-    """What is used of a TensorBoard writer."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
-    def flush(self) -> Any: ...
-    def close(self) -> None: ...
-
-
-class TensorBoard:
-    """The same records as TensorBoard scalars, where tensorboard is installed; says once where it is not.
-
-    Raises JobError where the disk refuses a write.
-    """
-
-    def __init__(self, folder: Path, *, done: int) -> None:
-        self._folder = folder / TENSORBOARD_FOLDER
-        self._board: Board | None = None
-        if self._folder.is_symlink():  # its files would be made in whatever folder somebody has it name
-            raise JobError(f"{self._folder} is a link, not a folder of the run; remove it, then {RESUME}")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            print(f"tensorboard is not installed: scalars are in {METRICS_FILE} only", file=sys.stderr)
-            return
-        # Steps after the checkpoint run again: the events of an interrupted run past it are hidden.
-        with writing(self._folder, then=RESUME):
-            self._board = SummaryWriter(str(self._folder), purge_step=done + 1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._board is not None:
-            with contextlib.suppress(OSError):  # `write` has flushed what it wrote
-                self._board.close()
-
-    def write(self, records: Sequence[Record]) -> None:
-        if self._board is None:
-            return
-        with writing(self._folder, then=RESUME):
-            for record in records:
-                for name, value in record.items():
-                    if name != "step":
-                        self._board.add_scalar(name, value, int(record["step"]))
-            self._board.flush()
-
-
 class Progress:
     """A bar on a terminal (where tqdm is installed); elsewhere a line at the first log, each minute, and at the end."""
 
@@ -197,7 +153,9 @@ class Progress:
     def log(self, record: Record) -> None:
         """Show the losses of a logged step, the rate and the time left."""
         losses = "  ".join(
-            f"{name.removesuffix('_loss')} {value:.4f}" for name, value in record.items() if name.endswith("_loss")
+            f"{name.removesuffix('_loss')} {value:.4f}"
+            for name, value in record.items()
+            if name.endswith("_loss") and not name.startswith("val_")
         )
         if self._bar is not None:
             self._bar.set_postfix_str(losses)
@@ -211,15 +169,21 @@ class Progress:
         speed = f"  {record['samples_per_s']:.4g} samples/s" if "samples_per_s" in record else ""
         if step < self._total and step > before and now > since:
             speed += f"  {human_seconds((self._total - step) * (now - since) / (step - before))} left"
-        print(f"step {step}/{self._total}  {losses}{speed}", flush=True)
+        print(folded(f"step {step}/{self._total}  {losses}{speed}"), flush=True)
 
 
 def say(line: str) -> None:
-    """Print a line; above the bar, where there is one on this terminal."""
+    """Print a line, folded; above the bar, where there is one on this terminal."""
+    text = folded(printable(line))
     if sys.stderr.isatty() and "tqdm" in sys.modules:
-        sys.modules["tqdm"].tqdm.write(printable(line))
+        sys.modules["tqdm"].tqdm.write(text)
     else:
-        print(printable(line), flush=True)
+        print(text, flush=True)
+
+
+def folded(line: str) -> str:
+    """Return a line in as many as fit WIDTH columns, names and paths whole."""
+    return _FOLD.fill(line)
 
 
 def human_seconds(seconds: float) -> str:

@@ -16,6 +16,7 @@ from ..reading.batches import Batches, Place
 from ..reading.draws import DrawSpec
 from ..reading.reader import CacheReader
 from .config import RunConfig
+from .held_out import split
 from .start import conventions
 
 
@@ -55,7 +56,8 @@ def make_batches(config: RunConfig, reader: CacheReader, world: World, objective
         )
         later = (config.alignment.end, bare)
     place = Place(batch_size=config.batch_size, accumulation=config.accumulation, rank=world.rank, world=world.size)
-    return Batches(reader, spec, place, shuffle=config.shuffle, window=config.shuffle_window, later=later)
+    rows = split(config, reader).training
+    return Batches(reader, spec, place, shuffle=config.shuffle, window=config.shuffle_window, later=later, rows=rows)
 
 
 def build_model(config: RunConfig, reader: CacheReader) -> SiT:

@@ -28,6 +28,7 @@ from ..reading.online import Online, OnlineReader
 from ..reading.reader import CacheReader
 from ..reading.stage import stage_cache
 from .config import RunConfig
+from .held_out import ValidationData, validation_data
 from .optimizer import GatedAdamW
 from .parts import (
     build_model,
@@ -61,6 +62,7 @@ class Run:
     objective: Objective
     batches: Batches
     norm: LatentNorm
+    validation: ValidationData | None = None
     step: int = 0
     aligned: bool = True  # whether the projectors are in the graph
 
@@ -100,16 +102,21 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """Return what is stored in config.json and in checkpoints: the settings and what the cache made of them."""
-        return record(self.config, self.reader, self.norm)
+        return record(self.config, self.reader, self.norm, self.validation)
 
 
-def record(config: RunConfig, reader: CacheReader, norm: LatentNorm) -> dict[str, Any]:
+def record(
+    config: RunConfig, reader: CacheReader, norm: LatentNorm, validation: ValidationData | None
+) -> dict[str, Any]:
     """Return a resolved configuration as JSON values, under `resolved` what the settings left to the cache.
 
-    `resolved.latents` has the autoencoder's record and the numbers of the model's input, x = (z - bias) * scale.
+    `resolved.latents` has the autoencoder's record and the numbers of the model's input, x = (z - bias) * scale;
+    `resolved.validation` the fingerprints of another cache that the run is judged by.
     """
-    latents = latent_source(reader, norm).plain()
-    return config.plain() | {RESOLVED: {"latents": latents, "class_names": list(reader.class_names)}}
+    resolved = {"latents": latent_source(reader, norm).plain(), "class_names": list(reader.class_names)}
+    if validation is not None and validation.reader is not reader:
+        resolved["validation"] = dict(validation.reader.fingerprints)
+    return config.plain() | {RESOLVED: resolved}
 
 
 def latent_source(reader: CacheReader, norm: LatentNorm) -> LatentSource:
@@ -211,5 +218,6 @@ def prepare(config: RunConfig, world: World, *, copy: Path | None = None, online
         objective=objective,
         batches=make_batches(config, reader, world, objective),
         norm=norm,
+        validation=validation_data(config, reader),
         aligned=bool(model.projectors),
     )

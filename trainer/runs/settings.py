@@ -16,8 +16,9 @@ from ...cache_specs.errors import UsageError, nearest, reason
 from ...cache_specs.files.outside import MOST_SETTINGS_BYTES, parse_yaml, read_text
 from ...cache_specs.sizes import parse_bytes
 from ...cache_specs.tables import packaged_table
+from ..objectives.alignment import AlignmentConfig
 from ..objectives.choose import other_sections
-from .config import MAY_CHANGE, Bytes, RunConfig
+from .config import BY_ENCODER, MAY_CHANGE, Bytes, RunConfig
 
 RESOLVED = "resolved"  # what the cache made of a run's settings
 HISTORY = "history"  # when, by what command and version a run was started and resumed
@@ -40,15 +41,40 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
     """
     known = _field_types(RunConfig)
     merged: dict[str, Any] = {}
+    named: dict[str, dict[str, Any]] = {key: {} for key in BY_ENCODER}
     for layer in layers:
-        for key, value in layer.values.items():
-            if key not in known:
+        for key, value in flatten(layer.values).items():
+            owner = next((owner for owner in BY_ENCODER if key.startswith(f"{owner}.")), key)
+            if owner not in known:
                 raise UsageError(f"{layer.source}: unknown key {key!r}; {_meant(key, known)}")
-            merged[key] = _coerce(value, known[key], f"{layer.source}: {key}")
+            found = _coerce(value, known[owner], f"{layer.source}: {key}")
+            if owner != key:
+                named[owner][key.removeprefix(f"{owner}.")] = found
+                continue
+            merged[key] = found
+            named.get(key, {}).clear()
+    for key, chosen in named.items():
+        merged |= _by_encoder(key, merged, chosen)
     for key in ("cache", "out"):
         if merged.get(key) == "":  # as of a variable that is not set: it would name the working folder
             raise UsageError(f"{key} is empty; name a folder")
     return _build(RunConfig, merged)
+
+
+def _by_encoder(key: str, merged: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a setting with the values that were `chosen` for encoders by name: one an encoder, or one for all."""
+    encoders = merged.get("encoders", ())
+    if not chosen and key not in merged:
+        return {}
+    value = merged[key] if key in merged else getattr(AlignmentConfig(), key.rpartition(".")[2])
+    values = list(value) if isinstance(value, tuple) else [value] * max(1, len(encoders))
+    for encoder, one in chosen.items():
+        if encoder not in encoders:
+            raise UsageError(f"{key}.{encoder}: --encoder names no such encoder; {nearest(encoder, encoders)}")
+        if isinstance(one, tuple) or len(values) != len(encoders):
+            raise UsageError(f"{key}.{encoder} is {one!r} beside {values}; expected one number an encoder")
+        values[encoders.index(encoder)] = one
+    return {key: values[0] if len(set(values)) == 1 and len(values) in (1, len(encoders)) else tuple(values)}
 
 
 # What people call settings elsewhere.
@@ -60,6 +86,9 @@ SYNONYMS = {
     "epochs": "steps",
     "max_steps": "steps",
     "batch": "batch_size",
+    "num_samples": "subset",
+    "val_fraction": "validation.fraction",
+    "val_data": "validation.cache",
     "grad_clip": "optimizer.clip",
     "max_grad_norm": "optimizer.clip",
     "warmup": "optimizer.warmup_steps",
@@ -163,6 +192,11 @@ def used(config: Mapping[str, Any]) -> dict[str, Any]:
                 alignment.pop(name, None)
     if kept.get("shuffle") == "global":
         kept.pop("shuffle_window", None)
+    validation = kept.get("validation")
+    if isinstance(validation, dict) and not validation.get("fraction") and validation.get("cache") is None:
+        kept["validation"] = {"fraction": 0.0}
+        if kept.get("subset") is None:
+            kept.pop("split_seed", None)
     for section in other_sections(config.get("objective", "velocity")):
         kept.pop(section, None)
     for section in ("grid", "evaluation"):
@@ -219,10 +253,11 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     """Return `value` as the field's type, refusing what would change its meaning."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and str not in arguments):
+        none = value is None or (isinstance(value, str) and value.lower() in ("none", "null") and str not in arguments)
+        if none and types.NoneType in arguments:
             return None
-        (hint,) = (argument for argument in arguments if argument is not types.NoneType)
-        return _coerce(value, hint, where)
+        single, *several = (argument for argument in arguments if argument is not types.NoneType)
+        return _coerce(value, several[0] if several and isinstance(value, list | tuple) else single, where)
     if origin is Literal:
         if isinstance(value, str) and value.lower() in arguments:
             value = value.lower()

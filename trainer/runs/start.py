@@ -4,12 +4,13 @@ Weights alone are taken, never optimizer, step or data order. A checkpoint in Si
 it: the architecture of the run is the checkpoint's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...cache_specs.errors import UsageError
 from ..diffusion.latents import LatentNorm
@@ -40,21 +41,42 @@ def take_weights(path: str, model: SiT, averages: Sequence[EMA], norm: LatentNor
     Returns what to say of it. Raises UsageError where they do not fit, or their latents are normalised otherwise.
     """
     trained = initial(path)
-    if trained.config is not None and (found := trained.latents(None).norm) != norm:  # a published file does not say
-        raise UsageError(
-            f"init: the latents of {trained.path} are normalised otherwise (scale {list(found.scale)}, bias "
-            f"{list(found.bias)}; here {list(norm.scale)}, {list(norm.bias)}). Train with its latent_norm"
-        )
-    try:
-        fresh = take_over(model, trained.model)
-    except UsageError as error:
-        raise UsageError(f"init: {trained.path} {error}") from error
+    check_weights(path, model, norm)
+    fresh = take_over(model, trained.model)
     for average in averages:
         average.model.load_state_dict(model.state_dict())
     initial.cache_clear()
     drawn = f"; drawn from the seed: {', '.join(sorted({name.partition('.')[0] for name in fresh}))}" if fresh else ""
     num = len(model.state_dict())
     return [*trained.assumed, f"init: {trained.path}, {num - len(fresh)} of {num} tensors{drawn}"]
+
+
+def check_weights(path: str, model: SiT, norm: LatentNorm) -> None:
+    """Raise UsageError where a model, or only its shapes, cannot begin with the weights that `init` names."""
+    trained = initial(path)
+    if trained.config is not None and (found := trained.latents(None).norm) != norm:  # a published file does not say
+        raise UsageError(
+            f"init: the latents of {trained.path} are normalised otherwise (scale {list(found.scale)}, bias "
+            f"{list(found.bias)}; here {list(norm.scale)}, {list(norm.bias)}). Train with its latent_norm"
+        )
+    try:
+        _fitting(model.state_dict(), trained.model.state_dict(), model.config.name)
+    except UsageError as error:
+        raise UsageError(f"init: {trained.path} {error}") from error
+
+
+def _fitting(ours: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors of `found` that `ours` have a place for; raise UsageError for others than projectors'."""
+    taken = {name: tensor for name, tensor in found.items() if name in ours and tensor.shape == ours[name].shape}
+    unfit = [name for name in found if name not in taken and not name.startswith("projectors.")]
+    if unfit:
+        first = unfit[0]
+        has = list(ours[first].shape) if first in ours else "none"
+        raise UsageError(
+            f"holds {first} {list(found[first].shape)}, and {name} has {has} ({len(unfit)} names differ); start from "
+            f"weights of the same model, latents and classes"
+        )
+    return taken
 
 
 @torch.no_grad()
@@ -64,16 +86,8 @@ def take_over(model: SiT, trained: SiT) -> list[str]:
     They are what `trained` lacks, projectors of another shape among them. MeanFlow's second time embedder then ends in
     zero, so that the model answers what the trained one did. Raises UsageError where the rest does not fit.
     """
-    found, ours = trained.state_dict(), model.state_dict()
-    taken = {name: tensor for name, tensor in found.items() if name in ours and tensor.shape == ours[name].shape}
-    unfit = [name for name in found if name not in taken and not name.startswith("projectors.")]
-    if unfit:
-        name = unfit[0]
-        has = list(ours[name].shape) if name in ours else "none"
-        raise UsageError(
-            f"holds {name} {list(found[name].shape)}, and {model.config.name} has {has} ({len(unfit)} names differ); "
-            f"start from weights of the same model, latents and classes"
-        )
+    ours = model.state_dict()
+    taken = _fitting(ours, trained.state_dict(), model.config.name)
     model.load_state_dict(ours | taken)
     if model.r_embedder is not None and not any(name.startswith("r_embedder") for name in taken):
         for parameter in model.r_embedder.mlp[-1].parameters():

@@ -14,6 +14,7 @@ from .records import RunRecord
 
 POINTS = 300  # of a curve
 _WALL = "wall_s"  # seconds that the run has trained; older runs do not have it
+VALIDATION = "val_denoising_loss"  # on samples that the run never trained on
 _NO_CURVE = {"step", _WALL}
 
 
@@ -31,7 +32,7 @@ class Curve:
 def curve_names(runs: list[RunRecord]) -> list[str]:
     """Return the metrics that a run has, losses first."""
     names = {name for run in runs for name in run.metrics} - _NO_CURVE
-    first = ("denoising_loss", "alignment_loss", "val_loss", "grad_norm")
+    first = ("denoising_loss", VALIDATION, "val_ema_denoising_loss", "alignment_loss", "grad_norm")
     return sorted(names, key=lambda name: (first.index(name) if name in first else len(first), name))
 
 
@@ -80,6 +81,13 @@ def seconds(run: RunRecord) -> tuple[np.ndarray, np.ndarray, bool]:
     step = metrics["step"][there]
     before = np.concatenate([metrics["step"][:1] - 1, step[:-1]])
     return step, np.cumsum((step - before) * int(run.config["batch_size"]) / rate[there]), False
+
+
+def last(run: RunRecord, name: str) -> float | None:
+    """Return the last value of a metric, None where the run has none."""
+    values = run.metrics.get(name, np.empty(0))
+    there = values[np.isfinite(values)]
+    return float(there[-1]) if len(there) else None
 
 
 def speeds(run: RunRecord) -> dict[str, float]:

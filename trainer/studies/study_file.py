@@ -21,7 +21,7 @@ from typing import Any
 from ...cache_specs.errors import UsageError, nearest, reason
 from ...cache_specs.files.outside import MOST_SETTINGS_BYTES, parse_yaml, read_text
 from ..objectives.choose import objective_class
-from ..runs.config import RunConfig
+from ..runs.config import BY_ENCODER, RunConfig
 from ..runs.settings import Layer, flatten, recipe_layer, required, resolve
 
 SECTIONS = ("base", "grid", "runs", "exclude", "seeds", "evaluation")
@@ -133,16 +133,24 @@ def _row(study: StudyFile, varied: Mapping[str, Any]) -> Row:
     ]
     recipe = recipe_layer(required("recipe", sources), required("model", sources))
     method = objective_class(str(recipe.values.get("objective", "velocity")))
-    alone = resolve([recipe, *(_without(source, ("encoders",)) for source in sources)])
+    alone = resolve([recipe, *map(_without_encoders, sources)])
     if method.reads(alone.alignment).patch_tokens:
         return Row(varied=varied, config=resolve([recipe, *sources]))
     kept = {key: value for key, value in varied.items() if key != "encoders" and not key.startswith("alignment.")}
-    sources = [_without(source, ("encoders",)) for source in sources[:2]]
+    sources = [_without_encoders(source) for source in sources[:2]]
     return Row(varied=kept, config=resolve([recipe, *sources, Layer(source=where, values=kept)]))
 
 
-def _without(layer: Layer, keys: tuple[str, ...]) -> Layer:
-    return Layer(source=layer.source, values={key: value for key, value in layer.values.items() if key not in keys})
+def _without_encoders(layer: Layer) -> Layer:
+    """Return the settings of a layer less the encoders and what is said of each of them."""
+    kept = {
+        key: value
+        for key, value in layer.values.items()
+        if key != "encoders"
+        and not key.startswith(tuple(f"{owner}." for owner in BY_ENCODER))
+        and not (key in BY_ENCODER and isinstance(value, list | tuple))
+    }
+    return Layer(source=layer.source, values=kept)
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
@@ -151,12 +159,12 @@ def _plain(config: RunConfig) -> dict[str, Any]:
 
 def _word(key: str, value: Any) -> str:
     """Return a setting as part of a name: texts by themselves, numbers behind the last part of their key."""
-    if isinstance(value, list | tuple):
-        return "+".join(map(str, value))
-    if isinstance(value, str):
-        return value
     name = {"seed": "s", "learning_rate": "lr", "proj_coeff": "coeff", "encoder_depth": "depth"}
     last = key.rpartition(".")[2]
+    if isinstance(value, list | tuple):
+        return ("" if key not in BY_ENCODER else name[last]) + "+".join(map(str, value))
+    if isinstance(value, str):
+        return value
     return f"{name.get(last, last)}{'none' if value is None else format(value, 'g') if _number(value) else value}"
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ...cache_specs.errors import UsageError
-from .compare import Comparison, Setting, at_step, show
-from .curves import speeds
+from .compare import Comparison, Setting, Spread, at_step, show
+from .curves import VALIDATION, last, speeds
 from .figures import first_better
 from .records import RunRecord
 from .verdict import facts, plus_minus, rounded
@@ -76,6 +76,7 @@ def make_table(found: Comparison, *, under: Sequence[float] = ()) -> Table:
     """
     if under and found.quality is None:
         raise UsageError("--under: no compared run was evaluated, so that there is no quality to get under anything")
+    judged = any(last(run, VALIDATION) is not None for run in found.study)
     columns = [Column(key=key, title=_title(key), kind="setting") for key in found.keys]
     columns += [
         Column(key=figure.name, title=figure.title, kind="figure", better=figure.better, short=figure.short)
@@ -85,6 +86,7 @@ def make_table(found: Comparison, *, under: Sequence[float] = ()) -> Table:
     columns += [
         Column(key="seeds", title="Seeds", kind="state"),
         Column(key="steps", title="Steps", kind="state"),
+        *([Column(key=VALIDATION, title="Validation loss", kind="state")] if judged else []),
         Column(key="samples_per_s", title="Samples/s", kind="cost"),
         Column(key="data_wait", title="Data wait", kind="cost"),
         Column(key="train_s", title="Time of steps", kind="cost"),
@@ -121,7 +123,7 @@ def _setting_row(found: Comparison, one: Setting) -> Row:
     cells["seeds"] = Cell(text=str(len(one.runs)), value=float(len(one.runs)))
     steps = [run.steps for run in one.runs]
     cells["steps"] = Cell(text=f"{max(steps):,}", value=float(max(steps)))
-    cells |= _costs([speeds(run) for run in one.runs])
+    cells |= _validation(one.runs) | _costs([speeds(run) for run in one.runs])
     return Row(name=one.label, cells=cells, runs=[str(run.folder) for run in one.runs])
 
 
@@ -137,7 +139,7 @@ def _run_row(found: Comparison, run: RunRecord, one: Setting | None, reason: str
             if isinstance(value := record.get(name), int | float):
                 text = rounded(value) + BIASED * spread.biased
                 cells[name] = Cell(text=text, value=float(value), biased=spread.biased)
-    cells |= _costs([speeds(run)])
+    cells |= _validation([run]) | _costs([speeds(run)])
     return Row(name=run.name, cells=cells, runs=[str(run.folder)], reason=reason)
 
 
@@ -174,6 +176,15 @@ def _reach_cell(found: Comparison, one: Setting, runs: Sequence[RunRecord], limi
 def _setting_cell(value: Any) -> Cell:
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
     return Cell(text=show(value), value=value if numeric else show(value))
+
+
+def _validation(runs: Sequence[RunRecord]) -> dict[str, Cell]:
+    """Return the last loss of each run on what it never trained on, mean and spread; methods differ in what it is."""
+    values = tuple(value for run in runs if (value := last(run, VALIDATION)) is not None)
+    if not values:
+        return {}
+    found = Spread(values=values)
+    return {VALIDATION: Cell(text=plus_minus(found), value=found.mean, spread=found.spread)}
 
 
 def _costs(found: Sequence[dict[str, float]]) -> dict[str, Cell]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...cache_specs.errors import JobError
 from ..distributed import StopRequest, averaging, settle_buckets
+from ..evaluating.validation import Validation
 from ..models.checkpoint import save_checkpoint, save_ema
 from ..reading.prefetch import ReadAhead, batches_ahead
 from ..runs.run import Run
@@ -71,10 +72,10 @@ def train(
 
     It ends at step `until` where that comes before, as if it had been stopped there.
 
-    `draw_grid` is called on rank 0 every `grid.every` steps, `evaluation` on every rank every `evaluation.every` steps,
-    once they are saved: it may take so long that it is killed, or stopped, and a resume then begins with it. Both must
-    change nothing in the run. Raises JobError naming the first step that was not finite, once the state
-    before it is saved.
+    `draw_grid` is called on rank 0 every `grid.every` steps and gives a sheet; `evaluation` is on every rank, every
+    `evaluation.every` steps, once they are saved: it may take so long that it is killed, or stopped, and a resume then
+    begins with it. Both must change nothing in the run. Raises JobError naming the first step that was not finite, once
+    the state before it is saved.
     """
     config, world = run.config, run.world
     end = config.steps if until is None else min(until, config.steps)
@@ -82,10 +83,11 @@ def train(
     settle(run)
     saved = run.step
     save_after_s = None if config.save_minutes is None else 60 * config.save_minutes
+    validation = None if run.validation is None else Validation(run, run.validation)
     depth = batches_ahead(config.prefetch_bytes, run.batches.num_bytes)
     with (
         ReadAhead(run.batches, first=run.step, last=max(run.step, end), depth=depth, device=world.device) as ahead,
-        Reporter(run, ahead) as reporter,
+        Reporter(run, ahead, figures=() if evaluation is None else evaluation.figures) as reporter,
         StopRequest(world, save_after_s=save_after_s) as stop,
     ):
         stopped = False
@@ -104,8 +106,9 @@ def train(
             keep = config.keep_every is not None and run.step % config.keep_every == 0
             save = last or evaluate or keep or overdue or run.step % config.save_every == 0
             grid = config.grid.every > 0 and run.step % config.grid.every == 0
-            if save or grid or run.step % config.log_every == 0:
-                bad = reporter.log()
+            validate = validation is not None and validation.due(run)
+            if save or grid or validate or run.step % config.log_every == 0:
+                bad = reporter.log(validation.at if validation is not None and validate else None)
                 if bad is not None:
                     run.step = bad[0] - 1  # the state that the gate has kept
                     if run.step > saved:
@@ -120,7 +123,7 @@ def train(
                 save_average(run)
             try:
                 if grid and draw_grid is not None and world.is_main:
-                    draw_grid(run)
+                    reporter.drawn(draw_grid(run))
             except Exception:
                 if run.step > saved:
                     save_state(run)  # the pictures failed, not the training
@@ -130,7 +133,7 @@ def train(
                 last = last or stop.agreed()
             if last:
                 break
-            if save or grid:
+            if save or grid or validate:
                 world.wait()  # for what rank 0 did alone
                 reporter.resume_clock()
 

@@ -7,19 +7,23 @@ the screen, and the first step that was not finite; and once the line that says 
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from ..evaluating.validation import as_line
 from ..reading.prefetch import MOST_AHEAD, ReadAhead
 from ..reading.speed import Interval, Speed
+from ..runs.board import TensorBoard
 from ..runs.identity import run_digest
 from ..runs.loggers import Logger, Told
-from ..runs.metrics import MetricsFile, Progress, Record, TensorBoard
+from ..runs.metrics import MetricsFile, Progress, Record
 from ..runs.run import Run
+from ..runs.settings import RESOLVED, flatten, used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +38,20 @@ class StepResult:
 
 
 class Reporter:
-    """Collects the steps since the last log; every rank has one, rank 0's writes. `clock` gives seconds."""
+    """Collects the steps since the last log; every rank has one, rank 0's writes.
 
-    def __init__(self, run: Run, ahead: ReadAhead, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    `figures` are the names of what evaluations will say; `clock` gives seconds.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        ahead: ReadAhead,
+        *,
+        figures: Sequence[str] = (),
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._figures = figures
         self._run = run
         self._ahead = ahead
         self._clock = clock
@@ -55,7 +70,7 @@ class Reporter:
         if run.world.is_main:
             with contextlib.ExitStack() as opened:
                 self._file = opened.enter_context(MetricsFile(run.folder, done=run.step))
-                self._board = opened.enter_context(TensorBoard(run.folder, done=run.step))
+                self._board = opened.enter_context(self._open_board())
                 told = Told(folder=run.folder, config=run.record(), digest=_digest(run), step=run.step)
                 self._logger = opened.enter_context(Logger(run.config.logger, told))
                 self._progress = opened.enter_context(Progress(done=run.step, total=run.config.steps))
@@ -73,8 +88,10 @@ class Reporter:
         if self._run.world.is_main:
             self._progress.advance(1)
 
-    def log(self) -> tuple[int, dict[str, float]] | None:
+    def log(self, judge: Callable[[Run], dict[str, float]] | None = None) -> tuple[int, dict[str, float]] | None:
         """Write every step since the last log; return the first that was not finite, with its numbers.
+
+        What `judge` says of the run at this step stands in its record; it is called on every rank.
 
         The steps before that one are written, it and what follows are not: the state has not moved since.
         """
@@ -94,27 +111,41 @@ class Reporter:
                 bad = (step, named)
                 break
             records.append({"step": step, **named})
+        judged = {} if judge is None or bad is not None else judge(self._run)
         if world.is_main and records:
             wall_s = self._file.wall_s + self._clock() - self._entered
-            records[-1] |= {"wall_s": wall_s, **self._speed.record(interval)}
+            finite = {name: value for name, value in judged.items() if math.isfinite(value)}
+            records[-1] |= {**finite, "wall_s": wall_s, **self._speed.record(interval)}
             self._file.write(records)
             self._board.write(records)
             self._logger.write(records)
             self._progress.log(records[-1])
+            if judged:
+                self._progress.say(as_line(self._run.step, judged))
             verdict = self._speed.bound(interval, last=self._run.step == self._run.config.steps)
             if verdict is not None:
                 self._progress.say(verdict)
         return bad
 
     def evaluated(self, record: Record | None) -> None:
-        """Tell the run's logger the figures of an evaluation, where there are some and on the rank that has them."""
+        """Take the figures of an evaluation at this step, None where it ended early or was another rank's."""
         if record is not None and self._run.world.is_main:
+            self._board.evaluated(record)
             self._logger.write([record])
+
+    def drawn(self, sheet: object) -> None:
+        """Take the sheet of samples of this step, where it is a picture."""
+        if isinstance(sheet, Path) and sheet.suffix == ".png":
+            self._board.drawn(self._run.step, sheet)
 
     def resume_clock(self) -> None:
         """Count time from now on: what was done since the last log is no part of the speed of steps."""
         assert not self._steps
         self._last_log = self._now()
+
+    def _open_board(self) -> TensorBoard:
+        settings = flatten(used({key: value for key, value in self._run.record().items() if key != RESOLVED}))
+        return TensorBoard(self._run.folder, done=self._run.step, settings=settings, figures=self._figures)
 
     def _now(self) -> tuple[float, float, float]:
         return self._clock(), self._ahead.waited_s, self._ahead.reading_s

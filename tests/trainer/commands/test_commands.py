@@ -217,7 +217,7 @@ def test_repa_sample_refuses_in_one_line(make_cache, repa_train, tmp_path, capsy
         ((tmp_path / "none.pt",), "there is no such checkpoint"),
         ((run, "--sampler", "eule"), "did you mean 'euler'"),
         ((run, "--labels", "5"), "the model's classes are 0 to 2"),
-        ((run, "--labels", "some"), "expected random, balanced"),
+        ((run, "--labels", "some"), "labels: no class 'some'; Known: class 0, class 1, class 2. Or random"),
         ((run, "--cfg-scale", "0.5"), "cfg_scale is 0.5"),
         ((run, "--autoencoder", "pixels"), "says itself whose latents it draws"),
         ((run, "--checkpoint-convention", "sit"), "it says itself which way its t runs"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from repa.cache_specs.errors import UsageError
 from repa.trainer.evaluating import evaluation
@@ -83,6 +84,10 @@ def test_a_run_is_the_same_with_and_without_evaluation(demo, repa_train, tmp_pat
     assert "no FID and no Inception score: Inception's weights are not at hand" in evaluated.output
     assert "fid" not in (tmp_path / "evaluated" / "evaluation.jsonl").read_text().lower()
     assert not (tmp_path / "plain" / "evaluation.jsonl").exists()
+    board = EventAccumulator(str(tmp_path / "evaluated" / "tensorboard")).Reload()
+    for name in FIGURES:
+        shown = [(event.step, event.value) for event in board.Scalars(f"evaluation/{name}")]
+        assert shown == [(record["step"], pytest.approx(record[name], rel=1e-6)) for record in records]
 
 
 def test_the_figures_are_those_of_the_npz_and_the_cache(demo, repa_train, tmp_path):
@@ -218,6 +223,7 @@ def test_an_evaluation_that_cannot_be_made_is_refused_before_the_first_step(
     outcome = train(repa_train, demo, tmp_path / "run", *EVALUATE, *assignments)
     assert outcome.code == 2
     assert words in outcome.error
+    assert train(repa_train, demo, tmp_path / "run", *EVALUATE, *assignments, more=("--dry-run",)).code == 2
     assert not (tmp_path / "run").exists()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from repa.cache_specs.errors import JobError, UsageError
 from repa.trainer.evaluating import grids
@@ -33,6 +34,8 @@ def test_grids_change_nothing_in_the_run(make_cache, repa_train, tmp_path):
     assert [sheet.name for sheet in sheets] == ["0000002.png", "0000004.png"]
     with Image.open(sheets[0]) as sheet:
         assert sheet.size == (2 * 8 + 1, 3 * 8 + 2)  # three classes a row each, 8 px, gaps of 1
+    board = EventAccumulator(str(tmp_path / "drawn/tensorboard")).Reload()
+    assert [(image.step, image.width) for image in board.Images("samples")] == [(2, 17), (4, 17)]
 
 
 def test_without_a_decoder_latents_are_kept_and_it_is_said(make_cache, repa_train, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def test_the_weight_is_a_function_of_the_step_alone():
      ({"schedule": "cosine", "horizon": 9, "stop_step": 4}, 4)],
 )  # fmt: skip
 def test_it_ends_with_the_first_of_stop_step_and_horizon(settings, end):
-    alignment = Alignment(AlignmentConfig(**settings), num_encoders=1, accumulation=1)
+    alignment = Alignment(AlignmentConfig(**settings), names=["toy"], accumulation=1)
     assert AlignmentConfig(**settings).end == end
     assert [alignment.acts(step) for step in (0, 3, 10**6)] == [True, True, end is None]
     if end is not None:
@@ -47,9 +47,9 @@ def test_the_loss_has_the_weight_and_the_log_has_not():
     z, tokens = (torch.randn(2, 4, 8, generator=generator) for _ in range(2))
     mean = -torch.nn.functional.cosine_similarity(z, tokens, dim=-1).mean()
     config = AlignmentConfig(schedule="linear", horizon=10, proj_coeff=0.5)
-    alignment = Alignment(config, num_encoders=1, accumulation=2)
+    alignment = Alignment(config, names=["toy"], accumulation=2)
     for step, weight in ((0, 0.5), (6, 0.2)):
-        value, logged = alignment.loss([z], [TeacherTarget(tokens=tokens)], step=step)
+        value, logged, _ = alignment.losses([z], [TeacherTarget(tokens=tokens)], step=step)
         torch.testing.assert_close(value, weight / 2 * mean)
         torch.testing.assert_close(logged, mean / 2)
 

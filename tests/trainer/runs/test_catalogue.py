@@ -41,7 +41,7 @@ def test_the_page_is_what_the_command_prints(capsys):
         ("gamma", "'alignment.gamma'"),
         ("coeff", "'alignment.proj_coeff'"),
         ("learning-rate", "'optimizer.learning_rate'"),
-        ("every", "'grid.every' or 'evaluation.every'"),
+        ("every", "'validation.every' or 'grid.every' or 'evaluation.every'"),
         ("alignment.gama", "'alignment.gamma'"),
         ("Seed", "'seed'"),
     ],

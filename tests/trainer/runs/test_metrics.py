@@ -3,13 +3,11 @@
 import errno
 import json
 import os
-import sys
-import threading
 
 import pytest
 
 from repa.cache_specs.errors import JobError
-from repa.trainer.runs.metrics import MetricsFile, Progress, TensorBoard
+from repa.trainer.runs.metrics import MetricsFile, Progress
 
 
 def records(first: int, last: int, value: float = 0.1) -> list[dict]:
@@ -114,41 +112,6 @@ def test_what_is_not_a_file_is_one_line(tmp_path):
         MetricsFile(tmp_path, done=0)
 
 
-def test_a_full_disk_under_tensorboard_is_one_line(tmp_path, monkeypatch):
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    before = set(threading.enumerate())
-    board = TensorBoard(tmp_path, done=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(RecordWriter, "write", full)
-        patch.setattr(RecordWriter, "flush", full)
-        patch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's thread would print its traceback
-        with pytest.raises(JobError, match=r"tensorboard cannot be written \(No space left on device\)"), board:
-            board.write(records(1, 3))
-        for thread in set(threading.enumerate()) - before:
-            thread.join()
-    (tmp_path / "file").touch()
-    with pytest.raises(JobError, match="tensorboard cannot be written"):
-        TensorBoard(tmp_path / "file", done=0)
-
-
-def test_tensorboard_holds_the_scalars_and_is_not_needed(tmp_path, monkeypatch, capsys):
-    with TensorBoard(tmp_path, done=0) as board:
-        board.write(records(1, 3))
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("denoising_loss")] == [1, 2, 3]
-    assert events.Scalars("denoising_loss")[0].value == pytest.approx(0.1)
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with TensorBoard(tmp_path / "other", done=0) as board:
-        board.write(records(1, 1))
-    assert "tensorboard is not installed" in capsys.readouterr().err
-    assert not (tmp_path / "other").exists()
-
-
 def test_without_a_terminal_a_log_is_a_line(capsys):
     with Progress(done=0, total=8) as progress:
         progress.advance(1)
@@ -161,17 +124,3 @@ def test_a_time_that_is_no_number_is_named(wall_s, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "wall_s": {wall_s}}}\n')
     with pytest.raises(JobError, match="line 1 has a wall_s that is no number of seconds"):
         MetricsFile(tmp_path, done=1)
-
-
-def test_tensorboards_folder_is_not_entered_through_a_link(tmp_path):
-    pytest.importorskip("tensorboard")
-    other = tmp_path / "other"
-    other.mkdir()
-    (tmp_path / "tensorboard").symlink_to(other)
-    with pytest.raises(JobError, match="tensorboard is a link, not a folder of the run; remove it"):
-        TensorBoard(tmp_path, done=0)
-    assert not list(other.iterdir())
-    (tmp_path / "tensorboard").unlink()
-    with TensorBoard(tmp_path, done=0) as board:
-        board.write(records(1, 1))
-    assert list((tmp_path / "tensorboard").iterdir())

@@ -14,8 +14,8 @@ def test_a_run_begins_with_the_average_of_another_and_with_nothing_else_of_it(ma
     fast = ("--set", "optimizer.learning_rate=1e-2", "--set", "ema_decay=0.5")
     repa_train(cache, tmp_path / "first", "--steps", "4", *fast)
     begun = repa_train(cache, tmp_path / "run", "--recipe", "repa", "--steps", "1", "--init", str(tmp_path / "first"))
-    assert "init: " in begun.output
-    assert "drawn from the seed: projectors" in begun.output  # conv there, mlp here
+    assert "init: " in " ".join(begun.output.split())
+    assert "drawn from the seed: projectors" in " ".join(begun.output.split())  # conv there, mlp here
     # One step of 1e-4 moves no weight by more than that.
     ours = load_checkpoint(tmp_path / "run/checkpoints/0000001.pt")
     theirs = load_checkpoint(tmp_path / "first/checkpoints/0000004.pt")["ema"]
@@ -56,4 +56,6 @@ def test_weights_of_another_shape_are_refused_by_name(make_cache, repa_train, tm
     assert refused.code == 2
     assert "holds pos_embed [1, 16, 32], and SiT-Ti/4 has [1, 4, 32]" in refused.error
     assert "start from weights of the same model" in refused.error
+    dry = repa_train(cache, tmp_path / "run", *other, "--dry-run")
+    assert (dry.code, dry.error) == (2, refused.error)
     assert "no checkpoint" in repa_train(cache, tmp_path / "other", "--init", str(tmp_path)).error

@@ -256,3 +256,21 @@ def test_what_makes_no_sense_is_one_line(report, make_run, tmp_path):
         assert error.startswith("repa-report: ")
         assert error.count("\n") == 1
         assert line in error
+
+
+def test_the_last_loss_on_held_out_samples_is_a_column(report, make_run, tmp_path):
+    """With spread over seeds; no column where nothing is held out."""
+    for seed, last in ((0, 0.5), (1, 0.7)):
+        judged = {5: {"val_denoising_loss": 0.9}, 9: {"val_denoising_loss": last}}
+        make_run(
+            tmp_path / "study" / f"seed{seed}",
+            metrics=lambda step, judged=judged: {"denoising_loss": 1.0 / step, **judged.get(step, {})},
+            **{"seed": seed, "validation.fraction": 0.1},
+        )
+    (one,) = json.loads(report(tmp_path / "study", "--json")[1])["settings"]
+    assert one["val_denoising_loss"] == pytest.approx(0.6)
+    assert one["val_denoising_loss_spread"] == pytest.approx(np.std([0.5, 0.7], ddof=1))
+    _, text, _ = report(tmp_path / "study", "--table")
+    assert "Validation loss" in text
+    make_run(tmp_path / "plain" / "seed0")
+    assert "Validation loss" not in report(tmp_path / "plain", "--table")[1]
