@@ -40,7 +40,7 @@ MOST_LABEL_CHARACTERS = 60  # in a file's name, of which file systems take 255 b
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="The .npz. [default: RUN/samples, named by the request]")
 @click.option("--batch-size", type=int, default=64, show_default=True, help="Images at a time, on each rank.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="[default: bf16 on CUDA, fp32 on a CPU]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--autoencoder", metavar="NAME", help="Of a published checkpoint, which does not say: sd-vae-ft-mse.")
 @click.option("--autoencoder-weights", type=click.Path(path_type=Path), help="Local weights of the decoder.")
@@ -71,7 +71,7 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
     from ..evaluating.grids import sheet_of_file
     from ..objectives.choose import stored_field
     from ..runs.metrics import Progress, folded
-    from ..runs.run import settle_convolutions
+    from ..runs.parts import resolve_precision, settle_convolutions
     from ..sampling.sample import SampleRequest, parse_labels
     from ..sampling.sample_file import sample_to_npz
     from ..sampling.samplers import SamplerConfig
@@ -95,9 +95,9 @@ def _sample(checkpoint: Path, world: "World", **options: Any) -> None:
         say(folded(f"classes: {', '.join(f'{label} {names[label]}' for label in asked[:MOST_SAID])}{more}"))
     model = trained.model.to(world.device)
     latents = trained.latents(options["autoencoder"])
+    precision = resolve_precision(options["precision"] or "auto", world.device)
     local = {"weights": options["autoencoder_weights"], "entries": options["entries"]}
-    decode, decoder = load_decoder(latents, device=str(world.device), **local)
-    precision = options["precision"]
+    decode, decoder = load_decoder(latents, device=str(world.device), precision=precision, **local)
     if world.device.type == "cuda":
         settle_convolutions(precision)
     with (

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,6 +183,26 @@ def run_sample(capsys, *arguments: object) -> tuple[int, str, str]:
         code = int(exit_.code or 0)
     printed = capsys.readouterr()
     return code, printed.out, printed.err
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "loader", "expected"),
+    [
+        ("cuda", "bf16", "diffusers", "tf32"),
+        ("cuda:1", "fp32", "diffusers", "fp32"),
+        ("cpu", "bf16", "diffusers", "fp32"),
+        ("cuda", "bf16", "builtin", "fp32"),
+    ],
+)
+def test_pictures_are_decoded_in_what_fits_the_model(monkeypatch, device, precision, loader, expected):
+    def load(spec, *, precision, **_):
+        return SimpleNamespace(weights="sha256:1", decode=precision)
+
+    monkeypatch.setattr("repa.pipeline.models.autoencoders.load_autoencoder", load)
+    source = LatentSource(name="x", spec={"loader": loader, "entry": "x"}, weights=None, norm=None)
+    decode, name = borrowed.load_decoder(source, weights=None, device=device, precision=precision)
+    assert decode == expected
+    assert name == "x sha256:1" + (" tf32" if expected == "tf32" else "")
 
 
 def test_repa_sample_draws_from_a_run_whatever_the_batch_size(make_cache, repa_train, tmp_path, capsys):
