@@ -172,7 +172,7 @@ def building(options: argparse.Namespace) -> Iterator[Line]:
     from synthetic_cache import make_root
 
     from repa.cache_specs.tables import resolve_autoencoder, resolve_encoder
-    from repa.pipeline.building.networks import ModelRequest
+    from repa.pipeline.building.request import ModelRequest
 
     resolvers = {"features": resolve_encoder, "latents": resolve_autoencoder}
     shard, ranges = (256, 4) if options.device == "cuda" else (2, 2)

@@ -31,7 +31,7 @@ from .layout import (
 LATENTS: Final = "latents"
 FEATURES: Final = "features"
 STORAGE_DTYPES = ("float16", "int8")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")
 COMPRESSORS = ("none", "zstd", "blosc")
 IMPORTED = "imported"  # key of the spec of latents that `repa-cache import` brought in: from which layout, and how
 UNKNOWN: Final = "unknown"  # weights and precision of what was imported
@@ -57,7 +57,7 @@ class ComponentSpec:
     spec: Mapping[str, Any]
     weights: str
     dtype: Literal["float16", "int8"] = "float16"
-    precision: Literal["fp32", "bf16", "unknown"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "unknown"] = "fp32"
     compressor: Literal["none", "zstd", "blosc"] = "none"
 
     def __post_init__(self) -> None:

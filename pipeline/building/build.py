@@ -7,7 +7,7 @@ import contextlib
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from ...cache_specs.derived import DERIVED, FITS, fit_name
 from ...cache_specs.errors import JobError
 from ...cache_specs.files.asked import forget, remember
+from ...cache_specs.schema import ComponentSpec
 from ..images.manifest import Manifest
 from ..store.binding import bind_ranges, lacks_numbers
 from ..store.complete import complete_component
@@ -23,8 +24,10 @@ from ..store.store import CacheStore
 from .encode import RangeResult
 from .job import InProcessPool, JobOptions, Pool, RangeWork
 from .networks import load_model
-from .plan import BuildOptions, BuildPlan, missing_ranges, plan_build
+from .plan import BuildOptions, BuildPlan, as_begun, missing_ranges, plan_build
 from .ray_pool import RayPool
+from .request import AUTO
+from .resources import CPU_IMAGES, GPU_THREADS
 from .straight import with_fits
 
 MAX_LISTED = 1000  # bad images named while they are found: where a whole disk is gone, the rest are the same
@@ -87,10 +90,11 @@ def run_build(
             locks.enter_context(store.lock(path))
         for request in plan.requests:
             if DERIVED in request.spec:
-                locks.enter_context(store.lock(f"{FITS}/{fit_name(request.component('').path)}"))
+                locks.enter_context(store.lock(f"{FITS}/{fit_name(request.path)}"))
         store.check_record()
         # Again, now that no other build can change it: what is missing, never what is asked, which is what is locked.
-        plan = replace(plan, missing=missing_ranges(store, plan.requests))
+        requests = as_begun(store, plan.requests)
+        plan = replace(plan, requests=requests, missing=missing_ranges(store, requests))
         _check_on_disk(store, plan, options)
         if plan.work():
             on_plan(plan)
@@ -110,13 +114,14 @@ def _encode(
     on_progress: Callable[[int], None],
     on_message: Callable[[str], None],
 ) -> None:
-    pending = tuple(request for request in plan.requests if plan.missing[request.component("").path])
+    pending = tuple(request for request in plan.requests if plan.missing[request.path])
+    decided = {request.path for request in pending if request.precision == AUTO}
     threads = options.threads or max(1, (os.cpu_count() or 1) // max(1, options.workers or 1))
     pending = with_fits(
         store,
         pending,
         options.manifest,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or CPU_IMAGES,
         device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         threads=threads,
         skip_bad=options.skip_bad,
@@ -130,9 +135,13 @@ def _encode(
         batch_size=options.batch_size,
         device=options.device,
         threads=threads,
+        gpu_threads=options.threads or GPU_THREADS,
         skip_bad=options.skip_bad,
     )
     with _open_pool(job, options) as pool:
+        _say_precision([component for component in pool.components if component.path in decided], on_message)
+        if options.batch_size is None and pool.batch_size != CPU_IMAGES:
+            on_message(f"forward passes of {pool.batch_size} images, by the GPU's memory (--batch-size)")
         for component in pool.components:
             store.create_component(component)
             store.reopen_component(component)
@@ -156,6 +165,13 @@ def _open_pool(job: JobOptions, options: BuildOptions) -> Pool:
         return InProcessPool(job)
     go_on = shlex.join(["repa-cache", *options.words]) if options.words else ""
     return RayPool(job, num_workers=options.workers, address=options.address, go_on=go_on)
+
+
+def _say_precision(decided: Sequence[ComponentSpec], on_message: Callable[[str], None]) -> None:
+    """Say what the workers' device has decided, where that is not float32."""
+    if any(component.precision != "fp32" for component in decided):
+        chosen = ", ".join(f"{component.path} {component.precision}" for component in decided)
+        on_message(f"precision by the device: {chosen}; kept for good (--precision fp32 asks for float32)")
 
 
 def _list_bad(result: RangeResult, listed: int, manifest: Manifest, on_message: Callable[[str], None]) -> None:
@@ -223,8 +239,8 @@ def _check_on_disk(store: CacheStore, plan: BuildPlan, options: BuildOptions) ->
     comparison only if a file was named.
     """
     for request in plan.requests:
-        found = store.component(request.component("").path)
-        if found is not None:
+        found = store.component(request.path)
+        if found is not None and request.precision != AUTO:  # else nothing of it is encoded, and nothing is bound
             weights = found.weights
             if request.weights_file is not None and not plan.missing[found.path] and found.derived is None:
                 _, weights = load_model(request, options.device or "cpu")

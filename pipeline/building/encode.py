@@ -1,24 +1,29 @@
 """One worker: the models of a build on one device, and the encoding of one sample range into shards.
 
 A range is the unit of work. Exactly one worker encodes it, whole, in the same sub-batches from its first row, and
-appends rows to partial files; one decode feeds every component. A thread checks and writes what was encoded while the
-device goes on, so that memory is two sub-batches: the one being encoded and the one being written.
+appends rows to partial files; one decode feeds every component. Other threads check and write what was encoded while
+the device goes on, each component's rows in their order, and others make finished ranges durable: an fsync holds up
+neither. Memory is two sub-batches of a component, the one being encoded and the one being written, and of several
+components WRITERS that wait to be written.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from ...cache_specs.layout import CacheLayout
-from ...cache_specs.schema import ComponentSpec
 from ...cache_specs.storage import Location
 from ..images.decode import DecodedBatch
 from ..store.component_writer import ComponentWriter
 from ..store.store import CacheStore
-from .networks import ModelRequest, Network, load_networks
+from .networks import load_networks
+from .request import ModelRequest
+from .staging import Landing, Staging
+
+WRITERS = 4  # components whose rows are written at a time
 
 
 @dataclass(kw_only=True)
@@ -51,10 +56,16 @@ class Worker:
     ) -> None:
         torch.set_num_threads(threads)
         self._store = CacheStore(cache, layout)
-        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
-        self._networks = load_networks(requests, device)
+        self._staging = Staging(device)
+        for request in requests:
+            request.check_device(device)
+        self._networks = load_networks([request.on(device) for request in requests], device)
         by_path = {component.path: component for network in self._networks for component in network.components}
-        self.components = [by_path[request.component("").path] for request in requests]
+        self.components = [by_path[request.path] for request in requests]
+        # A thread each: what is appended to a component, and which of its ranges are committed, keep their order.
+        self._lanes = {path: ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") for path in by_path}
+        self._commits = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
+        self._durable = ThreadPoolExecutor(max_workers=WRITERS, thread_name_prefix="durable")
 
     def encode_range(
         self, index: int, paths: Sequence[str], batches: Iterable[DecodedBatch], *, skip_bad: bool
@@ -73,79 +84,90 @@ class Worker:
             for component in self.components
             if component.path in paths
         }
-        written: Future[None] | None = None
+        written: dict[str, Future[None]] = {}  # by component path, the one that waits the longest first
         try:
             row = start
             for batch in batches:
                 result.bad.update({row + offset: reason for offset, reason in batch.bad.items()})
                 result.passing.update(row + offset for offset in batch.passing)
                 if not result.passing and (skip_bad or not result.bad):
-                    for network in self._networks:
-                        asked = [component for component in network.components if component.path in writers]
-                        for path, arrays in (self._views(batch, network, asked) if asked else {}).items():
-                            if written is not None:
-                                written.result()
-                            written = self._disk.submit(
-                                _append, writers[path], arrays, batch.bad, batch.source_bytes, row, result
-                            )
+                    for path, arrays in self._encoded(batch, writers):
+                        while path in written or len(written) >= WRITERS:
+                            waiting = path if path in written else next(iter(written))
+                            written[waiting].result()
+                            del written[waiting]  # only now: what is interrupted here is waited for below
+                        written[path] = self._lanes[path].submit(
+                            _append, writers[path], arrays, batch.bad, batch.source_bytes, row, result
+                        )
                 row += len(batch.images)
             assert row == stop, (row, stop)
         except BaseException:
-            self._disk.submit(_abandon, list(writers.values())).result()
+            wait(written.values())
+            _abandon(writers.values())
             raise
-        return self._disk.submit(_commit, list(writers.values()), written, result, skip_bad)
+        return self._commits.submit(self._commit, list(writers.values()), list(written.values()), result, skip_bad)
 
     def close(self) -> None:
-        """Wait until what was encoded is written."""
-        self._disk.shutdown(wait=True)
+        """Wait until what was encoded is written and committed."""
+        for lane in (self._commits, *self._lanes.values(), self._durable):
+            lane.shutdown(wait=True)
 
-    def _views(
-        self, batch: DecodedBatch, network: Network, components: Sequence[ComponentSpec]
-    ) -> dict[str, dict[str, torch.Tensor]]:
-        """Return the arrays [b, V, ...] of a sub-batch by component path, on the device."""
-        images = torch.tensor(batch.images).permute(0, 3, 1, 2)
+    def _encoded(self, batch: DecodedBatch, asked: Container[str]) -> Iterator[tuple[str, Landing]]:
+        """Yield the arrays [b, V, ...] of a sub-batch, on their way to the host, by component path."""
+        images = self._staging.upload(batch.images)
         pictures = [images, *(images.flip(-1) for _ in range(self._store.layout.num_views - 1))]
-        views = [network.encode(pixels, components) for pixels in pictures]
-        return {
-            path: {name: torch.stack([view[path][name] for view in views], dim=1) for name in arrays}
-            for path, arrays in views[0].items()
-        }
+        for network in self._networks:
+            components = [component for component in network.components if component.path in asked]
+            if not components:
+                continue
+            views = [network.encode(pixels, components) for pixels in pictures]
+            for path, arrays in views[0].items():
+                stacked = {name: torch.stack([view[path][name] for view in views], dim=1) for name in arrays}
+                yield path, self._staging.download(stacked)
+
+    def _commit(
+        self,
+        writers: Sequence[ComponentWriter],
+        written: Sequence[Future[None]],
+        result: RangeResult,
+        skip_bad: bool,
+    ) -> RangeResult:
+        """Commit what the range's images and values allow, once all of it is written; components side by side."""
+        try:
+            wait(written)
+            for future in written:
+                future.result()
+            allowed = [
+                writer
+                for writer in writers
+                if not result.passing and (skip_bad or not (result.bad or writer.component.path in result.not_finite))
+            ]
+            committed = [self._durable.submit(writer.commit) for writer in allowed]
+            wait(committed)
+            for future, writer in zip(committed, allowed, strict=True):
+                future.result()
+                result.written.append(writer.component.path)
+        finally:
+            _abandon(writers)
+        return result
 
 
-# What the writing thread does, in the order in which it was asked.
+# What a component's thread does, in the order in which it was asked.
 
 
 def _append(
     writer: ComponentWriter,
-    arrays: Mapping[str, torch.Tensor],
+    arrays: Landing,
     bad: Mapping[int, str],
     source_bytes: np.ndarray,
     row: int,
     result: RangeResult,
 ) -> None:
     """Append the sub-batch whose first sample is `row`, and list its rows that are not finite."""
-    on_host = {name: values.cpu().numpy() for name, values in arrays.items()}  # on a GPU, waits for the forward
-    for offset, reason in writer.append(on_host, bad=bad, source_bytes=source_bytes).items():
+    for offset, reason in writer.append(arrays.arrays(), bad=bad, source_bytes=source_bytes).items():
         result.not_finite.setdefault(writer.component.path, {})[row + offset] = reason
 
 
-def _commit(
-    writers: Sequence[ComponentWriter], written: Future[None] | None, result: RangeResult, skip_bad: bool
-) -> RangeResult:
-    """Commit what the range's images and values allow."""
-    try:
-        if written is not None:
-            written.result()
-        for writer in writers:
-            path = writer.component.path
-            if not result.passing and (skip_bad or not (result.bad or path in result.not_finite)):
-                writer.commit()
-                result.written.append(path)
-    finally:
-        _abandon(writers)
-    return result
-
-
-def _abandon(writers: Sequence[ComponentWriter]) -> None:
+def _abandon(writers: Iterable[ComponentWriter]) -> None:
     for writer in writers:
         writer.abandon()

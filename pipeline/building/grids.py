@@ -6,7 +6,7 @@ A SiT of patch p makes (latent side / p)^2 tokens, and is aligned with an encode
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from ...cache_specs.schema import FEATURES, LATENTS
-from .networks import ModelRequest
+from .request import ModelRequest
 
 PATCHES = (1, 2, 4, 8, 16)  # of the models that are trained: SiT-B/2 on latents, /16 on pixels
 
@@ -33,7 +33,7 @@ def fit_lines(requests: Sequence[ModelRequest], latents: Mapping[str, int]) -> I
             continue
         grid = request.spec["grid"][0]
         for path, side in {**latents, **asked}.items():
-            tokens = f"{request.component('').path}: {grid} x {grid} tokens"
+            tokens = f"{request.path}: {grid} x {grid} tokens"
             if side % grid:
                 fitting = ", ".join(str(side // patch) for patch in PATCHES if side % patch == 0 and side // patch >= 2)
                 yield f"{tokens} fit no model on {path} of {side} x {side}; grids that do: {fitting}"

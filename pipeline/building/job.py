@@ -23,7 +23,8 @@ from ...cache_specs.storage import Location
 from ..images.decode import DecodedBatch, decode_batch
 from ..images.manifest import ImageSource
 from .encode import RangeResult, Worker
-from .networks import ModelRequest
+from .request import ModelRequest
+from .resources import GPU_THREADS, images_a_pass
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,22 +45,30 @@ class JobOptions:
     layout: CacheLayout
     requests: tuple[ModelRequest, ...]
     source: ImageSource
-    batch_size: int
+    batch_size: int | None  # None: by the device's memory
     device: str | None
     threads: int
+    gpu_threads: int = GPU_THREADS  # instead of `threads`, where there is a GPU
     skip_bad: bool
 
-    def batches(self, work: RangeWork) -> Iterator[tuple[ImageSource, tuple[str, ...], int, np.ndarray]]:
+    def threads_on(self, device: str) -> int:
+        """Return torch's threads of a worker."""
+        return self.threads if device == "cpu" else self.gpu_threads
+
+    def batches(
+        self, work: RangeWork, batch_size: int
+    ) -> Iterator[tuple[ImageSource, tuple[str, ...], int, np.ndarray]]:
         """Yield the arguments of `decode_batch` for each sub-batch: always the same ones, from the first row."""
-        for start in range(0, len(work.sample_ids), self.batch_size):
-            part = slice(start, start + self.batch_size)
+        for start in range(0, len(work.sample_ids), batch_size):
+            part = slice(start, start + batch_size)
             yield self.source, work.sample_ids[part], self.layout.resolution, work.expected_bytes[part]
 
 
 class Pool(Protocol):
-    """Workers that encode ranges; a context manager."""
+    """Workers that encode ranges, in sub-batches of `batch_size`; a context manager."""
 
     components: list[ComponentSpec]
+    batch_size: int
 
     def run(self, work: Iterable[RangeWork]) -> Iterator[RangeResult]: ...
 
@@ -74,8 +83,10 @@ class InProcessPool:
     def __init__(self, options: JobOptions) -> None:
         self._options = options
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._worker = Worker(options.cache, options.layout, options.requests, device=device, threads=options.threads)
+        threads = options.threads_on(device)
+        self._worker = Worker(options.cache, options.layout, options.requests, device=device, threads=threads)
         self.components = self._worker.components
+        self.batch_size = options.batch_size or images_a_pass(device, options.layout.resolution)
         self._num_decoders = os.cpu_count() or 1
         self._decoders = ThreadPoolExecutor(max_workers=self._num_decoders, thread_name_prefix="decode")
 
@@ -87,15 +98,27 @@ class InProcessPool:
         self._worker.close()
 
     def run(self, work: Iterable[RangeWork]) -> Iterator[RangeResult]:
-        for item, decoded in itertools.groupby(self._decoded(work), key=operator.itemgetter(0)):
-            batches = (batch for _, batch in decoded)
-            # Waits for the commit, so that progress is told as it is made; decoding goes on meanwhile.
-            yield self._worker.encode_range(item.index, item.paths, batches, skip_bad=self._options.skip_bad).result()
+        committing: Future[RangeResult] | None = None
+        try:
+            for item, decoded in itertools.groupby(self._decoded(work), key=operator.itemgetter(0)):
+                batches = (batch for _, batch in decoded)
+                before, committing = (
+                    committing,
+                    self._worker.encode_range(item.index, item.paths, batches, skip_bad=self._options.skip_bad),
+                )
+                if before is not None:  # it was made durable while the next one was encoded
+                    yield before.result()
+        except Exception:
+            if committing is not None:
+                yield committing.result()
+            raise
+        if committing is not None:
+            yield committing.result()
 
     def _decoded(self, work: Iterable[RangeWork]) -> Iterator[tuple[RangeWork, DecodedBatch]]:
         ahead: deque[tuple[RangeWork, Future[DecodedBatch]]] = deque()
         for item in work:
-            for arguments in self._options.batches(item):
+            for arguments in self._options.batches(item, self.batch_size):
                 ahead.append((item, self._decoders.submit(decode_batch, *arguments)))
                 if len(ahead) > self._num_decoders:
                     of, future = ahead.popleft()

@@ -1,14 +1,12 @@
 """The networks of a build: which are asked for, each loaded once, and what is stored of one forward of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...cache_specs.derived import DERIVED, Fit, network_spec, read_method
-from ...cache_specs.entries import OwnCode
+from ...cache_specs.derived import DERIVED, network_spec, read_method
 from ...cache_specs.errors import UsageError
 from ...cache_specs.fingerprint import canonical_json
 from ...cache_specs.layout import layer_array
@@ -16,53 +14,11 @@ from ...cache_specs.schema import FEATURES, ComponentSpec, stored_layers
 from ..deriving.choose import method_of
 from ..deriving.method import Derivation, Inputs
 from ..models.autoencoders import load_autoencoder
-from ..models.encoders import Encoder, check_loadable, load_encoder, network_of
-from ..models.weights import check_weights
+from ..models.encoders import Encoder, load_encoder, network_of
 from ..store.quantize import stored_tokens
+from .request import ModelRequest
 
 Encode = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # one view's stored arrays, by name
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelRequest:
-    """A component asked for: a `ComponentSpec` whose weights are not loaded yet, and where to find them.
-
-    `code` is that of a network of the user's own, `fit` what a derived component is made with (straight.py); both
-    travel with the request.
-    """
-
-    kind: str
-    name: str
-    spec: Mapping[str, Any]
-    dtype: str
-    precision: str
-    compressor: str
-    weights_file: Path | None = None
-    code: OwnCode | None = None
-    fit: Fit | None = None
-
-    def source(self, weights: str) -> ComponentSpec:
-        """Return the component of the encoder's own tokens, of which this one is derived, given the weights' digest."""
-        path = self.spec[DERIVED]["from"][0]
-        return ComponentSpec(
-            kind=FEATURES,
-            name=path.removeprefix(f"{FEATURES}/"),
-            spec=network_spec(self.spec),
-            precision=self.precision,  # type: ignore[arg-type]  # checked as in `component`
-            weights=weights,
-        )
-
-    def component(self, weights: str) -> ComponentSpec:
-        """Return the component's spec, given what identifies its weights."""
-        return ComponentSpec(
-            kind=self.kind,  # type: ignore[arg-type]  # checked in ComponentSpec.__post_init__, as the next two
-            name=self.name,
-            spec=self.spec,
-            dtype=self.dtype,  # type: ignore[arg-type]
-            precision=self.precision,  # type: ignore[arg-type]
-            compressor=self.compressor,  # type: ignore[arg-type]
-            weights=weights,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +51,16 @@ def _load_network(requests: Sequence[ModelRequest], device: str) -> Network:
         (request,) = requests
         autoencoder = load_autoencoder(request.spec, **_options(request, device))
         latents = request.component(autoencoder.weights)
-        return Network(
+        return Network(  # contiguous: on a GPU moments may come with their channels last
             components=(latents,),
-            encode=lambda images, asked: {latents.path: {"moments": autoencoder.encode(images).half()}},
+            encode=lambda images, asked: {latents.path: {"moments": autoencoder.encode(images).half().contiguous()}},
         )
     encoder = load_source(requests[0], device)
     staged = network_spec(requests[0].spec).get("stage") is not None
     if len(requests) > 1 and staged:
         encoder.check([network_spec(request.spec) for request in requests])
-    made = {request.component("").path: _made_of_layers(request, encoder) for request in requests}
-    components = tuple(request.component(made[request.component("").path][1]) for request in requests)
+    made = {request.path: _made_of_layers(request, encoder) for request in requests}
+    components = tuple(request.component(made[request.path][1]) for request in requests)
 
     def encode(images: torch.Tensor, asked: Sequence[ComponentSpec]) -> dict[str, dict[str, torch.Tensor]]:
         layers: list[Layers]
@@ -150,12 +106,6 @@ def _stored_layers(request: ModelRequest, layers: Layers) -> dict[str, torch.Ten
 def source_inputs(layers: Layers) -> Inputs:
     """Return an encoder's layers as they would be read from a component of them, in float16."""
     return Inputs(tokens=torch.cat([tokens.half().float() for tokens, _ in layers], dim=2))
-
-
-def check_request(request: ModelRequest) -> None:
-    """Raise `UsageError` for what keeps a model from being loaded and is known without loading it."""
-    check = check_loadable if request.kind == FEATURES else check_weights
-    check(network_spec(request.spec), request.weights_file)
 
 
 def load_model(request: ModelRequest, device: str) -> tuple[Encode, str]:

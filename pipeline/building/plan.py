@@ -16,9 +16,10 @@ from ...cache_specs.storage import location
 from ...cache_specs.tables import ResolvedModel, autoencoder_table, resolve_autoencoder, resolve_encoder
 from ..images.manifest import Manifest
 from ..store.binding import lacks_numbers
+from ..store.record import nothing_encoded
 from ..store.store import CacheStore
 from .grids import default_grid
-from .networks import ModelRequest, check_request
+from .request import AUTO, ModelRequest, check_request
 
 DEFAULT_RESOLUTION = 256
 MOST_RESOLUTION = 2**14
@@ -37,11 +38,11 @@ class BuildOptions:
     flip: bool | None = None
     shard_samples: int | None = None
     dtype: str = "float16"
-    precision: str = "fp32"
+    precision: str = AUTO
     compressor: str = "none"
     weights: Mapping[str, Path] = field(default_factory=dict)
     random_weights: bool = False
-    batch_size: int = 32
+    batch_size: int | None = None
     device: str | None = None
     threads: int | None = None
     workers: int | None = None
@@ -50,7 +51,7 @@ class BuildOptions:
     words: tuple[str, ...] = ()  # the arguments as they were typed, for whoever goes on; none in one's own code
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"--batch-size {self.batch_size}: expected at least 1")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads {self.threads}: expected at least 1")
@@ -64,6 +65,13 @@ class BuildOptions:
             raise UsageError(
                 f"--resolution {self.resolution}: expected at least 8 pixels, and at most {MOST_RESOLUTION}"
             )
+
+    @property
+    def known_device(self) -> str | None:
+        """Where it will be encoded, None where a cluster that is joined later decides."""
+        if self.device is not None or self.address is not None:
+            return self.device
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
     def in_process(self) -> bool:
@@ -111,22 +119,32 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     if found is None:
         _check_imported(options, store)
     latents = {component.path: int(component.spec["latent_size"][0]) for component in _latents(store)}
-    requests = tuple(_requests(options, layout, store, latents))
+    requests = as_begun(store, tuple(_requests(options, layout, store, latents)))
+    missing = missing_ranges(store, requests)
     for request in requests:
         check_request(request)
-        on_disk = store.component(request.component("").path)
-        if on_disk is not None:
+        on_disk = store.component(request.path)
+        if on_disk is not None and request.precision != AUTO:
             store.check_component(on_disk, request.component(on_disk.weights))
-    missing = missing_ranges(store, requests)
+        if options.known_device is not None and missing[request.path]:
+            request.check_device(options.known_device)
     exists = found is not None and not store.leftover
     return BuildPlan(layout=layout, requests=requests, missing=missing, exists=exists, latents=latents)
+
+
+def as_begun(store: CacheStore, requests: Sequence[ModelRequest]) -> tuple[ModelRequest, ...]:
+    """Return `requests` with the precision of what is encoded of them, where that is left to it."""
+    return tuple(
+        request if nothing_encoded(store.path / request.path) else request.begun(store.component(request.path))
+        for request in requests
+    )
 
 
 def missing_ranges(store: CacheStore, requests: Sequence[ModelRequest]) -> dict[str, list[int]]:
     """Return, for each component asked for, the sample ranges that are not on disk, by component path."""
     missing: dict[str, list[int]] = {}
     for request in requests:
-        path = request.component("").path
+        path = request.path
         on_disk = store.component(path)
         missing[path] = list(range(store.layout.num_ranges)) if on_disk is None else store.missing_ranges(on_disk)
     return missing
@@ -206,7 +224,7 @@ def _requests(
     for name in options.weights:
         if name not in entries:
             raise UsageError(f"--weights {name}=...: {name} is not asked for; {nearest(name, entries)}")
-    yield from filter(None, (_as_begun(component, options, store) for component in begun))
+    yield from filter(None, (_unfinished(component, options, store) for component in begun))
     seen = set()
     for kind, dtype, model in resolved:
         if (kind, model.name) in seen:
@@ -229,7 +247,7 @@ def _latents(store: CacheStore) -> list[ComponentSpec]:
     return [component for component in found if component is not None]
 
 
-def _as_begun(component: ComponentSpec, options: BuildOptions, store: CacheStore) -> ModelRequest | None:
+def _unfinished(component: ComponentSpec, options: BuildOptions, store: CacheStore) -> ModelRequest | None:
     """Return the request that finishes latents as they were begun, None where they are whole."""
     whole = store.is_complete(component.path) and not store.missing_ranges(component)
     if whole and (component.imported is not None or not lacks_numbers(store, component)):

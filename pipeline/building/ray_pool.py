@@ -22,12 +22,15 @@ from ..images.decode import DecodedBatch, decode_batch
 from .encode import RangeResult, Worker
 from .job import JobOptions, RangeWork
 from .ray_session import head_answers, ray_session
+from .resources import CPU_IMAGES, images_a_pass
 
 RANGES_IN_FLIGHT = 3  # a worker: one being committed, one being encoded, one being decoded
 REPLACEMENT_TIMEOUT_S = 600  # for a node to come back, or models to load, once no worker is left
 WATCH_S = 5  # between looks at Ray's head
 HEAD_LOST_S = 20  # that it may be away, to be started again: after 60 Ray ends this process, in a wall of its own
 ATTEMPTS = 2  # a range that kills its worker this often is reported, not tried for ever
+
+DECODE = {"num_cpus": 1, "max_retries": ATTEMPTS - 1}
 
 
 class _RayWorker:
@@ -37,12 +40,17 @@ class _RayWorker:
     the device: torch would start as many threads again for every other that computes.
     """
 
-    def load(self, options: JobOptions, device: str) -> list[ComponentSpec]:
+    def load(self, options: JobOptions, device: str, share: float) -> tuple[list[ComponentSpec], str, int]:
+        """Return the components, the node that this worker is on, and how many images a forward pass takes there."""
+        import ray
+
         self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        threads = options.threads_on(device)
         self._worker = self._device.submit(
-            Worker, options.cache, options.layout, options.requests, device=device, threads=options.threads
+            Worker, options.cache, options.layout, options.requests, device=device, threads=threads
         ).result()
-        return self._worker.components
+        batch_size = options.batch_size or images_a_pass(device, options.layout.resolution, share=share)
+        return self._worker.components, ray.get_runtime_context().get_node_id(), batch_size
 
     def encode_range(self, index: int, paths: Sequence[str], refs: list[Any], skip_bad: bool) -> RangeResult:
         import ray
@@ -68,7 +76,10 @@ class RayPool:
         self._stack = contextlib.ExitStack()
         self._ready: list[Any] = []  # workers whose models are loaded
         self._loading: dict[Any, Any] = {}  # the others, by the future of their `load`
+        self._decode_near: dict[Any, Any] = {}  # by worker, the decoding for it
+        self._passes: list[int] = []  # of each worker that was ready, the images that its device takes at a time
         self.components: list[ComponentSpec] = []
+        self.batch_size = 0  # of the smallest device, once the workers are ready
 
     def __enter__(self) -> Self:
         with self._stack as stack:
@@ -95,34 +106,37 @@ class RayPool:
         if on_gpu and not gpus:
             raise JobError(f"--device {self._device}: Ray has no GPU here; add nodes with one, or ask for --device cpu")
         workers = self._num_workers or (max(1, gpus) if on_gpu else 1)
-        share = gpu_share(workers, gpus) if on_gpu else 0
+        self._share = share = gpu_share(workers, gpus) if on_gpu else 0
         _say(f"{workers} Ray worker{'s' * (workers > 1)} on {self._device}{f', {share:g} GPU each' * on_gpu}")
         # num_cpus 0: a worker waits for its decode tasks, and must not hold the CPUs that they need.
         self._actor = ray.remote(_RayWorker).options(
             num_cpus=0, num_gpus=share, max_restarts=0, max_concurrency=RANGES_IN_FLIGHT
         )
-        self._decode = ray.remote(decode_batch).options(num_cpus=1, max_retries=ATTEMPTS - 1)
+        self._decode = ray.remote(decode_batch)
         for _ in range(workers):
             self._start_worker()
         # Nothing to decode, but the processes for it start while models load: each takes about a second of a core.
         nothing = (self._options.source, (), self._options.layout.resolution, np.zeros(0, dtype=np.int64))
-        most = workers * RANGES_IN_FLIGHT * math.ceil(self._options.layout.shard_samples / self._options.batch_size)
+        batch_size = self._options.batch_size or CPU_IMAGES
+        most = workers * RANGES_IN_FLIGHT * math.ceil(self._options.layout.shard_samples / batch_size)
         for _ in range(min(most, int(ray.cluster_resources().get("CPU", 1)))):
-            self._decode.remote(*nothing)
+            self._decode.options(**DECODE).remote(*nothing)
         for future in list(self._loading):  # they load side by side; here only their answers are taken in turn
             self._take_loaded(future)
+        self.batch_size = min(self._passes, default=CPU_IMAGES)
 
     def _start_worker(self) -> None:
         actor: Any = self._actor.remote()
-        self._loading[actor.load.remote(self._options, self._device)] = actor
+        self._loading[actor.load.remote(self._options, self._device, self._share)] = actor
 
     def _take_loaded(self, future: Any) -> Any:
         """Return the worker that has answered `future`, now ready; raise what its `load` raised."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         actor = self._loading.pop(future)
         try:
-            components = ray.get(future)
+            components, node, batch_size = ray.get(future)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.RayError as error:
@@ -132,6 +146,10 @@ class RayPool:
                 "two workers loaded different weights for one component; give every node the same files and versions"
             )
         self.components = components
+        # Pixels stay on the node that encodes them, while it has a core: 0.2 MB an image would cross the network.
+        near = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
+        self._decode_near[actor] = self._decode.options(**DECODE, scheduling_strategy=near)
+        self._passes.append(batch_size)
         self._ready.append(actor)
         return actor
 
@@ -140,6 +158,7 @@ class RayPool:
         import ray
 
         self._ready.remove(worker)
+        del self._decode_near[worker]
         ray.kill(worker)  # where it is only out of reach, it must not keep its GPU
         self._start_worker()
 
@@ -183,7 +202,8 @@ class RayPool:
                         item, following = following, next(queue, None)
                     else:
                         break
-                    refs = [self._decode.remote(*arguments) for arguments in self._options.batches(item)]
+                    decode = self._decode_near[worker]
+                    refs = [decode.remote(*part) for part in self._options.batches(item, self.batch_size)]
                     future = worker.encode_range.remote(item.index, item.paths, refs, self._options.skip_bad)
                     running[future] = (item, worker, cost)
                     load[worker] += cost

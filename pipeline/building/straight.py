@@ -25,7 +25,8 @@ from ..models.encoders import Encoder
 from ..store.record import nothing_encoded
 from ..store.records import known_bytes
 from ..store.store import CacheStore
-from .networks import ModelRequest, load_source, source_inputs
+from .networks import load_source, source_inputs
+from .request import ModelRequest
 
 
 def with_fits(
@@ -46,7 +47,8 @@ def with_fits(
     """
 
     def fitted(request: ModelRequest) -> ModelRequest:
-        path = request.component("").path
+        request = request.on(device)  # the fit is to tokens of one precision: here, wherever they are encoded then
+        path = request.path
         derived, name = request.spec[DERIVED], fit_name(path)
         found, on_disk = read_fit(store.path, name), store.component(path)
         kept = found is not None and on_disk is not None and found.weights == on_disk.weights

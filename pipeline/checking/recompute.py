@@ -16,7 +16,8 @@ from ...cache_specs.errors import CacheError, UsageError
 from ...cache_specs.layout import layer_array
 from ...cache_specs.schema import FEATURES, TOKENS, ComponentSpec, stored_layers
 from ...cache_specs.tables import code_of
-from ..building.networks import ModelRequest, load_model
+from ..building.networks import load_model
+from ..building.request import ModelRequest
 from ..deriving.choose import method_of
 from ..deriving.derive import derived_tokens
 from ..deriving.fit import fit_sources
@@ -29,7 +30,9 @@ from ..store.token_writer import Tokens, stored_views
 
 BATCH = 8
 SEED = 0  # the same samples each time
-MIN_COSINE = 0.99  # of a sample's mean: float16, int8, bf16 and other devices stay above, another picture far below
+# Of a sample's mean: float16, int8 and other devices stay above, another picture far below. Of a convolutional network
+# bf16 alone goes down to 0.93, and two devices round it each in its own way.
+MIN_COSINE = {"fp32": 0.99, "tf32": 0.99, "bf16": 0.85}
 MIN_SPREAD = 1e-3  # channels whose std is below this share of their mean drown in float16 rounding
 
 
@@ -224,14 +227,14 @@ def _compare(
     what: str,
 ) -> None:
     """Compare a sample's stored values with those made again, `fresh` a view; note the cosines and what is wrong."""
-    stored = _stored_sample(store, component, row)
+    stored, expected = _stored_sample(store, component, row), MIN_COSINE[component.precision]
     for view, arrays in enumerate(fresh):
         cosine = _cosines(component, {name: values[view] for name, values in stored.items()}, arrays)
         agreement.cosines.append(cosine)
-        if len(cosine) and cosine.mean() < MIN_COSINE:
+        if len(cosine) and cosine.mean() < expected:
             agreement.problems.append(
                 f"{where}, view {store.layout.views[view]}: {what} have cosine {cosine.mean():.3f} "
-                f"with those stored (expected {MIN_COSINE} or more); the file was changed, or what encodes it"
+                f"with those stored (expected {expected} or more); the file was changed, or what encodes it"
             )
     agreement.num_samples += 1
 

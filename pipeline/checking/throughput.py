@@ -7,9 +7,11 @@ import torch
 
 from ...cache_specs.derived import network_spec
 from ...cache_specs.tables import ResolvedModel
-from ..building.networks import ModelRequest, load_model
+from ..building.networks import load_model
+from ..building.request import ModelRequest
 
 PROBE_SECONDS = 2.0
+PROBE_IMAGES = 8  # a forward pass on a CPU
 MEMORY_SHARE = 0.4  # of what is free: activations need room beside the weights
 
 
@@ -31,7 +33,7 @@ def measure(kind: str, model: ResolvedModel, *, resolution: int, batch_size: int
         precision=precision,
         compressor="none",
         code=model.code,
-    )
+    ).on(device)
     encode, _ = load_model(request, device)
     shape = (batch_size, 3, resolution, resolution)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ..building.build import BuildReport
     from ..building.plan import BuildOptions, BuildPlan
+    from ..building.request import ModelRequest
     from ..images.manifest import KnownSamples, Manifest
 
 
@@ -39,11 +40,17 @@ if TYPE_CHECKING:
 @click.option("--allow-empty", is_flag=True, help="Let a class folder without images keep its number.")
 @click.option("--compressor", type=click.Choice(COMPRESSORS), default="none", show_default=True)
 @click.option("--shard-samples", type=int, help="Samples a shard, fixed at creation. [default: 256]")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Images a forward pass.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the forward.")
+@click.option("--batch-size", type=int, help="Images a forward pass. [default: 32; on a GPU by its memory]")
+@click.option(
+    "--precision",
+    type=click.Choice(("auto", *PRECISIONS)),
+    default="auto",
+    show_default=True,
+    help="Of the forward. auto: as begun; new on a GPU bf16 (maps, latents tf32), on a CPU fp32.",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--workers", type=int, help="Ray workers; 0: none, this process. [default: 0, or one a GPU of several]")
-@click.option("--threads", type=int, help="CPU threads a worker. [default: this machine's cores / workers]")
+@click.option("--threads", type=int, help="CPU threads a worker. [default: cores / workers; with a GPU 4]")
 @click.option("--address", metavar="ADDR", help="Ray cluster to join: auto, or host:port.")
 @click.option("--skip-bad", is_flag=True, help="Leave unreadable images out instead of stopping short of them.")
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and what would refuse it; write nothing.")
@@ -148,14 +155,22 @@ def _print_plan(options: "BuildOptions", plan: "BuildPlan") -> None:
     )
     total = 0
     for request in plan.requests:
-        component = request.component("")
-        missing = len(plan.missing[component.path])
-        say_report(f"{component.path}: {missing} of {layout.num_ranges} ranges to encode")
+        missing, precision = plan.missing[request.path], _precision(request, options.known_device)
+        say_report(f"{request.path}: {len(missing)} of {layout.num_ranges} ranges to encode, {precision}")
+        component = request.on(options.known_device or "cuda").component("")
         for name, shape, size in describe(component, layout):
             total += size
             say_report(f"  {name:<13} {shape:<32} {human_bytes(size)}")
     say_report(*_plan_lines(plan, options.manifest))
     say_report(f"{human_bytes(total)} in all; nothing was written")
+
+
+def _precision(request: "ModelRequest", device: str | None) -> str:
+    """Say in what a component will be encoded, or what that depends on."""
+    on_gpu, on_cpu = request.on("cuda").precision, request.on("cpu").precision
+    if device is not None or on_gpu == on_cpu:
+        return on_cpu if device == "cpu" else on_gpu
+    return f"{on_gpu} if the cluster has a GPU, else {on_cpu}"
 
 
 def _print_report(options: "BuildOptions", report: "BuildReport") -> None:

@@ -9,7 +9,9 @@ from ...cache_specs.schema import FEATURES, LATENTS, PRECISIONS
 from .said import JSON, say, say_json, say_report
 
 if TYPE_CHECKING:
+    from ...cache_specs.layout import CacheLayout
     from ...cache_specs.tables import ResolvedModel
+    from ..checking.estimate import ModelCost
 
 
 @click.command()
@@ -20,8 +22,14 @@ if TYPE_CHECKING:
 @click.option("--flip", is_flag=True, help="With the horizontal mirror as a second view.")
 @click.option("--model", metavar="NAME", help="SiT to train, for the speedup: SiT-B/2.")
 @click.option("--budget", metavar="SIZE", help="Say what fits: 500GB, 1.5TB.")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Images a forward pass of the probe.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", show_default=True, help="Of the probe.")
+@click.option("--batch-size", type=int, help="Images a forward pass of the probe. [default: 8; on a GPU a build's]")
+@click.option(
+    "--precision",
+    type=click.Choice(("auto", *PRECISIONS)),
+    default="auto",
+    show_default=True,
+    help="Of the probe; auto: what a build on this device takes.",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="[default: cuda where there is one]")
 @click.option("--probe/--no-probe", default=True, help="Measure each model for about two seconds, or leave hours out.")
 @JSON
@@ -33,7 +41,7 @@ def estimate(
     flip: bool,
     model: str | None,
     budget: str | None,
-    batch_size: int,
+    batch_size: int | None,
     precision: str,
     device: str | None,
     probe: bool,
@@ -50,9 +58,10 @@ def estimate(
     from ...cache_specs.sizes import parse_bytes
     from ...cache_specs.tables import resolve_autoencoder, resolve_encoder
     from ..building.grids import default_grid
+    from ..checking.bounds import bound_line
     from ..checking.estimate import estimate_lines, estimate_record, model_costs, planned_layout, sit_gmac
 
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: expected at least 1")
     limit = None if budget is None else parse_bytes(budget, where="--budget")
     layout = planned_layout(num_images=num_images, resolution=resolution, flip=flip)
@@ -69,22 +78,47 @@ def estimate(
         raise UsageError("nothing to estimate: name at least one --encoder or an --autoencoder")
     train = None if model is None else (model, sit_gmac(model, latent_size=latent_size))
     where, rates = _measure(models, resolution, batch_size, precision, device) if probe else (None, {})
-    record = estimate_record(model_costs(models, layout, rates), layout, train=train, budget=limit, probe=where)
+    costs = model_costs(models, layout, rates)
+    record = estimate_record(costs, layout, train=train, budget=limit, probe=where)
+    record["bounds"] = bounds = _bounds(models, costs, layout) if probe else None
     if as_json:
         say_json(record)
     else:
-        say_report(*estimate_lines(record))
+        say_report(*estimate_lines(record), *([] if bounds is None else [bound_line(bounds, num_images)]))
+
+
+def _bounds(
+    models: "list[tuple[str, ResolvedModel]]", costs: "list[ModelCost]", layout: "CacheLayout"
+) -> dict[str, float | None]:
+    """Return what bounds a build here, after a second of decoding and of writing into the temporary folder."""
+    import os
+
+    from ...cache_specs.schema import component_arrays
+    from ..checking.bounds import Machine, bounds, decode_rate, write_rate
+
+    arrays = [array for kind, model in models for array in component_arrays(kind, model.spec, "float16", layout)]
+    largest = max(arrays, key=lambda array: array.inner_bytes * array.shape[0])
+    machine = Machine(
+        cores=len(os.sched_getaffinity(0)), decode=decode_rate(layout.resolution), write=write_rate(largest)
+    )
+    return bounds(costs, layout, machine)
 
 
 def _measure(
-    models: "list[tuple[str, ResolvedModel]]", resolution: int, batch_size: int, precision: str, device: str | None
+    models: "list[tuple[str, ResolvedModel]]",
+    resolution: int,
+    batch_size: int | None,
+    precision: str,
+    device: str | None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Return where models are measured, and images/s by name of those that fit this device's memory."""
     import torch
 
-    from ..checking.throughput import fits_memory, measure
+    from ..building.resources import images_a_pass
+    from ..checking.throughput import PROBE_IMAGES, fits_memory, measure
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    batch_size = batch_size or (PROBE_IMAGES if device == "cpu" else images_a_pass(device, resolution))
     options = {"resolution": resolution, "batch_size": batch_size, "precision": precision, "device": device}
     say(f"measuring {len(models)} models on {device}, about two seconds each", err=True)
     rates = {

@@ -106,6 +106,8 @@ def load_autoencoder(
 
     def library() -> tuple[Any, torch.nn.Module]:
         model = _create_diffusers(spec, weights)
+        if target.type == "cuda" and precision != "fp32":  # tensor cores read channels last; else each layer is turned
+            model.to(memory_format=torch.channels_last)
         return model, model
 
     model, digest = load_network(spec, code, target, own=PythonAutoencoder, library=library)

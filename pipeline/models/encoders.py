@@ -149,16 +149,17 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     """Let a model run in this precision, whatever autocast and TF32 the caller is under.
 
     PyTorch's default for convolutions on CUDA is TF32, 10 bits of a float32's 23, in which an fp32 component would
-    differ from the same one of a CPU, under one fingerprint.
+    differ from the same one of a CPU, under one fingerprint. Under tf32 products of matrices are rounded so too.
     """
-    cudnn, before = torch.backends.cudnn, torch.backends.cudnn.allow_tf32
-    cudnn.allow_tf32 = precision != "fp32"
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32, matmul.allow_tf32 = precision != "fp32", precision == "tf32"
     try:
         kind = "cpu" if device.type == "meta" else device.type  # shapes alone know no precision
         with torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16"):
             yield
     finally:
-        cudnn.allow_tf32 = before
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def check_loadable(spec: Mapping[str, Any], weights: Path | None) -> None:

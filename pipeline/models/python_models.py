@@ -105,6 +105,7 @@ class PythonAutoencoder:
     def __init__(self, spec: Mapping[str, Any], code: OwnCode | None, device: torch.device) -> None:
         self._own = OwnNetwork(f"autoencoder {spec['entry']}", spec, code, device)
         self._spec = spec
+        self.module = self._own.module
         self.weights = self._own.weights
         for name in ("encode", "decode"):
             if not callable(getattr(self._own.network, name, None)):

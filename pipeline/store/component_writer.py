@@ -18,6 +18,9 @@ from ...cache_specs.storage import disk_error
 from .shards import ShardWriter
 from .store import CacheStore
 
+# The bits of a float's exponent, by its dtype.
+EXPONENTS: dict[str, np.unsignedinteger[Any]] = {"f2": np.uint16(0x7C00), "f4": np.uint32(0x7F800000)}
+
 
 class ComponentWriter:
     """The partial shards of one range of one component, filled from its first row in sub-batches."""
@@ -48,8 +51,7 @@ class ComponentWriter:
         for name, values in arrays.items():
             if values.dtype.kind != "f":
                 continue
-            finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
-            for offset in np.flatnonzero(~finite).tolist():
+            for offset in rows_not_finite(values):
                 if offset not in bad:
                     not_finite.setdefault(offset, self._not_finite(name, values.dtype))
         unusable = [*bad, *not_finite]
@@ -94,3 +96,14 @@ class ComponentWriter:
         rounded = self.component.kind == FEATURES and name.startswith("patch_tokens")
         advice = "; --dtype int8 can store it" if rounded else ""
         return f"{self.component.path}: its {name} is not finite as {dtype}{advice}"
+
+
+def rows_not_finite(values: np.ndarray) -> list[int]:
+    """Return the offsets of the rows of `values` [b, ...] that hold a NaN or an infinity.
+
+    By the bits of the exponent, all of them set in both: numpy converts float16 to find out, which takes ten times as
+    long. Row by row, so that what is compared stays in a core's cache.
+    """
+    exponent = EXPONENTS[values.dtype.str[1:]]
+    bits = np.ascontiguousarray(values).view(exponent.dtype)
+    return [offset for offset, row in enumerate(bits) if row.size and (row & exponent).max() == exponent]

@@ -1,14 +1,17 @@
 """The estimate: bytes are those of a build, GMAC those of the published models, and a budget is filled in order."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from repa.cache_specs.errors import UsageError
+from repa.cache_specs.schema import component_arrays
 from repa.cache_specs.tables import resolve_autoencoder, resolve_encoder
-from repa.pipeline.checking import throughput
+from repa.pipeline.checking import bounds, throughput
+from repa.pipeline.checking.bounds import Machine, bound_line
 from repa.pipeline.checking.estimate import (
     SIT_SIZES,
     ModelCost,
@@ -20,6 +23,7 @@ from repa.pipeline.checking.estimate import (
     sit_gmac,
     speedup,
 )
+from repa.pipeline.store.shards import ShardWriter
 from repa.pipeline.store.store import CacheStore
 from repa.trainer.models.sit import sit_config
 
@@ -93,6 +97,43 @@ def test_a_model_that_was_not_measured_is_scaled_from_its_kind() -> None:
     assert costs[2].hours(36 * 3000) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    ("decode", "write", "rates", "said"),
+    [
+        (100.0, 1e9, (50.0, 10.0), "models: 4.17 images/s, 0.1 hours (decoding 300,"),
+        (1.0, 1e9, (50.0, 10.0), "decoding: 3 images/s, 0.1 hours (models 4.17,"),
+        (100.0, 1e4, (50.0, 10.0), "writing: 2.5 images/s, 0.1 hours (models 4.17,"),
+        (100.0, 1e6, (50.0, None), "writing: 250 images/s, 0.0 hours (decoding 300"),
+    ],
+)
+def test_a_build_is_bound_by_the_slowest_of_three(
+    decode: float, write: float, rates: tuple[float | None, ...], said: str
+) -> None:
+    layout = planned_layout(num_images=1000, resolution=256, flip=True)
+    costs = [replace(cost("a", 4_000_000, 1), images_per_s=rates[0])]
+    costs.append(replace(cost("b", 1_000_000, 1), images_per_s=rates[1]))
+    line = bound_line(bounds.bounds(costs, layout, Machine(cores=3, decode=decode, write=write)), 1000)
+    assert line.startswith(f"a build here is bound by {said}"), line
+
+
+def test_what_a_machine_decodes_and_writes_is_measured_with_the_builds_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "PROBE_SECONDS", 0.01)
+    written: list[int] = []
+    append = ShardWriter.append
+    monkeypatch.setattr(ShardWriter, "append", lambda self, rows: (written.append(rows.nbytes), append(self, rows)))
+    model = resolve_encoder("hog:grid=4", resolution=32)
+    for num_images in (1, 1000):
+        layout = planned_layout(num_images=num_images, resolution=32, flip=True)
+        for array in component_arrays("features", model.spec, "float16", layout):
+            if array.dtype.startswith("float"):
+                assert bounds.write_rate(array, tmp_path) > 0
+    assert 0 < sum(written) < 2**27
+    assert list(tmp_path.iterdir()) == []
+    assert bounds.decode_rate(32) > 0
+
+
 def test_the_command_measures_and_says_all_of_it(
     repa_cache: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +145,7 @@ def test_the_command_measures_and_says_all_of_it(
     assert "40.0 MB holds latents, hog-grid4 float16" in done.out
     assert "SiT-S/2" in done.out
     assert "scaled" not in done.out
+    assert "a build here is bound by" in done.out
     done = repa_cache("estimate", "--encoder", "dinov2", "--images", 1281167, "--no-probe", "--model", "SiT-B/2")
     assert "514.0 GB" in done.out
     assert "1.34 times as fast as with the encoders online\n  3.32 times as fast as with the autoencoder" in done.out

@@ -164,9 +164,14 @@ def test_a_models_precision_is_its_own_under_a_callers_autocast(outer):
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_model_in_fp32_convolves_without_tf32(monkeypatch, before):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
-    for precision in ("fp32", "bf16"):
-        with autocast(torch.device("cpu"), precision):
-            assert torch.backends.cudnn.allow_tf32 == (precision == "bf16")
-        assert torch.backends.cudnn.allow_tf32 == before
+def test_tf32_is_of_the_models_precision_and_the_callers_afterwards(before):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    usual = cudnn.allow_tf32, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32 = matmul.allow_tf32 = before
+        for precision, expected in (("fp32", (False, False)), ("tf32", (True, True)), ("bf16", (True, False))):
+            with autocast(torch.device("cpu"), precision):
+                assert (cudnn.allow_tf32, matmul.allow_tf32) == expected
+            assert (cudnn.allow_tf32, matmul.allow_tf32) == (before, before)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = usual

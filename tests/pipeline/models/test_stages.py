@@ -13,7 +13,8 @@ import yaml
 from repa.cache_specs.errors import UsageError
 from repa.cache_specs.schema import FEATURES
 from repa.cache_specs.tables import resolve_encoder
-from repa.pipeline.building.networks import ModelRequest, load_networks
+from repa.pipeline.building.networks import load_networks
+from repa.pipeline.building.request import ModelRequest
 from repa.pipeline.models.encoders import load_encoder
 from repa.pipeline.models.timm_models import TimmFeatures
 
