@@ -41,7 +41,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.option("--shuffle", metavar="global|blocks", help="Blocks: by shards, for slow disks and object stores.")
 @click.option("--prefetch-bytes", metavar="SIZE", help="Bound of what is read ahead. [default: 512MB]")
 @click.option("--check-reads", is_flag=True, default=None, help="Verify the checksum of every row that is read.")
-@click.option("--compile", is_flag=True, default=None, help="Compile the model (torch.compile).")
+@click.option("--compile/--no-compile", default=None, help="torch.compile the model. [default: on CUDA, if it works]")
 @click.option(
     "--resume",
     is_flag=False,
@@ -115,9 +115,12 @@ def resolve_flags(
         given = named_run(Path(resume), given)
     sources = [*map(file_layer, files), set_layer(assignments), Layer(source="flags", values=given)]
     own = None if resume is None else stored_layer(Path(required("out", sources)))
+    begun = own is not None
     if own is None:
         own = recipe_layer(required("recipe", sources), required("model", sources))
     config = resolve([own, *sources])
+    if begun and config.compile == "auto":  # what it chose when the run began
+        config = resolve([own, *sources, Layer(source="the run", values={"compile": own.values["compile"]})])
     if online and config.online.data is None:
         raise UsageError("--online computes encoders from the images of the cache; name their folder with --data")
     return config

@@ -30,17 +30,40 @@ class EMA:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: SiT, gate: Tensor | None = None) -> None:
+    def update(self, model: SiT, halted: Tensor | None = None) -> None:
         """Move the average towards `model`'s parameters.
 
-        `gate` is a scalar tensor on their device, 1 to update and 0 to leave the average as it is, so that a step
-        judged on the device needs no synchronisation. The parameters must be finite either way: the same gate has to
+        `halted` is a float32 scalar on their device, 0 to update and 1 to leave the average as it is, so that a step
+        judged on the device needs no synchronisation. The parameters must be finite either way: the same scalar has to
         have kept the optimizer from moving them.
         """
         ours: list[Tensor] = list(self.model.parameters())
         theirs: list[Tensor] = list(model.parameters())
+        if ours[0].device.type == "cuda":
+            move_fused(ours, theirs, 1 - self.decay, halted)
+            return
         weight = torch.full((), 1 - self.decay, device=ours[0].device)
-        if gate is not None:
-            weight = weight * gate
-        # A tensor weight has no fused kernel: one launch a parameter, 2 ms for 400, beside a step of hundreds.
+        if halted is not None:
+            weight = weight * (1 - halted)
         torch._foreach_lerp_(ours, theirs, [weight] * len(ours))
+
+
+def move_fused(ours: list[Tensor], theirs: list[Tensor], weight: float, halted: Tensor | None) -> None:
+    """Move `ours` by `weight` of the way to `theirs`, in one launch for all of them instead of one a parameter.
+
+    A lerp whose weight lies on the device has no such kernel; SGD's has, and a door for the gate. Its step at the rate
+    `weight`, with a decay of 1 and minus `theirs` for the gradient, is ours <- ours - weight (ours - theirs).
+    """
+    torch._fused_sgd_(
+        ours,
+        theirs,
+        [],
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=weight,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=halted,
+    )

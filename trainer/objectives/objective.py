@@ -212,6 +212,9 @@ class Objective:
         x = torch.zeros(num, *self.given.latent_shape, device=device)
         return x, torch.zeros(num, device=device), torch.zeros(num, dtype=torch.int64, device=device)
 
+    def rehearse(self, model: SiT) -> None:
+        """Run once, on made-up input, what the method compiles beside the model's forward pass."""
+
     def state_dict(self) -> Mapping[str, Any]:
         """Return what a checkpoint must hold of the method beside model, EMA and optimizer; most have nothing."""
         return {}

@@ -99,7 +99,7 @@ def _plain(value: Any) -> str:
 def _allowed(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return " | ".join(map(str, arguments))
+        return " | ".join(map(_plain, arguments))
     if origin is types.UnionType:
         return " | ".join("null" if part is types.NoneType else _allowed(part) for part in arguments)
     if origin is tuple:

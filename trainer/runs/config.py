@@ -23,6 +23,7 @@ from .optimizer import OptimizerConfig
 Bytes = NewType("Bytes", int)  # may be written as 512MB or 2GiB
 PRECISIONS = ("auto", "fp32", "bf16")
 BY_ENCODER = ("alignment.proj_coeff", "alignment.encoder_depth")  # one for all, or one an encoder
+Compile = Literal["auto", True, False]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,8 @@ class RunConfig:
     shuffle: Shuffle = "global"  # or blocks: shards in random order, shuffled within a window of shuffle_window
     shuffle_window: int = DEFAULT_WINDOW  # shards, of shuffle=blocks
     precision: str = "auto"  # fp32 | bf16 of the passes; parameters and EMA stay float32. auto: bf16 on CUDA only
-    compile: bool = False  # torch.compile the model
+    compile: Compile = "auto"  # torch.compile the model. auto: on CUDA, where a first step works
+    activation_checkpointing: bool = False  # compute blocks again in the backward pass: less memory, a third more time
     latent_norm: Literal["fixed", "channel"] = "fixed"  # the published scale, or the cache's statistics by channel
     flip: bool = True  # train on the mirrored view too, where the cache has it
     label_dropout: float = 0.1  # share of samples trained without their label, for guidance
@@ -235,7 +237,7 @@ class RunConfig:
 # A resume may differ in these. A `cache` is where data lies; what it holds is compared by fingerprint.
 MAY_CHANGE = frozenset(
     {"steps", "log_every", "save_every", "save_minutes", "keep_last", "keep_every"}
-    | {"logger", "stage", "check_reads", "prefetch_bytes", "cache", "out", "entries"}
+    | {"logger", "stage", "check_reads", "prefetch_bytes", "cache", "out", "entries", "activation_checkpointing"}
     | {"validation.every", "validation.cache"}
     | {f"grid.{item.name}" for item in fields(GridConfig)}
     | {f"evaluation.{item.name}" for item in fields(EvaluationConfig)}

@@ -19,7 +19,9 @@ from .run import record
 from .settings import RESOLVED, Layer, flatten, recipe_layer, resolve, used
 
 # Said in lines of their own, or chosen by the cache and the machine.
-SAID_ELSEWHERE = frozenset({"recipe", "cache", "out", "model", "autoencoder", "encoders", "steps", "precision"})
+SAID_ELSEWHERE = frozenset(
+    {"recipe", "cache", "out", "model", "autoencoder", "encoders", "steps", "precision", "compile"}
+)
 
 
 def describe(
@@ -49,7 +51,9 @@ def describe(
         f"method: {config.objective}; {objective.papers}",
         *(f"our choice: {line}" for line in objective.choices(config.alignment, objective.settings)),
         f"model: {config.model}, {total - in_projectors:.1f} M parameters; projectors {in_projectors:.1f} M; "
-        f"{config.precision} on {world.device.type}" + (f", {world.size} ranks" if world.size > 1 else ""),
+        f"{config.precision} on {world.device.type}"
+        + {True: ", compiled", False: "", "auto": ", compiled if that works"}[config.compile]
+        + (f", {world.size} ranks" if world.size > 1 else ""),
         f"data: {config.cache}, {config.autoencoder}{encoders}",
         *_online(config),
         f"data: {len(batches.trained_rows)} of {reader.num_samples} samples, {num_views} view(s), "

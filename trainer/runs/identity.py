@@ -1,5 +1,6 @@
 """Which run is which: a digest of everything that a run's numbers depend on, and of nothing else."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -22,7 +23,9 @@ def run_digest(config: RunConfig, fingerprints: Mapping[str, str], *, world_size
     valid rows; the number of ranks; and the version of the method. Where the cache lies is not in it, nor the name of
     the recipe, whose settings are.
     """
-    needed = Layer(source="", values={"recipe": "-", "cache": "-", "out": "-", "model": config.model})
+    # `compile` was false when it was not asked for, and is left to the device now: no other run.
+    config = dataclasses.replace(config, compile=config.compile is True)
+    needed = Layer(source="", values={"recipe": "-", "cache": "-", "out": "-", "model": config.model, "compile": False})
     default = flatten(resolve([needed]).plain())
     settings = {
         key: value

@@ -15,7 +15,7 @@ from ..objectives.objective import Given, Objective, Reads
 from ..reading.batches import Batches, Place
 from ..reading.draws import DrawSpec
 from ..reading.reader import CacheReader
-from .config import RunConfig
+from .config import Compile, RunConfig
 from .held_out import split
 from .start import conventions
 
@@ -40,7 +40,7 @@ def make_objective(config: RunConfig, reader: CacheReader, norm: LatentNorm, wor
         micro_batch=config.batch_size // (config.accumulation * world.size),
         accumulation=config.accumulation,
         precision=config.precision,
-        compile=config.compile,
+        compile=config.compile is True,
         device=world.device,
     )
     return objective_class(config.objective)(given, settings_of(config))
@@ -92,6 +92,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" else "fp32"
+
+
+def resolve_compile(choice: Compile, device: torch.device) -> Compile:
+    """Return the choice; `auto` stays so on CUDA, until a first step has shown whether it works, and is False else."""
+    return choice if choice != "auto" or device.type == "cuda" else False
 
 
 def settle_convolutions(precision: str) -> None:

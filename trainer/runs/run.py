@@ -5,7 +5,9 @@ before the first step.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +19,9 @@ from ...cache_specs.errors import UsageError
 from ...cache_specs.schema import FEATURES, LATENTS
 from ...cache_specs.storage import location
 from ..diffusion.latents import LatentNorm, LatentSource
-from ..distributed import World, wrap
+from ..distributed import World, averaging, settle_buckets, wrap
 from ..models.ema import EMA
+from ..models.recomputing import checkpoint_activations
 from ..models.sit import SiT
 from ..objectives.objective import Field, Objective
 from ..reading.batches import Batches
@@ -29,12 +32,14 @@ from ..reading.reader import CacheReader
 from ..reading.stage import stage_cache
 from .config import RunConfig
 from .held_out import ValidationData, validation_data
+from .metrics import say
 from .optimizer import GatedAdamW
 from .parts import (
     build_model,
     make_batches,
     make_objective,
     reads_of,
+    resolve_compile,
     resolve_precision,
     settle_convolutions,
 )
@@ -84,6 +89,28 @@ class Run:
         if self.aligned:
             return self.wrapped(*inputs, return_projections=True)
         return self.wrapped(*inputs), ()
+
+    def answers(self) -> Iterator[Tensor]:
+        """Yield all that the model answers to a made-up micro-batch, as in a step."""
+        with self.autocast():
+            prediction, projections = self.forward(self.objective.dummy_inputs(self.batches.place.micro_batch))
+        yield from prediction if isinstance(prediction, tuple) else (prediction,)
+        yield from projections
+
+    def rehearse(self) -> str | None:
+        """Run what is compiled, forward and backward, once; return why it fails, on all ranks where it does on one."""
+        failure = None
+        try:
+            with averaging(self.wrapped, last=False):  # a rank that fails must not be waited for
+                settle_buckets(self.wrapped, self.answers)
+            self.objective.rehearse(self.model)
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize(self.world.device)
+        except Exception as error:  # whatever compilers raise: no C compiler, no Triton, an operation that is unknown
+            cause = getattr(error, "inner_exception", error)  # Dynamo's own says only who raised it
+            failure = next((line.strip() for line in str(cause).splitlines() if line.strip()), repr(cause))[:200]
+        (failed,) = self.world.most([float(failure is not None)])
+        return failure if not failed else failure or "it failed on another rank"
 
     def follow_alignment(self) -> bool:
         """Take the projectors out of the graph from alignment.stop_step or horizon on; say whether anything changed.
@@ -191,17 +218,41 @@ def open_cache(
         # Computed ones as they were asked for: a cache that gets them later would call them otherwise.
         encoders=config.encoders if config.online.data else tuple(features.name for features in reader.features),
         precision=resolve_precision(config.precision, world.device),
+        compile=resolve_compile(config.compile, world.device),
     )
     return resolved, reader
 
 
 def prepare(config: RunConfig, world: World, *, copy: Path | None = None, online: OpenOnline | None = None) -> Run:
-    """Build the parts of a run at step 0; raises as `open_cache`, and UsageError where the model does not fit."""
+    """Build the parts of a run at step 0; raises as `open_cache`, and UsageError where the model does not fit.
+
+    Whether the model is compiled is found out here, where the settings leave it open: on one made-up step, with a line.
+    """
     config, reader = open_cache(config, world, copy=copy, online=online)
     if world.device.type == "cuda":
         settle_convolutions(config.precision)
+    if config.compile != "auto":
+        return _assembled(config, reader, world)
+    run = _assembled(dataclasses.replace(config, compile=True), reader, world)
+    started = time.monotonic()
+    failure = run.rehearse()
+    if world.is_main:
+        took = f"{time.monotonic() - started:.0f} s to a first step"
+        say(f"compiled, {took}" if failure is None else f"not compiled, which costs speed alone: {failure}")
+    if failure is None:
+        return run
+    del run
+    gc.collect()  # a compiled model refers to itself
+    torch.compiler.reset()
+    return _assembled(dataclasses.replace(config, compile=False), reader, world)
+
+
+def _assembled(config: RunConfig, reader: CacheReader, world: World) -> Run:
+    """Return the parts of a run whose settings leave nothing open."""
     model = build_model(config, reader).to(world.device)
     ema, *more_emas = (EMA(model, decay) for decay in config.ema_decay)
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
     if config.compile:
         model.compile(fullgraph=True)  # in place: parameters keep their names
     norm = reader_norm(reader, config.latent_norm)

@@ -95,6 +95,7 @@ SYNONYMS = {
     "cfg_prob": "label_dropout",
     "checkpointing_steps": "save_every",
     "gradient_accumulation_steps": "accumulation",
+    "gradient_checkpointing": "activation_checkpointing",
     "mixed_precision": "precision",
     "enc_type": "encoders",
 }
@@ -261,8 +262,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         if isinstance(value, str) and value.lower() in arguments:
             value = value.lower()
-        if value not in arguments:
-            raise UsageError(f"{where} is {value!r}; {nearest(str(value), map(str, arguments))}")
+        if not any(type(value) is type(known) and value == known for known in arguments):  # 1 is not true
+            known = [str(argument).lower() if isinstance(argument, bool) else str(argument) for argument in arguments]
+            raise UsageError(f"{where} is {value!r}; {nearest(str(value), known)}")
         return value
     if origin is tuple:
         items = value if isinstance(value, list | tuple) else [] if value is None else [value]

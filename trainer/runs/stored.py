@@ -19,7 +19,7 @@ CONFIG_FILE = "config.json"
 
 RENAMED = {"evaluation.encoder": "evaluation.encoders"}  # by dotted key: what it is called now
 # Of later settings whose default does something, the value that does nothing.
-NEUTRAL: dict[str, Any] = {"save_minutes": None}
+NEUTRAL: dict[str, Any] = {"save_minutes": None, "compile": False}
 
 
 def stored_layer(folder: Path) -> Layer | None:

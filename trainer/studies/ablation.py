@@ -210,6 +210,7 @@ def costs(runs: Sequence[Planned], *, device: str, threads: int) -> dict[str, Co
             config.accumulation,
             config.precision,
             config.compile,
+            config.activation_checkpointing,
             config.cache,
         )
         if kind not in measured:

@@ -5,11 +5,10 @@ them at a log, and only there: it then writes every step since the last one to m
 of them were finite. What a method reads, draws, asks of the model and calls its losses is its own (objectives/).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ...cache_specs.errors import JobError
 from ..distributed import StopRequest, averaging, settle_buckets
@@ -56,7 +55,7 @@ def train_step(run: Run, ahead: ReadAhead) -> StepResult:
     # Clip and finiteness, optimizer, EMA, step count
     grad_norm = run.optimizer.step(run.step)
     for ema in (run.ema, *run.more_emas):
-        ema.update(run.model, gate=1 - run.optimizer.halted)
+        ema.update(run.model, run.optimizer.halted)
     run.step += 1
     return StepResult(names=(*names, "grad_norm"), values=torch.cat([losses, grad_norm.view(1)]))
 
@@ -141,14 +140,7 @@ def train(
 def settle(run: Run) -> None:
     """Have gradients averaged, from the first step on, in the order in which all others will be."""
     if run.world.size > 1:
-        settle_buckets(run.wrapped, lambda: _answers(run))
-
-
-def _answers(run: Run) -> Iterator[Tensor]:
-    with run.autocast():
-        prediction, projections = run.forward(run.objective.dummy_inputs(run.batches.place.micro_batch))
-    yield from prediction if isinstance(prediction, tuple) else (prediction,)
-    yield from projections
+        settle_buckets(run.wrapped, run.answers)
 
 
 def not_finite(run: Run, step: int, numbers: dict[str, float]) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from repa.cache_specs.errors import UsageError
-from repa.trainer.models.ema import EMA
+from repa.trainer.models.ema import EMA, move_fused
 from repa.trainer.models.projector import ProjectorConfig
 from repa.trainer.models.sit import SiT, SiTConfig
 
@@ -45,15 +45,49 @@ def test_it_is_the_weighted_sum_of_every_parameter_from_step_zero():
             assert not torch.equal(found, history[0][name].float()), name
 
 
+@torch.no_grad()
+def test_one_launch_for_all_is_the_lerp_of_each_and_has_the_same_gate():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1000,), (3, 5), ())
+    ours, theirs = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2))
+    parameters = [torch.nn.Parameter(values.clone()) for values in theirs]
+    for weight in (1 - 0.9999, 0.3, 1.0):
+        moved = [values.clone() for values in ours]
+        move_fused(moved, parameters, weight, torch.tensor(1.0))
+        assert all(map(torch.equal, moved, ours))
+        move_fused(moved, parameters, weight, torch.tensor(0.0))
+        for found, before, target in zip(moved, ours, theirs, strict=True):
+            expected = before.double() + weight * (target.double() - before.double())
+            torch.testing.assert_close(found.double(), expected, atol=5e-7, rtol=0)
+        assert all(map(torch.equal, parameters, theirs))
+        still = [values.clone() for values in theirs]
+        move_fused(still, parameters, weight, None)
+        assert all(map(torch.equal, still, theirs))  # what never moves stays, bit for bit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device; torch finds none")
+def test_on_a_gpu_it_moves_as_on_a_cpu():
+    model = make_model()
+    here, there = EMA(model, 0.9), EMA(model.cuda(), 0.9)
+    walk(model.cpu(), 0)
+    for halted in (1.0, 0.0):
+        here.update(model, torch.tensor(halted))
+        there.update(model.cuda(), torch.tensor(halted, device="cuda"))
+        model.cpu()
+        for name, value in there.model.state_dict().items():
+            torch.testing.assert_close(value.cpu(), here.model.state_dict()[name], atol=0, rtol=1e-6, msg=name)
+
+
 def test_the_gate_leaves_the_average_as_it_is():
     model = make_model()
     ema, free = EMA(model, 0.5), EMA(model, 0.5)
     before = {name: value.clone() for name, value in ema.model.state_dict().items()}
     walk(model, 0)
-    ema.update(model, gate=torch.tensor(0.0))
+    ema.update(model, torch.tensor(1.0))
     for name, value in ema.model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    ema.update(model, gate=torch.tensor(True))
+    ema.update(model, torch.tensor(0.0))
     free.update(model)
     for name, value in ema.model.state_dict().items():
         assert torch.equal(value, free.model.state_dict()[name]), name

@@ -81,7 +81,7 @@ def test_every_recipe_resolves_for_every_size():
         ),
         (set_layer(["steps=many"]), "--set: steps is 'many'; expected int"),
         (set_layer(["steps=1.5"]), "--set: steps is 1.5; expected int"),
-        (set_layer(["compile=1"]), "compile is 1; expected bool"),
+        (set_layer(["compile=1"]), "compile is 1; Known: auto, false, true"),
         (set_layer(["steps=0"]), "steps is 0; expected 1 or more"),
         (set_layer(["accumulation=3"]), "batch_size 256 is not a multiple of accumulation 3"),
         (set_layer(["precision=fp16"]), "precision is fp16: .* underflows .* Train with bf16 or fp32"),
