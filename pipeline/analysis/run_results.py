@@ -20,7 +20,7 @@ CONFIG_FILE = "config.json"
 _AVERAGED = frozenset(
     {"seed", "steps", "log_every", "save_every", "save_minutes", "keep_last", "keep_every", "stage", "check_reads"}
     | {"prefetch_bytes", "cache", "out", "entries", "logger", "grid", "evaluation", "online"}
-    | {"validation.every", "validation.cache"}
+    | {"activation_checkpointing", "validation.every", "validation.cache"}
     | {"resolved", "history", "fingerprints"}
 )
 _SETTINGS = ("step", "num")  # of an evaluation: runs are compared at equal ones
