@@ -23,7 +23,7 @@ from .storage import Location
 
 FITS = "fits"
 DERIVED = "derived"  # key of a derived component's spec, and its `loader`
-METHODS = {"pca": True}  # by name: whether a width follows, as in pca:16
+METHODS = {"pca": True, "purify-linear": False, "standardise": False}  # by name: whether a width follows, as in pca:16
 DEFAULT_SAMPLE = 4096  # images of a fit: a million tokens of a 16 x 16 grid
 SAMPLE_SEED = 0
 MOST_FIT_BYTES = 2**30  # of one array
@@ -138,7 +138,7 @@ class Fit:
     """What a method has found: `arrays` by name, and from what.
 
     `sources` gives, by component path, its `fingerprint` and `weights`; `sample` the images that were asked for and
-    used.
+    used, or those and the views where all were taken.
     """
 
     name: str
@@ -160,9 +160,8 @@ class Fit:
             },
         }
 
-    def is_of(self, method: str, sources: Mapping[str, Mapping[str, str]], num: int) -> bool:
-        """Return whether the fit is what `method` gives of `sources` and a sample of `num` images."""
-        asked = {"num": num, "seed": SAMPLE_SEED}
+    def is_of(self, method: str, sources: Mapping[str, Mapping[str, str]], asked: Mapping[str, int]) -> bool:
+        """Return whether the fit is what `method` gives of `sources` and the sample `asked` for."""
         return (self.method, self.sources) == (method, sources) and asked.items() <= self.sample.items()
 
     @property

@@ -253,6 +253,9 @@ def test_a_pushed_cache_is_staged_as_it_was_and_again_adds_what_is_new(
     assert contents(stage_cache(f"hf://{REPO}", tmp_path / "new", encoders=["hog-grid4-int8"])).items() <= (
         contents(cache).items()
     )
+    build(images, cache, "hog:grid=4:pca=3")
+    push(cache, f"hf://{REPO}")  # with its fit
+    assert {name: data for name, data in hub.files().items() if name != ".gitattributes"} == contents(cache)
 
 
 def test_a_push_that_was_killed_shows_no_cache_and_goes_on(
@@ -324,7 +327,7 @@ def test_errors_of_the_hub_are_one_line(hub: Hub, built: Path, tmp_path: Path, m
 
 def test_rows_are_not_read_from_the_hub_one_by_one(hub: Hub, built: Path) -> None:
     push(built, f"hf://{REPO}")
-    with pytest.raises(UsageError, match="add --stage DIR"):
+    with pytest.raises(UsageError, match="open what stage_cache returns"):
         CacheReader(f"hf://{REPO}").rows([0])
     assert any("features/hog-grid4" in line for line in info_lines(cache_record(f"hf://{REPO}")))
 

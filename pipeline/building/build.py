@@ -122,7 +122,8 @@ def _encode(
         pending,
         options.manifest,
         batch_size=options.batch_size or CPU_IMAGES,
-        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        # Of this process, which on a cluster may have none of the GPUs that the workers have.
+        device="cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu",
         threads=threads,
         skip_bad=options.skip_bad,
         on_message=on_message,

@@ -11,7 +11,7 @@ from ...cache_specs.errors import UsageError
 from ...cache_specs.fingerprint import canonical_json
 from ...cache_specs.layout import layer_array
 from ...cache_specs.schema import FEATURES, ComponentSpec, stored_layers
-from ..deriving.choose import method_of
+from ..deriving.choose import transform_of
 from ..deriving.method import Derivation, Inputs
 from ..models.autoencoders import load_autoencoder
 from ..models.encoders import Encoder, load_encoder, network_of
@@ -89,7 +89,7 @@ def _made_of_layers(request: ModelRequest, encoder: Encoder) -> tuple[Callable[[
             f"the weights of {request.spec['entry']} ({encoder.weights}) are not those that fits/{fit.name} was made "
             f"with ({before}); give the same file with --weights {request.spec['entry']}=FILE"
         )
-    derivation = Derivation(method_of(read_method(derived["method"])), fit, encoder.device)
+    derivation = Derivation(transform_of(read_method(derived["method"])), fit, encoder.device)
     return lambda layers: stored_tokens(derivation(source_inputs(layers)), request.dtype), fit.weights
 
 

@@ -18,7 +18,7 @@ from ...cache_specs.schema import FEATURES, TOKENS, ComponentSpec, stored_layers
 from ...cache_specs.tables import code_of
 from ..building.networks import load_model
 from ..building.request import ModelRequest
-from ..deriving.choose import method_of
+from ..deriving.choose import transform_of
 from ..deriving.derive import derived_tokens
 from ..deriving.fit import fit_sources
 from ..deriving.method import Derivation
@@ -142,8 +142,8 @@ def _derive_again(
         why = f"the fit that it was made with is not there as {FITS}/{name}"
         return Agreement(path=component.path, done="derived", left_out=why)
     if fit.sources == fit_sources(store, sources):
-        derivation = Derivation(method_of(read_method(derived["method"])), fit)
-        tokens = derived_tokens(StoredSource(store, sources[0]), derivation, store.layout.num_views)
+        derivation = Derivation(transform_of(read_method(derived["method"])), fit)
+        tokens = derived_tokens(StoredSource(store, *sources), derivation, store.layout.num_views)
         return replace(compare_tokens(store, component, tokens, num=len(rows)), done="derived")
     if len(derived["from"]) > 1 or TOKENS in derived["spec"]:
         why = f"{' and '.join(derived['from'])}, of which it was made, is not there any more"

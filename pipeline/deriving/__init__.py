@@ -1,1 +1,1 @@
-"""`repa-cache derive`: components made from others, and the fits that make them (PCA of tokens)."""
+"""`repa-cache derive`: components made from others, and the fits that make them: axes, residuals, statistics."""

@@ -7,7 +7,7 @@ was killed at any moment and runs again leaves the same tree. A sample that the 
 too, for the source's reason.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,14 +24,15 @@ from ...cache_specs.derived import (
     stored_width,
 )
 from ...cache_specs.errors import UsageError, at_least, nearest
-from ...cache_specs.schema import FEATURES, ComponentSpec
+from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.tables import stored_encoder
+from ..store.binding import check_images
 from ..store.record import check_writable
 from ..store.store import CacheStore
 from ..store.token_writer import Tokens, source_of, write_tokens
 from .choose import method_of
 from .fit import ensure_fit, fit_sources
-from .method import Derivation
+from .method import Derivation, Fitting, Method
 from .source import StoredSource
 
 
@@ -45,6 +46,7 @@ class DeriveOptions:
     dtype: str = "float16"
     compressor: str = "none"
     sample: int = DEFAULT_SAMPLE
+    latents: str | None = None
 
     def __post_init__(self) -> None:
         at_least("--sample", self.sample, 1)
@@ -52,40 +54,75 @@ class DeriveOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DerivePlan:
-    """What would be made: `component` without its weights, which are its fit's, and the finished `sources` of it."""
+    """What would be made of the finished `sources`, features first.
+
+    `component` is without its weights, which are its fit's, and None where a fit called `name` is all that is made.
+    """
 
     store: CacheStore
-    method: MethodRequest
+    request: MethodRequest
+    method: Fitting
     sources: tuple[Component, ...]
-    component: ComponentSpec
+    name: str
+    component: ComponentSpec | None
+
+    def rows(self) -> StoredSource:
+        """Open what is read."""
+        return StoredSource(self.store, *(source.spec for source in self.sources))
 
 
 def plan_derive(options: DeriveOptions) -> DerivePlan:
-    """Find the source and resolve what is made of it; reads no token and writes nothing.
+    """Find the sources and resolve what is made of them; reads no token and writes nothing.
 
     Raises `UsageError` for what cannot be asked, `CacheError` for a source that is not whole, and where the component
     on disk is another.
     """
     store = CacheStore.open(options.cache)
-    method = read_method(options.method)
-    found_source = find_source(store, options.source)
-    source = found_source.spec
-    method.check_width(source.path, stored_width(source.spec))
-    width = method_of(method).width(stored_width(source.spec))
-    component = ComponentSpec(
+    request = read_method(options.method)
+    method = method_of(request)
+    sources = [find_source(store, options.source)]
+    source = sources[0].spec
+    if method.latents:
+        sources.append(find_latents(store, sources[0], options.latents))
+    elif options.latents is not None:
+        raise UsageError(f"--latents {options.latents}: {request.label} reads none; leave it out")
+    component = None
+    if isinstance(method, Method):
+        component = _component(options, request, method, [found.spec for found in sources])
+        found = store.component(component.path)
+        if found is not None:
+            store.check_component(found, replace(component, weights=found.weights))
+    check_writable(store.path)
+    name = f"{source.path.removeprefix(f'{FEATURES}/')}-{request.suffix}"
+    return DerivePlan(
+        store=store,
+        request=request,
+        method=method,
+        sources=tuple(sources),
+        name=name if component is None else fit_name(component.path),
+        component=component,
+    )
+
+
+def _component(
+    options: DeriveOptions, request: MethodRequest, method: Method, sources: Sequence[ComponentSpec]
+) -> ComponentSpec:
+    source = sources[0]
+    if source.derived is not None:
+        made, origin = source.spec["model"], source.derived["from"][0]
+        raise UsageError(f"--from {options.source}: it is {made}; derive from {origin} itself")
+    request.check_width(source.path, stored_width(source.spec))
+    width = method.width(stored_width(source.spec))
+    paths = [found.path for found in sources]
+    return ComponentSpec(
         kind=FEATURES,
-        name=f"{source.path.removeprefix(f'{FEATURES}/')}-{method.suffix}",
-        spec=derived_spec(method, source.spec, [source.path], width=width, sample=options.sample),
+        name=f"{source.path.removeprefix(f'{FEATURES}/')}-{request.suffix}",
+        spec=derived_spec(request, source.spec, paths, width=width, sample=options.sample),
         weights="",
         precision=source.precision,
         dtype=options.dtype,  # type: ignore[arg-type]  # checked in ComponentSpec.__post_init__, as the next
         compressor=options.compressor,  # type: ignore[arg-type]
     )
-    found = store.component(component.path)
-    if found is not None:
-        store.check_component(found, replace(component, weights=found.weights))
-    check_writable(store.path)
-    return DerivePlan(store=store, method=method, sources=(found_source,), component=component)
 
 
 def find_source(store: CacheStore, name: str) -> Component:
@@ -95,11 +132,36 @@ def find_source(store: CacheStore, name: str) -> Component:
     if found is None or found[1] is not None:
         known = nearest(f"{FEATURES}/{name.removeprefix(f'{FEATURES}/')}", [f"{FEATURES}/{group}" for group in present])
         raise UsageError(f"--from {name}: {store.path} holds no such component; {known}")
-    source = source_of(store, f"{FEATURES}/{found[0]}")
-    if source.spec.derived is not None:
-        made, origin = source.spec.spec["model"], source.spec.derived["from"][0]
-        raise UsageError(f"--from {name}: it is {made}; derive from {origin} itself")
-    return source
+    return source_of(store, f"{FEATURES}/{found[0]}")
+
+
+def find_latents(store: CacheStore, features: Component, name: str | None) -> Component:
+    """Return the finished latents `name`, or the only ones, for a method that reads them beside the features.
+
+    Raises `UsageError` where a token has no whole patch of them, or not every image of the features is in them.
+    """
+    present = [path.removeprefix(f"{LATENTS}/") for path in store.components() if path.startswith(f"{LATENTS}/")]
+    if name is None and len(present) != 1:
+        has = f"several: {', '.join(present)}; choose with --latents" if present else "no latents, which this needs"
+        raise UsageError(f"{store.path} holds {has}")
+    asked = present[0] if name is None else name.removeprefix(f"{LATENTS}/")
+    if asked not in present:
+        raise UsageError(f"--latents {name}: {store.path} holds no such latents; {nearest(asked, present)}")
+    latents = source_of(store, f"{LATENTS}/{asked}")
+    size, grid = latents.spec.spec["latent_size"], features.spec.spec["grid"]
+    if size[0] % grid[0] or size[1] % grid[1] or size[0] // grid[0] != size[1] // grid[1]:
+        raise UsageError(
+            f"{latents.spec.path} are {size[0]} x {size[1]}, no whole patches for {grid[0]} x {grid[1]} tokens of "
+            f"{features.spec.path}"
+        )
+    lacking = sorted(latents.bad_files.keys() - features.bad_files.keys())
+    if lacking:
+        raise UsageError(
+            f"{latents.spec.path} lack {len(lacking)} images that {features.spec.path} has ({lacking[0]}); build them "
+            "anew of mended images"
+        )
+    check_images(store, [latents.spec.path, features.spec.path])
+    return latents
 
 
 def run_derive(
@@ -111,29 +173,33 @@ def run_derive(
 ) -> int:
     """Make what is missing of the component and complete it; return how many samples this call made.
 
-    `on_start(done, total)` and `on_progress(samples)` count samples; `on_message` gets a line before what takes long.
-    Raises as `plan_derive` does, and `JobError` where another process makes the same component, or values are not
-    finite as stored.
+    Of a fit that is all that is asked for, it is the images that it was made of. `on_start(done, total)` and
+    `on_progress(samples)` count samples; `on_message` gets a line before what takes long. Raises as
+    `plan_derive` does, and `JobError` where another process makes the same, or values are not finite as stored.
     """
     plan = plan_derive(options)
-    store, name = plan.store, fit_name(plan.component.path)
-    (source,) = plan.sources
-    rows, method = StoredSource(store, source.spec), method_of(plan.method)
-    with store.lock(f"{FITS}/{name}"):
+    store, method, rows = plan.store, plan.method, plan.rows()
+    num_views = store.layout.num_views if method.whole else 1
+    with store.lock(f"{FITS}/{plan.name}"):
+        if method.whole:
+            on_start(0, store.layout.num_samples * num_views)
         fit = ensure_fit(
             store,
-            name,
-            plan.method.label,
+            plan.name,
+            plan.request.label,
             method,
-            fit_sources(store, [source.spec]),
+            fit_sources(store, [source.spec for source in plan.sources]),
             options.sample,
-            sample=lambda drawn: rows.batches(rows.usable(drawn)),
+            sample=lambda drawn: rows.batches(rows.usable(drawn), num_views),
             on_message=on_message,
+            on_images=on_progress if method.whole else lambda num: None,
         )
+        if plan.component is None or not isinstance(method, Method):
+            return fit.sample["images"]
         return write_tokens(
             store,
             replace(plan.component, weights=fit.weights),
-            source,
+            plan.sources[0],
             derived_tokens(rows, Derivation(method, fit), store.layout.num_views),
             batch_size=rows.batch_size,
             on_start=on_start,

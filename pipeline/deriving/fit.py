@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import numpy as np
 
 from ...cache_specs.derived import FITS, SAMPLE_SEED, Fit, read_fit
-from ...cache_specs.schema import ComponentSpec
+from ...cache_specs.errors import CacheError
+from ...cache_specs.schema import FEATURES, ComponentSpec
 from ..store.fits import write_fit
+from ..store.record import nothing_encoded
 from ..store.store import CacheStore
-from .method import Inputs, Method
+from .method import Fitting, Inputs
 from .sample import sample_rows
 
 
@@ -24,22 +26,32 @@ def ensure_fit(
     store: CacheStore,
     name: str,
     label: str,
-    method: Method,
+    method: Fitting,
     sources: Mapping[str, Mapping[str, str]],
     num: int,
     *,
     sample: Callable[[np.ndarray], Iterable[Inputs]],
-    on_message: Callable[[str], None],
+    on_message: Callable[[str], None] = lambda line: None,
+    on_images: Callable[[int], None] = lambda num: None,
 ) -> Fit:
     """Return the fit `name`: the stored one where it was made by this method, of these sources and sample, else a new.
 
-    `sample` gives the `Inputs` of those of the rows drawn that can be used. The caller holds the lock of what the fit
-    is for.
+    `sample` gives the `Inputs` of those of the rows that can be used: of about `num`, each class with its share, or of
+    all where the method wants them. The caller holds the lock of what the fit is for. Raises `CacheError` rather than
+    to replace the fit of a component that is there.
     """
     found = read_fit(store.path, name)
-    if found is not None and found.is_of(label, sources, num):
+    asked = {"views": store.layout.num_views} if method.whole else {"num": num, "seed": SAMPLE_SEED}
+    if found is not None and found.is_of(label, sources, asked):
         return found
-    rows = sample_rows(store.read("label", 0, store.layout.num_samples), num, SAMPLE_SEED)
+    made = store.component(f"{FEATURES}/{name}")
+    if found is not None and made is not None and not nothing_encoded(store.path / made.path):
+        raise CacheError(
+            f"{store.path}: {made.path} was made of another {' or '.join(found.sources)} than is there by now; remove "
+            "it to derive it again"
+        )
+    labels = store.read("label", 0, store.layout.num_samples)
+    rows = np.arange(len(labels)) if method.whole else sample_rows(labels, num, SAMPLE_SEED)
     on_message(f"{FITS}/{name}: fitting {label} to {len(rows)} images")
     images = 0
 
@@ -47,10 +59,11 @@ def ensure_fit(
         nonlocal images
         for inputs in sample(rows):
             images += len(inputs.tokens)
+            on_images(len(inputs.tokens))
             yield inputs
 
     arrays = method.fit(counted())
-    drawn = {"num": num, "seed": SAMPLE_SEED, "images": images}
-    fit = Fit(name=name, method=label, sources=sources, sample=drawn, arrays=arrays)
+    views = asked.get("views", 1)
+    fit = Fit(name=name, method=label, sources=sources, sample={**asked, "images": images // views}, arrays=arrays)
     write_fit(store, fit)
     return fit

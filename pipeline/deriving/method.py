@@ -7,7 +7,7 @@ network) is arrays by name, stored as they are and digested.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,23 +18,38 @@ from ...cache_specs.derived import Fit
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """b images of one view: `tokens` [b, T, E] float32, those of several layers one after the other along E."""
+    """b images of one view: `tokens` [b, T, E] float32, those of several layers one after the other along E.
+
+    `latents` [b, T, D] float32 are the patches of the clean latents at the tokens' places, where the method reads them.
+    """
 
     tokens: Tensor
+    latents: Tensor | None = None
 
 
-class Method(Protocol):
-    """One way to make tokens [b, T, K] of `Inputs`."""
+class Fitting(Protocol):
+    """What can be learnt of rows.
 
-    def width(self, source: int) -> int:
-        """Return K, given E."""
-        ...
+    `latents`: it reads those too. `whole`: it is fitted to every row and view, not to a sample of them.
+    """
+
+    latents: bool
+    whole: bool
 
     def fit(self, sample: Iterable[Inputs]) -> dict[str, np.ndarray]:
         """Return what the sample teaches, arrays by name, float32; the same of the same images, however batched.
 
         Raises `UsageError` where the sample cannot teach it.
         """
+        ...
+
+
+@runtime_checkable
+class Method(Fitting, Protocol):
+    """One way to make tokens [b, T, K] of `Inputs`, once fitted."""
+
+    def width(self, source: int) -> int:
+        """Return K, given E."""
         ...
 
     def apply(self, state: Mapping[str, Tensor], inputs: Inputs) -> Tensor:

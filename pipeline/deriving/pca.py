@@ -21,6 +21,9 @@ CONSTANT = 1e-12  # of the largest variance: a direction below it is what roundi
 class Pca:
     """`pca:K`. State: `mean` [E], `components` [K, E], `variance` [E] along every direction, of which K are kept."""
 
+    latents = False
+    whole = False
+
     def __init__(self, width: int) -> None:
         self._width = width
 
