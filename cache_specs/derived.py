@@ -23,7 +23,12 @@ from .storage import Location
 
 FITS = "fits"
 DERIVED = "derived"  # key of a derived component's spec, and its `loader`
-METHODS = {"pca": True, "purify-linear": False, "standardise": False}  # by name: whether a width follows, as in pca:16
+METHODS = {
+    "pca": True,
+    "pca-scaled": True,
+    "purify-linear": False,
+    "standardise": False,
+}  # by name: whether a width follows, as in pca:16
 DEFAULT_SAMPLE = 4096  # images of a fit: a million tokens of a 16 x 16 grid
 SAMPLE_SEED = 0
 MOST_FIT_BYTES = 2**30  # of one array

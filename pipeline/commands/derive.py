@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("cache", metavar="DIR|URL")
 @click.option("--from", "source", required=True, metavar="COMPONENT", help="What it is made of: features/dinov2-vit-b.")
-@click.option("--with", "method", required=True, metavar="METHOD[:K]", help="How: pca:16, purify-linear, standardise.")
+@click.option(
+    "--with",
+    "method",
+    required=True,
+    metavar="METHOD[:K]",
+    help="How: pca:16, pca-scaled:16, purify-linear, standardise.",
+)
 @click.option(
     "--dtype", type=click.Choice(STORAGE_DTYPES), default="float16", show_default=True, help="Of what is made."
 )

@@ -11,6 +11,7 @@ from .standardise import Standardise
 
 METHODS: dict[str, Callable[[MethodRequest], Fitting]] = {
     "pca": lambda request: Pca(request.width),
+    "pca-scaled": lambda request: Pca(request.width, scaled=True),
     "purify-linear": lambda request: PurifyLinear(),
     "standardise": lambda request: Standardise(),
 }

@@ -3,7 +3,8 @@
     y = W (x - m)        W [K, E]: eigenvectors of the covariance of x, by falling eigenvalue; m its mean
 
 of all tokens of the sample's images, whatever their place. Nothing is divided by an eigenvalue, so that distances are
-those of the tokens as far as K directions hold them.
+those of the tokens as far as K directions hold them. Scaled, x - m is first divided by each channel's standard
+deviation, so that none decides by its size alone (ReDi, REGLUE): the eigenvectors are those of the correlation.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,13 +20,19 @@ CONSTANT = 1e-12  # of the largest variance: a direction below it is what roundi
 
 
 class Pca:
-    """`pca:K`. State: `mean` [E], `components` [K, E], `variance` [E] along every direction, of which K are kept."""
+    """`pca:K`, `pca-scaled:K`.
+
+    State: `mean` [E], `components` [K, E] (scaled: with the division in them), `variance` [E] along every direction, of
+    which K are kept.
+    """
 
     latents = False
     whole = False
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, scaled: bool = False) -> None:
         self._width = width
+        self._scaled = scaled
+        self._label = f"pca{'-scaled' * scaled}:{width}"
 
     def width(self, source: int) -> int:
         return self._width
@@ -36,19 +43,22 @@ class Pca:
         The sign of a direction is that in which its largest entry is positive.
         """
         mean, covariance = _covariance(sample)
-        variance, columns = np.linalg.eigh(covariance)
+        spread = covariance.diagonal()
+        scaled = self._scaled & (spread > CONSTANT * spread.max())  # a channel that never varies stays what it is: 0
+        std = np.sqrt(np.where(scaled, spread, 1.0))
+        variance, columns = np.linalg.eigh(covariance / (std[:, None] * std))
         variance, rows = variance[::-1].clip(min=0), columns.T[::-1]
         varying = int((variance > CONSTANT * variance[0]).sum())
         if varying < self._width:
             raise UsageError(
-                f"pca:{self._width}: the sample's tokens vary in {varying} directions alone; ask for at most {varying}"
+                f"{self._label}: the sample's tokens vary in {varying} directions alone; ask for at most {varying}"
                 if varying
-                else f"pca:{self._width}: all tokens of the sample are the same, so that there is nothing to project on"
+                else f"{self._label}: all tokens of the sample are the same, so that there is nothing to project on"
             )
         rows = rows[: self._width]
         largest = np.abs(rows).argmax(axis=1)
         rows = rows * np.sign(rows[np.arange(len(rows)), largest])[:, None]
-        state = {"mean": mean, "components": rows, "variance": variance}
+        state = {"mean": mean, "components": rows / std, "variance": variance}
         return {name: values.astype(np.float32) for name, values in state.items()}
 
     def apply(self, state: Mapping[str, Tensor], inputs: Inputs) -> Tensor:

@@ -145,3 +145,16 @@ def test_a_source_that_became_another_does_not_cost_the_old_component_its_fit(
     done = repa_cache("verify", cache)
     assert done.code == 0
     assert "fits/hog-grid4-pca6 is of another features/hog-grid4 than the one that is there by now" in done.err
+
+
+def test_latents_must_be_of_the_same_images_and_whole_patches(
+    cache: Path, sources: Path, tmp_path: Path, make_images: Any, derive: Callable[..., Any], repa_cache: Any
+) -> None:
+    images = Path(shutil.copytree(sources / "images", tmp_path / "images"))
+    make_images(images, num=14, num_classes=3)  # the bad one, mended
+    options = "--encoder hog:grid=2 --encoder hog:grid=3 --autoencoder none --workers 0"
+    assert repa_cache("build", "--data", images, "--cache", cache, *options.split()).code == 0
+    done = derive(cache, "purify-linear", source="hog:grid=2", code=2)
+    assert "latents/pixels lack 1 images that features/hog-grid2 has (class 1/005.png)" in done.err
+    done = derive(cache, "purify-linear", source="hog:grid=3", code=2)
+    assert "latents/pixels are 16 x 16, no whole patches for 3 x 3 tokens of features/hog-grid3" in done.err

@@ -41,6 +41,24 @@ def test_the_axes_are_the_singular_vectors_of_all_tokens(offset: float) -> None:
     assert projected.dtype == np.float32
 
 
+def test_scaled_axes_are_the_singular_vectors_of_standardised_tokens() -> None:
+    tokens = tokens_of(20) * torch.logspace(-2, 2, 12)
+    tokens[..., 3] = 0.5  # never varies
+    state = Pca(5, scaled=True).fit(batched(tokens, 7))
+    flat = tokens.double().numpy().reshape(-1, 12)
+    std = flat.std(axis=0)
+    std[3] = 1.0
+    mean, axes, variance = principal((flat - flat.mean(axis=0)) / std, 5)
+    np.testing.assert_allclose(mean, 0, atol=1e-9)
+    np.testing.assert_allclose(state["components"] * std, axes, atol=2e-6)
+    np.testing.assert_allclose(state["variance"], variance, atol=1e-5)
+    assert variance.sum() == pytest.approx(11)  # of correlations: one a channel that varies
+    fit = Fit(name="x", method="pca-scaled:5", sources={}, sample={}, arrays=state)
+    projected = Derivation(Pca(5, scaled=True), fit)(Inputs(tokens=tokens[:3])).numpy()
+    expected = (tokens[:3].double().numpy() - flat.mean(axis=0)) / std @ axes.T
+    np.testing.assert_allclose(projected, expected, atol=1e-4)
+
+
 def test_a_fit_does_not_depend_on_how_its_images_are_batched() -> None:
     tokens = tokens_of(20)
     whole, single = Pca(4).fit(batched(tokens, 20)), Pca(4).fit(batched(tokens, 1))
