@@ -17,11 +17,13 @@ import numpy as np
 from .errors import CacheError, UsageError, nearest
 from .fingerprint import digest
 from .group import check_digest, group_attributes
-from .layout import MOST_SAMPLES, MOST_WIDTH, whole
+from .layout import MOST_LAYERS, MOST_SAMPLES, MOST_WIDTH, whole
 from .shard_index import CHECKSUM_BYTES, checksum
 from .storage import Location
 
 FITS = "fits"
+TOKENS = "tokens"  # key of the spec of features that repa-features made of latents: a trained model's tokens
+TOKENS_LOADER = "repa-features"  # their `loader`: what alone can make them
 DERIVED = "derived"  # key of a derived component's spec, and its `loader`
 METHODS = {
     "pca": True,
@@ -122,6 +124,21 @@ def check_derived(spec: Mapping[str, Any]) -> None:
         if not all(isinstance(text, str) for text in texts):
             raise TypeError(f"{DERIVED} is {str(derived)[:80]}")
         whole(derived["sample"], "sample", most=MOST_SAMPLES)
+
+
+def check_tokens(spec: Mapping[str, Any]) -> None:
+    """Raise `TypeError` or `ValueError` where a spec says that a model made its tokens and does not say how."""
+    if (spec.get("loader") == TOKENS_LOADER) != (TOKENS in spec):
+        which = "with" if TOKENS in spec else "without"
+        raise ValueError(f"loader {str(spec.get('loader'))[:40]!r} of a spec {which} {TOKENS}")
+    if TOKENS in spec:
+        tokens = spec[TOKENS]
+        if not all(isinstance(tokens[key], str) for key in ("from", "fingerprint", "average")):
+            raise TypeError(f"{TOKENS} is {str(tokens)[:80]}")
+        whole(tokens["block"], "block", most=MOST_LAYERS)
+        whole(tokens["seed"], "seed", least=0, most=2**64)
+        if not isinstance(tokens["t"], float) or not 0 <= tokens["t"] <= 1:
+            raise ValueError(f"t is {str(tokens['t'])[:40]}")
 
 
 def fit_name(component: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, Self
 
 import numpy as np
 
-from .derived import DEFAULT_SAMPLE, DERIVED, check_derived
+from .derived import DEFAULT_SAMPLE, DERIVED, TOKENS, check_derived, check_tokens
 from .errors import CacheError, UsageError
 from .fingerprint import digest
 from .layout import (
@@ -35,7 +35,6 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 COMPRESSORS = ("none", "zstd", "blosc")
 IMPORTED = "imported"  # key of the spec of latents that `repa-cache import` brought in: from which layout, and how
 UNKNOWN: Final = "unknown"  # weights and precision of what was imported
-TOKENS = "tokens"  # key of the spec of features that repa-features made: a trained model's tokens, of which latents
 
 
 def component_path(kind: str, name: str, dtype: str) -> str:
@@ -139,7 +138,7 @@ class ComponentSpec:
 
     def _features_command(self, cache: object) -> str:
         tokens = self.tokens or {}
-        options = [f"--cache {shlex.quote(str(cache))}", f"--layer {tokens['block']}", f"--t {tokens['t']:g}"]
+        options = [f"--cache {shlex.quote(str(cache))}", f"--layer {tokens['block']}", f"--t {tokens['t']}"]
         options.append(f"--name {shlex.quote(self.name)}")
         for option, value, default in (
             ("weights", tokens["average"], "ema"),
@@ -202,6 +201,7 @@ class ComponentSpec:
             if not all(isinstance(found[name], str) for name in ("name", "weights")):
                 raise TypeError("name and weights are not both text")
             check_derived(found["spec"])
+            check_tokens(found["spec"])
             return cls(**found)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CacheError(f"{where}: damaged attributes of the component ({error!r})") from error

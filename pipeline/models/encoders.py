@@ -14,10 +14,9 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from ...cache_specs.derived import DERIVED
+from ...cache_specs.derived import DERIVED, TOKENS
 from ...cache_specs.entries import OwnCode
 from ...cache_specs.errors import UsageError
-from ...cache_specs.schema import TOKENS
 from ...cache_specs.tables import encoder_table
 from ..images.preprocess import encoder_input
 from .hog import MIN_PIXELS, hog_tokens

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...cache_specs.derived import TOKENS
 from ...cache_specs.errors import UsageError
-from ...cache_specs.schema import TOKENS, ComponentSpec
+from ...cache_specs.schema import ComponentSpec
 from ..diffusion.latents import LatentSource
 from ..distributed import World
 from ..evaluating.evaluation import Evaluation, Judge, Scorer, open_references, weights_of_judges

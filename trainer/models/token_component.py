@@ -7,15 +7,14 @@ the latents' own fingerprint and all that the input depends on. Neither the run'
 import re
 from typing import Literal
 
+from ...cache_specs.derived import TOKENS, TOKENS_LOADER
 from ...cache_specs.errors import UsageError
-from ...cache_specs.schema import FEATURES, LATENTS, TOKENS, UNKNOWN, ComponentSpec
+from ...cache_specs.schema import FEATURES, LATENTS, UNKNOWN, ComponentSpec
 from ...cache_specs.tables import encoder_aliases, encoder_table
 from ..diffusion.latents import LatentSource
 from ..reading.reader import CacheReader
 from .layer_tokens import LayerTokens
 from .pretrained import TrainedModel
-
-LOADER = "repa-features"  # of such a component: what alone can make its tokens
 
 
 def token_component(
@@ -45,8 +44,8 @@ def token_component(
         kind=FEATURES,
         name=name,
         spec={
-            "entry": LOADER,
-            "loader": LOADER,
+            "entry": TOKENS_LOADER,
+            "loader": TOKENS_LOADER,
             "model": model.config.name,
             "width": model.config.hidden_size,
             "grid": list(model.grid),

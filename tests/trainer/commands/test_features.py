@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from repa.cache_specs.errors import UsageError
+from repa.cache_specs.errors import CacheError, UsageError
+from repa.cache_specs.schema import ComponentSpec
 from repa.pipeline.models.vectors import load_vectors
 from repa.trainer.commands.borrowed import token_components
 from repa.trainer.commands.features import features_command
@@ -146,6 +147,19 @@ def test_other_weights_other_settings_and_other_latents_are_told_apart(
     (component, *_) = token_components(str(cache))
     with pytest.raises(UsageError, match=r"tokens of a trained SiT-Ti/2, of noised latents: no picture can be encoded"):
         load_vectors(component, "mean")
+
+
+@pytest.mark.parametrize("change", [{"t": "now"}, {"block": 0}, {"from": 3}, {"seed": -1}, None])
+def test_a_record_that_says_otherwise_is_one_line(written, change):
+    spec = {"entry": "repa-features", "loader": "repa-features", "model": "m", "width": 4, "grid": [2, 2]}
+    spec |= {"cls_token": False, "random_weights": False}
+    tokens = {"from": "latents/x", "fingerprint": "0", "average": "ema", "block": 1, "t": 0.2, "seed": 0}
+    component = ComponentSpec(kind="features", name="x", spec={**spec, "tokens": tokens}, weights="sha256:0")
+    whole = component.attributes(written.layout)
+    assert ComponentSpec.from_attributes(whole, "x").tokens == tokens
+    spec |= {} if change is None else {"tokens": tokens | change}
+    with pytest.raises(CacheError, match="x: damaged attributes of the component"):
+        ComponentSpec.from_attributes({**whole, "spec": spec}, "x")
 
 
 def test_a_scan_measures_and_stores_nothing(cache, run, repa_features):
