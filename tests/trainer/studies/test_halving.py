@@ -29,6 +29,8 @@ class Killed(BaseException):
 class Judge:
     """What stands for evaluation: a distance that the settings say, 9 for sit and 5 + gamma, less with every step."""
 
+    figures = (FIGURE,)
+
     def missing(self, run) -> bool:
         done = [record["step"] for record in read_records(run.folder / FILE)]
         return run.step > 0 and run.step % 2 == 0 and run.step not in done
