@@ -19,6 +19,7 @@ from ...cache_specs.storage import Location
 from ..images.decode import DecodedBatch
 from ..store.component_writer import ComponentWriter
 from ..store.store import CacheStore
+from .memory import give_freed_memory_back, keep_freed_memory
 from .networks import load_networks
 from .request import ModelRequest
 from .staging import Landing, Staging
@@ -55,6 +56,7 @@ class Worker:
         self, cache: Location, layout: CacheLayout, requests: Sequence[ModelRequest], *, device: str, threads: int
     ) -> None:
         torch.set_num_threads(threads)
+        self._kept = device == "cpu" and keep_freed_memory()
         self._store = CacheStore(cache, layout)
         self._staging = Staging(device)
         for request in requests:
@@ -111,6 +113,8 @@ class Worker:
         """Wait until what was encoded is written and committed."""
         for lane in (self._commits, *self._lanes.values(), self._durable):
             lane.shutdown(wait=True)
+        if self._kept:
+            give_freed_memory_back()
 
     def _encoded(self, batch: DecodedBatch, asked: Container[str]) -> Iterator[tuple[str, Landing]]:
         """Yield the arrays [b, V, ...] of a sub-batch, on their way to the host, by component path."""

@@ -7,6 +7,7 @@ import torch
 
 from ...cache_specs.derived import network_spec
 from ...cache_specs.tables import ResolvedModel
+from ..building.memory import freed_memory_kept
 from ..building.networks import load_model
 from ..building.request import ModelRequest
 
@@ -42,8 +43,9 @@ def measure(kind: str, model: ResolvedModel, *, resolution: int, batch_size: int
         next(iter(encode(images).values())).cpu()  # on a GPU, waits for what was asked of it
         return time.perf_counter()
 
-    started = finished()
-    num = 0
-    while (now := finished()) - started < PROBE_SECONDS:
-        num += batch_size
+    with freed_memory_kept(device):  # as a build does
+        started = finished()
+        num = 0
+        while (now := finished()) - started < PROBE_SECONDS:
+            num += batch_size
     return (num + batch_size) / (now - started)
