@@ -179,6 +179,8 @@ def stored_encoder(request: str, present: Sequence[str]) -> tuple[str, int | Non
     candidates = [name]
     with contextlib.suppress(UsageError):  # the name of a group need not be one that a build understands
         candidates.append(read_encoder_request(name).group)
+    # And as a network of one's own was asked for, whose file is not at hand.
+    candidates.append(re.sub(":(grid|layers|stage)=([^:]+)", lambda m: f"-{m[1]}{m[2].replace(',', '-')}", name))
     picked = int(layer) if separator else None
     return next(((group, picked) for group in candidates if group in present), None)
 

@@ -119,6 +119,7 @@ def weights_of(pairs: tuple[str, ...]) -> dict[str, Path]:
         name, separator, file = pair.partition("=")
         if not separator or not file:
             raise UsageError(f"--weights {pair}: expected NAME=FILE, as in --weights dinov2-vit-b=model.safetensors")
+        name = Path(name).stem if name.endswith((".yaml", ".yml")) else name  # a file of one's own
         files[as_known(encoder_name(name), autoencoder_table())] = Path(file).absolute()
     return files
 

@@ -1,6 +1,7 @@
 """Whose weights these are: a digest of what was loaded, and one clear line where nothing can be loaded."""
 
 import contextlib
+import importlib
 import logging
 import pickle
 import warnings
@@ -63,6 +64,8 @@ def _tensors(state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str, tupl
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
     """Keep the hub client's retries and deprecations from the screen: what failed is said in our one line."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("huggingface_hub.utils.logging")  # which sets the level, as it is imported
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from repa.pipeline.checking import throughput
+from repa.pipeline.commands.build import weights_of
 from repa.pipeline.commands.said import WIDTH, folded
 
 CACHE = {"cache", "num_samples", "class_names", "resolution", "views", "shard_samples", "num_ranges"}
@@ -148,3 +149,9 @@ def test_an_estimate_for_programs(repa_cache: Callable[..., Any]) -> None:
     assert (found["budget"]["used_bytes"], found["budget"]["num_bytes"]) == (used, 500 * 10**9)
     bare = json.loads(repa_cache("estimate", *options).out)
     assert (bare["speedup"], bare["budget"]) == (None, None)
+
+
+def test_weights_go_by_the_name_of_an_encoder_or_its_file() -> None:
+    pairs = ("nets/my-vit.yaml=a.pth", "DINOv2=b.pth", "SD_VAE_ft_mse=c.pth")
+    found = {name: file.name for name, file in weights_of(pairs).items()}
+    assert found == {"my-vit": "a.pth", "dinov2-vit-b": "b.pth", "sd-vae-ft-mse": "c.pth"}

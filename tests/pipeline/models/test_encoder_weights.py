@@ -1,7 +1,10 @@
 """Weights of encoders: published files load strictly from either format, and wrong ones are refused by their names."""
 
+import logging
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +233,17 @@ def test_what_is_no_file_of_tensors_is_never_advised_to_be_unpickled(tmp_path: P
     os.mkfifo(tmp_path / "w.pth")
     with pytest.raises(UsageError, match="a FIFO or a device, expected a file"):
         load_encoder(spec, weights=tmp_path / "w.pth")
+
+
+QUIET = """
+import logging
+from repa.pipeline.models.weights import quiet_hub
+with quiet_hub():
+    import huggingface_hub.utils
+    print(logging.getLogger("huggingface_hub").getEffectiveLevel())
+"""
+
+
+def test_the_hub_is_quiet_where_it_is_imported_only_then() -> None:
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == logging.CRITICAL

@@ -214,7 +214,8 @@ def test_a_cache_never_causes_an_import(
     for name in [name for name in sys.modules if name.startswith("_repa_own_")]:
         del sys.modules[name]
     recompute = ["verify", cache, "--recompute", 3, "--data", images, "--device", "cpu"]
-    for command in (["info", cache], ["verify", cache], ["metrics", cache], recompute):
+    as_asked = ["metrics", cache, "--encoder", "mine:grid=2:stage=late"]
+    for command in (["info", cache], ["verify", cache], ["metrics", cache], as_asked, recompute):
         done = repa_cache(*command)
         assert done.code == 0, done.err
     assert not marker.exists()
