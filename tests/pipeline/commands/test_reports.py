@@ -20,7 +20,7 @@ COMPONENT |= {"finish"}
 ENCODER = {"name", "short", "family", "irepa27", "loader", "model", "width", "depth", "patch", "tensor", "output"}
 ENCODER |= {"cls_token", "params_m", "gmac", "licence", "weights_from"}
 ESTIMATE = {"num_images", "resolution", "views", "probe", "components", "num_bytes", "gmac", "hours", "speedup"}
-ESTIMATE |= {"budget"}
+ESTIMATE |= {"budget", "bounds"}
 PAGE = Path(__file__).parents[3] / "pipeline/README.md"
 
 
