@@ -6,6 +6,7 @@ The hub is a server on loopback that speaks what its client asks for; the client
 import base64
 import hashlib
 import http.server
+import importlib.metadata
 import json
 import re
 import shutil
@@ -169,6 +170,8 @@ class _Answers(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """Yield a hub that the client of this process asks, and whose token it has."""
+    if int(importlib.metadata.version("huggingface-hub").partition(".")[0]) < 1:
+        pytest.skip("the hub's client before 1 takes HF_ENDPOINT from the environment that it was imported in")
     with Hub() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -19,7 +19,7 @@ from repa.cache_specs.tables import resolve_encoder
 from repa.kernels import cosine_alignment, reference
 from repa.pipeline.building.build import run_build
 from repa.pipeline.building.plan import BuildOptions
-from repa.pipeline.checking.info import info_lines
+from repa.pipeline.checking.info import cache_record, info_lines
 from repa.pipeline.checking.recompute import recompute
 from repa.pipeline.checking.verify import verify
 from repa.pipeline.images import demo_data
@@ -235,13 +235,13 @@ def test_the_runs_own_tokens_are_a_component_that_is_verified(house: House, tmp_
     agreements = {one.path: one for one in recompute(cache, house.manifest.source, num=4, weights={})}
     assert [one.path for one in agreements.values() if one.left_out] == [path]
     assert "only repa-features RUN --cache CACHE --verify derives again" in (agreements[path].left_out or "")
-    lines = list(info_lines(cache))
+    lines = list(info_lines(cache_record(cache)))
     assert "  tokens after block 3 at t 0.2, null label, of latents/pixels" in lines
 
     shutil.rmtree(cache / path / "valid")
-    lines = list(info_lines(cache))
+    lines = list(info_lines(cache_record(cache)))
     command = f"repa-features RUN --cache {cache} --layer 3 --t 0.2 --name run-s{STEPS}-b3-t0.2"
-    assert f"  finish it: {command}" in lines
+    assert lines[lines.index("  finish it:") + 1] == f"    {command}"
     words = shlex.split(command)[2:]
     features_command.main([str(house.run), *words], standalone_mode=False)
     assert verify(cache, on_progress=lambda done, total: None).problems == []
