@@ -21,6 +21,7 @@ from .entries import (
     read_own_code,
 )
 from .errors import UsageError
+from .layout import STORED_VIEWS, VIEWS
 
 RULES: dict[str, Rule] = {
     "loader": one_of("diffusers", "builtin", "python"),
@@ -97,13 +98,20 @@ class AutoencoderEntry(Ruled):
             return None
         return read_own_code(f"autoencoder {self.name}", self.folder or Path(), self.target, self.files)
 
-    def resolve(self, *, resolution: int, random_weights: bool, code: OwnCode | None = None) -> dict[str, Any]:
-        """Return the spec of this autoencoder's moments for square images of `resolution` pixels.
+    def resolve(
+        self, *, resolution: int, random_weights: bool, code: OwnCode | None = None, dtype: str = "float16"
+    ) -> dict[str, Any]:
+        """Return the spec of this autoencoder's moments for square images of `resolution` pixels, stored as `dtype`.
 
         The table's published scale and bias are left out: how latents are normalised belongs to a run, not to a cache.
         Those of a user's own file are in it, since a run has no other place to learn them from. `code` is what
-        `code()` gave.
+        `code()` gave. Raises `UsageError` for a resolution or a dtype that the autoencoder has not.
         """
+        if dtype == "uint8" and self.has_weights:
+            raise UsageError(
+                f"--dtype uint8 is for pixels, which are whole numbers; {self.name} gives real ones. Leave it out, or "
+                "name --autoencoder pixels"
+            )
         if resolution % self.factor:
             raise UsageError(
                 f"--autoencoder {self.name} needs a resolution that is a multiple of {self.factor}, not {resolution}; "
@@ -123,6 +131,8 @@ class AutoencoderEntry(Ruled):
             "pixel_range": list(self.pixel_range),
             "random_weights": bool(random_weights and self.has_weights and self.loader != "python"),
         }
+        if dtype == "uint8":  # a mirror costs nothing to make, and of pixels it is exact
+            spec[STORED_VIEWS] = list(VIEWS[:1])
         if self.folder is not None:
             spec |= {"factor": self.factor, "scale": self.scale, "bias": self.bias}
         if code is not None:

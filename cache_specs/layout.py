@@ -18,6 +18,8 @@ from .errors import CacheError, UsageError
 FORMAT = "repa-cache"
 FORMAT_VERSION = 1
 VIEWS = ("identity", "flip")  # view 1, where present, is the horizontal mirror of view 0
+STORED_VIEWS = "views"  # key of the spec of a component that holds fewer than its cache's: pixels as uint8
+LEVEL_SCALE, LEVEL_BIAS = 2 / 255, -1.0  # a level u of a pixel, 0 to 255, is the latent u * LEVEL_SCALE + LEVEL_BIAS
 CROP = "adm-center"
 METADATA_CHUNK = 65_536  # rows a chunk of sample_id and label
 DEFAULT_SHARD_SAMPLES = 256
@@ -60,6 +62,11 @@ class ArrayLayout:
     def inner_bytes(self) -> int:
         """Bytes of one uncompressed inner chunk, without its checksum."""
         return math.prod(self.inner) * np.dtype(self.dtype).itemsize
+
+    @property
+    def num_views(self) -> int:
+        """Views a sample, 1 where the array has none."""
+        return self.chunks_per_shard[1] if len(self.shape) > 1 else 1
 
     @property
     def num_shards(self) -> int:
@@ -164,8 +171,18 @@ def whole(value: Any, name: str, *, most: int, least: int = 1) -> int:
     return value
 
 
-def _per_view(name: str, cache: CacheLayout, row: Sequence[int], dtype: str) -> ArrayLayout:
-    n, v = cache.num_samples, cache.num_views
+def views_of(spec: Mapping[str, Any], cache: CacheLayout) -> tuple[str, ...]:
+    """Return the views that a component holds: the cache's, or those of its spec."""
+    found = spec.get(STORED_VIEWS)
+    if found not in (None, list(VIEWS[:1])):
+        raise ValueError(f"{STORED_VIEWS} are {str(found)[:80]}, expected {list(VIEWS[:1])} or nothing")
+    return cache.views if found is None else VIEWS[:1]
+
+
+def _per_view(
+    name: str, cache: CacheLayout, row: Sequence[int], dtype: str, *, num_views: int | None = None
+) -> ArrayLayout:
+    n, v = cache.num_samples, cache.num_views if num_views is None else num_views
     return ArrayLayout(
         name=name,
         shape=(n, v, *row),
@@ -213,9 +230,12 @@ def feature_arrays(
     return (*arrays, *record_arrays(cache))
 
 
-def latent_arrays(cache: CacheLayout, *, channels: int, size: tuple[int, int]) -> tuple[ArrayLayout, ...]:
+def latent_arrays(
+    cache: CacheLayout, *, channels: int, size: tuple[int, int], dtype: str, num_views: int
+) -> tuple[ArrayLayout, ...]:
     """Return the arrays of an autoencoder's group, `valid` last: M = `channels` planes of h, w = `size`."""
-    return (_per_view("moments", cache, (channels, *size), "float16"), *record_arrays(cache))
+    moments = _per_view("moments", cache, (channels, *size), dtype, num_views=num_views)
+    return (moments, *record_arrays(cache))
 
 
 def record_arrays(cache: CacheLayout) -> tuple[ArrayLayout, ...]:

@@ -21,16 +21,19 @@ from .layout import (
     MOST_ROW_BYTES,
     MOST_SIDE,
     MOST_WIDTH,
+    STORED_VIEWS,
     ArrayLayout,
     CacheLayout,
     feature_arrays,
     latent_arrays,
+    views_of,
     whole,
 )
 
 LATENTS: Final = "latents"
 FEATURES: Final = "features"
-STORAGE_DTYPES = ("float16", "int8")
+TOKEN_DTYPES = ("float16", "int8")
+STORAGE_DTYPES = (*TOKEN_DTYPES, "uint8")  # of pixels alone
 PRECISIONS = ("fp32", "tf32", "bf16")
 COMPRESSORS = ("none", "zstd", "blosc")
 IMPORTED = "imported"  # key of the spec of latents that `repa-cache import` brought in: from which layout, and how
@@ -39,7 +42,7 @@ UNKNOWN: Final = "unknown"  # weights and precision of what was imported
 
 def component_path(kind: str, name: str, dtype: str) -> str:
     """Return a group's path inside the cache: `features/dinov2-vit-b-int8`."""
-    return f"{kind}/{name}" + ("-int8" if dtype == "int8" else "")
+    return f"{kind}/{name}" + ("" if dtype == "float16" else f"-{dtype}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class ComponentSpec:
     name: str
     spec: Mapping[str, Any]
     weights: str
-    dtype: Literal["float16", "int8"] = "float16"
+    dtype: Literal["float16", "int8", "uint8"] = "float16"
     precision: Literal["fp32", "tf32", "bf16", "unknown"] = "fp32"
     compressor: Literal["none", "zstd", "blosc"] = "none"
 
@@ -67,8 +70,10 @@ class ComponentSpec:
         ):
             if getattr(self, field) not in known:
                 raise UsageError(f"--{field} {getattr(self, field)}: expected one of {', '.join(known)}")
-        if self.kind == LATENTS and self.dtype != "float16":
+        if self.kind == LATENTS and self.dtype == "int8":
             raise UsageError(f"latents are stored as float16, not {self.dtype}")
+        if (self.dtype == "uint8") != (self.kind == LATENTS and STORED_VIEWS in self.spec):
+            raise UsageError(f"{self.name} as {self.dtype}: {STORED_VIEWS} are in the spec of pixels as uint8 alone")
 
     @property
     def imported(self) -> Mapping[str, Any] | None:
@@ -249,9 +254,12 @@ def component_arrays(kind: str, spec: Mapping[str, Any], dtype: str, cache: Cach
     """
     try:
         if kind == LATENTS:
-            size = _pair(spec["latent_size"], "latent_size")
             arrays = latent_arrays(
-                cache, channels=whole(spec["moment_channels"], "moment_channels", most=MOST_WIDTH), size=size
+                cache,
+                channels=whole(spec["moment_channels"], "moment_channels", most=MOST_WIDTH),
+                size=_pair(spec["latent_size"], "latent_size"),
+                dtype=dtype,
+                num_views=len(views_of(spec, cache)),
             )
         else:
             layers = stored_layers(spec)

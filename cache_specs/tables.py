@@ -234,7 +234,9 @@ def resolve_encoder(
     return ResolvedModel(name=name, entry=asked.entry, spec=spec, code=code)
 
 
-def resolve_autoencoder(name: str, *, resolution: int, random_weights: bool = False) -> ResolvedModel:
+def resolve_autoencoder(
+    name: str, *, resolution: int, random_weights: bool = False, dtype: str = "float16"
+) -> ResolvedModel:
     """Resolve an autoencoder's name or file; raise `UsageError` with the nearest known one."""
     table = autoencoder_table()
     name = as_known(name, table)
@@ -242,7 +244,7 @@ def resolve_autoencoder(name: str, *, resolution: int, random_weights: bool = Fa
         raise UsageError(f"unknown autoencoder {name!r}: {nearest(name, table)}")
     entry = read_autoencoder_file(name) if is_file(name) else table[name]
     code = entry.code()
-    spec = entry.resolve(resolution=resolution, random_weights=random_weights, code=code)
+    spec = entry.resolve(resolution=resolution, random_weights=random_weights, code=code, dtype=dtype)
     return ResolvedModel(name=entry.name + RANDOM_SUFFIX * spec["random_weights"], entry=entry, spec=spec, code=code)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ...cache_specs.errors import CacheError, UsageError, nearest
+from ...cache_specs.layout import LEVEL_BIAS, LEVEL_SCALE
 from ...cache_specs.schema import LATENTS
 from ...cache_specs.tables import code_of
 from ..store.binding import check_images
@@ -55,6 +56,8 @@ def images_of(
     from ..models.autoencoders import load_autoencoder
 
     moments = torch.from_numpy(ComponentRows(store, component).read("moments", rows)).float()
+    if component.dtype == "uint8":
+        moments = moments * LEVEL_SCALE + LEVEL_BIAS
     try:
         code = code_of(component.path, component.spec, entries)
         decoder = load_autoencoder(component.spec, weights=weights, code=code)

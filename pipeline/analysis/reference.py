@@ -102,5 +102,9 @@ def _stored(store: CacheStore, specs: list[ComponentSpec], rows: np.ndarray) -> 
         raise UsageError(f"{store.path} holds no pixels; name the images that it was built from with --data PATH")
     stored, decoder = ComponentRows(store, pixels), load_autoencoder(pixels.spec)
     for start in range(0, len(rows), BATCH):
-        moments = torch.from_numpy(stored.read("moments", rows[start : start + BATCH]))
-        yield decoder.decode(moments).numpy()
+        moments = stored.read("moments", rows[start : start + BATCH])
+        yield (
+            moments.transpose(0, 2, 3, 1)
+            if pixels.dtype == "uint8"
+            else decoder.decode(torch.from_numpy(moments)).numpy()
+        )

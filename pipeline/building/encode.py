@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ...cache_specs.layout import CacheLayout
+from ...cache_specs.layout import CacheLayout, views_of
 from ...cache_specs.storage import Location
 from ..images.decode import DecodedBatch
 from ..store.component_writer import ComponentWriter
@@ -119,12 +119,12 @@ class Worker:
     def _encoded(self, batch: DecodedBatch, asked: Container[str]) -> Iterator[tuple[str, Landing]]:
         """Yield the arrays [b, V, ...] of a sub-batch, on their way to the host, by component path."""
         images = self._staging.upload(batch.images)
-        pictures = [images, *(images.flip(-1) for _ in range(self._store.layout.num_views - 1))]
         for network in self._networks:
             components = [component for component in network.components if component.path in asked]
             if not components:
                 continue
-            views = [network.encode(pixels, components) for pixels in pictures]
+            stored = views_of(components[0].spec, self._store.layout)  # of all that one network gives
+            views = [network.encode(images if view == "identity" else images.flip(-1), components) for view in stored]
             for path, arrays in views[0].items():
                 stacked = {name: torch.stack([view[path][name] for view in views], dim=1) for name in arrays}
                 yield path, self._staging.download(stacked)

@@ -27,7 +27,7 @@ def default_grid(resolution: int, sides: Collection[int]) -> int | None:
 
 def fit_lines(requests: Sequence[ModelRequest], latents: Mapping[str, int]) -> Iterator[str]:
     """Yield a line an encoder: which models its grid fits, on latents of this side by their path."""
-    asked = {f"{LATENTS}/{one.name}": one.spec["latent_size"][0] for one in requests if one.kind == LATENTS}
+    asked = {one.path: one.spec["latent_size"][0] for one in requests if one.kind == LATENTS}
     for request in requests:
         if request.kind != FEATURES:
             continue

@@ -51,10 +51,12 @@ def _load_network(requests: Sequence[ModelRequest], device: str) -> Network:
         (request,) = requests
         autoencoder = load_autoencoder(request.spec, **_options(request, device))
         latents = request.component(autoencoder.weights)
-        return Network(  # contiguous: on a GPU moments may come with their channels last
-            components=(latents,),
-            encode=lambda images, asked: {latents.path: {"moments": autoencoder.encode(images).half().contiguous()}},
-        )
+
+        def moments(images: torch.Tensor) -> torch.Tensor:
+            stored = images if latents.dtype == "uint8" else autoencoder.encode(images).half()
+            return stored.contiguous()  # on a GPU moments may come with their channels last
+
+        return Network(components=(latents,), encode=lambda images, asked: {latents.path: {"moments": moments(images)}})
     encoder = load_source(requests[0], device)
     staged = network_spec(requests[0].spec).get("stage") is not None
     if len(requests) > 1 and staged:

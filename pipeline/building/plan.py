@@ -209,15 +209,18 @@ def _requests(
     if autoencoder is None:
         begun = _latents(store)
         autoencoder = "none" if begun else DEFAULT_AUTOENCODER
+    of_tokens, of_latents = (options.dtype, "float16") if options.dtype != "uint8" else ("float16", "uint8")
     if autoencoder != "none":
-        resolved.append((LATENTS, "float16", resolve(resolve_autoencoder, autoencoder)))
+        resolved.append((LATENTS, of_latents, resolve(resolve_autoencoder, autoencoder, dtype=of_latents)))
+    elif of_latents == "uint8":
+        raise UsageError("--dtype uint8 is for pixels; name --autoencoder pixels too")
     sides = [model.spec["latent_size"][0] for _, _, model in resolved] or list(latents.values())
     for request in options.encoders:
         model = resolve(resolve_encoder, request, default_grid=default_grid(layout.resolution, sides))
-        on_disk = store.component(component_path(FEATURES, model.name, options.dtype))
+        on_disk = store.component(component_path(FEATURES, model.name, of_tokens))
         if on_disk is not None and on_disk.spec["grid"] != model.spec["grid"]:  # begun when the default was another
             model = resolve(resolve_encoder, request, default_grid=on_disk.spec["grid"][0])
-        resolved.append((FEATURES, options.dtype, model))
+        resolved.append((FEATURES, of_tokens, model))
     if not resolved and not begun:
         raise UsageError("nothing to build: name at least one --encoder or an --autoencoder")
     entries = {model.entry.name for _, _, model in resolved} | {component.spec["entry"] for component in begun}
@@ -252,8 +255,7 @@ def _unfinished(component: ComponentSpec, options: BuildOptions, store: CacheSto
     whole = store.is_complete(component.path) and not store.missing_ranges(component)
     if whole and (component.imported is not None or not lacks_numbers(store, component)):
         return None
-    random_weights = component.spec["random_weights"]
-    entry = component.spec["entry"]
+    entry, random_weights, dtype = component.spec["entry"], component.spec["random_weights"], component.dtype
     if entry not in autoencoder_table():
         raise UsageError(
             f"{options.cache}: {component.path} is not whole, and of an autoencoder of your own; finish it with "
@@ -262,8 +264,10 @@ def _unfinished(component: ComponentSpec, options: BuildOptions, store: CacheSto
     return ModelRequest(
         kind=LATENTS,
         name=component.name,
-        spec=resolve_autoencoder(entry, resolution=store.layout.resolution, random_weights=random_weights).spec,
-        dtype=component.dtype,
+        spec=resolve_autoencoder(
+            entry, resolution=store.layout.resolution, random_weights=random_weights, dtype=dtype
+        ).spec,
+        dtype=dtype,
         precision=component.precision,
         compressor=component.compressor,
         weights_file=None if random_weights else options.weights.get(entry),

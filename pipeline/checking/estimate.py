@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...cache_specs.autoencoder_entry import AutoencoderEntry
 from ...cache_specs.binding import pack_numbers
 from ...cache_specs.encoder_entry import EncoderEntry
 from ...cache_specs.errors import UsageError, nearest
 from ...cache_specs.layout import DEFAULT_SHARD_SAMPLES, VIEWS, ArrayLayout, CacheLayout
-from ...cache_specs.schema import FEATURES, STORAGE_DTYPES, component_arrays
+from ...cache_specs.schema import FEATURES, TOKEN_DTYPES, component_arrays
 from ...cache_specs.shard_index import CHECKSUM_BYTES, index_bytes, padding
 from ...cache_specs.sizes import human_bytes
 from ...cache_specs.tables import ResolvedModel
@@ -72,11 +73,13 @@ def array_bytes(layout: ArrayLayout) -> int:
 
 
 def component_bytes(kind: str, model: ResolvedModel, cache: CacheLayout) -> dict[str, int]:
-    """Return the bytes of a component's shards and their numbers by storage dtype; latents are float16 alone."""
-    dtypes = STORAGE_DTYPES if kind == FEATURES else STORAGE_DTYPES[:1]
+    """Return the bytes of a component's shards and their numbers by storage dtype: what its kind can be stored as."""
+    specs = dict.fromkeys(TOKEN_DTYPES if kind == FEATURES else TOKEN_DTYPES[:1], model.spec)
+    if isinstance(model.entry, AutoencoderEntry) and not model.entry.has_weights:  # pixels
+        specs["uint8"] = model.entry.resolve(resolution=cache.resolution, random_weights=False, dtype="uint8")
     sizes = {}
-    for dtype in dtypes:
-        arrays = component_arrays(kind, model.spec, dtype, cache)
+    for dtype, spec in specs.items():
+        arrays = component_arrays(kind, spec, dtype, cache)
         numbers = cache.num_ranges * len(pack_numbers([0] * len(arrays)))
         sizes[dtype] = sum(map(array_bytes, arrays)) + numbers
     return sizes
@@ -164,7 +167,7 @@ def estimate_record(
     `train` is a model's name and GMAC, `probe` says where rates were measured.
     """
     forwards = cache.num_samples * cache.num_views
-    sums = {dtype: sum(c.num_bytes.get(dtype, c.num_bytes["float16"]) for c in costs) for dtype in STORAGE_DTYPES}
+    sums = {dtype: sum(_stored_bytes(cost.num_bytes, dtype) for cost in costs) for dtype in TOKEN_DTYPES}
     hours = [cost.hours(forwards) for cost in costs]
     return {
         "num_images": cache.num_samples,
@@ -188,6 +191,11 @@ def estimate_record(
         "speedup": None if train is None else _speedup_record(*train, costs),
         "budget": None if budget is None else _budget_record(budget, costs),
     }
+
+
+def _stored_bytes(sizes: Mapping[str, int], dtype: str) -> int:
+    """Return the bytes of a component in a cache of int8 or float16: of pixels uint8 goes with int8."""
+    return sizes.get(dtype, sizes.get("uint8", sizes["float16"]))
 
 
 def _speedup_record(model: str, sit: float, costs: Sequence[ModelCost]) -> dict[str, Any]:
@@ -220,7 +228,7 @@ def estimate_lines(record: Mapping[str, Any]) -> Iterator[str]:
             f"forwards measured on {probe['device']}{threads}, {probe['precision']}, batches of "
             f"{probe['batch_size']}, one device"
         )
-    yield _row("", ["float16", "int8", "GMAC", "images/s", "hours"])
+    yield _row("", ["float16", "(u)int8", "GMAC", "images/s", "hours"])
     for one in record["components"]:
         scaled = "*" * (one["images_per_s"] is not None and not one["measured"])
         yield from _rows(one["path"], one, one["images_per_s"], scaled)
@@ -238,7 +246,9 @@ def estimate_lines(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rows(name: str, one: Mapping[str, Any], rate: float | None, mark: str = "") -> Iterator[str]:
-    sizes = [human_bytes(one["num_bytes"][dtype]) if dtype in one["num_bytes"] else "-" for dtype in STORAGE_DTYPES]
+    sizes = [human_bytes(_stored_bytes(one["num_bytes"], dtype)) for dtype in TOKEN_DTYPES]
+    if len(one["num_bytes"]) == 1:
+        sizes[1] = "-"
     speed = "" if name == "in all" else "-" if rate is None else f"{rate:.2f}{mark}"
     hours = "-" if one["hours"] is None else f"{one['hours']:.1f}"
     if len(name) > NAME_WIDTH:

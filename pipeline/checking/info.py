@@ -10,6 +10,7 @@ from ...cache_specs.components import Component, finish_command
 from ...cache_specs.derived import FITS, array_bytes, read_fit
 from ...cache_specs.errors import CacheError
 from ...cache_specs.group import component_names
+from ...cache_specs.layout import STORED_VIEWS
 from ...cache_specs.schema import IMPORTED, TOKENS, describe
 from ...cache_specs.sizes import human_bytes
 from ..store.binding import unbound
@@ -130,6 +131,8 @@ def _component_lines(record: Mapping[str, Any], one: Mapping[str, Any]) -> Itera
     tokens = one["spec"].get(TOKENS)
     if tokens is not None:
         yield f"  tokens after block {tokens['block']} at t {tokens['t']:g}, null label, of {tokens['from']}"
+    if STORED_VIEWS in one["spec"]:
+        yield "  view identity alone, whose mirror is made as it is read"
     yield f"  fingerprint {one['fingerprint']}"
     for array in one["arrays"]:
         shape = f"{array['dtype']} {array['shape']}"

@@ -13,7 +13,7 @@ import torch
 
 from ...cache_specs.derived import FITS, Fit, fit_name, network_spec, read_fit, read_method
 from ...cache_specs.errors import CacheError, UsageError
-from ...cache_specs.layout import layer_array
+from ...cache_specs.layout import layer_array, views_of
 from ...cache_specs.schema import FEATURES, TOKENS, ComponentSpec, stored_layers
 from ...cache_specs.tables import code_of
 from ..building.networks import load_model
@@ -205,7 +205,7 @@ def _recompute_component(
         known = np.array([store.read(f"{component.path}/source_bytes", row, row + 1)[0] for row in part.tolist()])
         batch = decode_batch(source, ids, store.layout.resolution, known)
         images = torch.tensor(batch.images).permute(0, 3, 1, 2)
-        views = [images, images.flip(-1)][: store.layout.num_views]
+        views = [images, images.flip(-1)][: len(views_of(component.spec, store.layout))]
         fresh = [{name: values.cpu().numpy() for name, values in encode(view).items()} for view in views]
         for i, row in enumerate(part.tolist()):
             where = f"{component.path}: sample {row} ({ids[i]})"

@@ -254,7 +254,7 @@ def _check_shard(
     def name(chunk: int) -> str:
         if len(layout.inner) == 1:
             return f"{where}: samples {start} to {stop - 1}"
-        sample, view = divmod(chunk, store.layout.num_views)
+        sample, view = divmod(chunk, layout.num_views)
         row = start + sample
         known = "" if sample_ids is None else f" ({sample_ids[row]})"
         return f"{where}: sample {row}{known}, view {store.layout.views[view]}"

@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 @click.option("--resolution", type=int, help="Side of the centre crop in pixels. [default: 256]")
 @click.option("--flip/--no-flip", default=None, help="Store the horizontal mirror as a second view.")
 @click.option(
-    "--dtype", type=click.Choice(STORAGE_DTYPES), default="float16", show_default=True, help="Of patch tokens."
+    "--dtype",
+    type=click.Choice(STORAGE_DTYPES),
+    default="float16",
+    show_default=True,
+    help="Of patch tokens, float16 or int8; uint8: of --autoencoder pixels.",
 )
 @click.option("--weights", multiple=True, metavar="NAME=FILE", help="Local weights (.safetensors, .pth) of a model.")
 @click.option("--random-weights", is_flag=True, help="Untrained models, named so: to try the pipeline, never results.")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...cache_specs.derived import DEFAULT_SAMPLE
-from ...cache_specs.schema import COMPRESSORS, STORAGE_DTYPES
+from ...cache_specs.schema import COMPRESSORS, TOKEN_DTYPES
 from .progress import Progress
 from .said import say
 
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     metavar="METHOD[:K]",
     help="How: pca:16, pca-scaled:16, purify-linear, standardise.",
 )
-@click.option(
-    "--dtype", type=click.Choice(STORAGE_DTYPES), default="float16", show_default=True, help="Of what is made."
-)
+@click.option("--dtype", type=click.Choice(TOKEN_DTYPES), default="float16", show_default=True, help="Of what is made.")
 @click.option("--compressor", type=click.Choice(COMPRESSORS), default="none", show_default=True)
 @click.option(
     "--sample", type=int, default=DEFAULT_SAMPLE, show_default=True, help="Images that are fitted to, of every class."

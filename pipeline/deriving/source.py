@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...cache_specs.layout import layer_array
+from ...cache_specs.layout import LEVEL_BIAS, LEVEL_SCALE, layer_array
 from ...cache_specs.schema import ComponentSpec, stored_layers
 from ..store.quantize import dequantize_int8
 from ..store.records import read_whole_record
@@ -41,7 +41,8 @@ class StoredSource:
         """Return `rows` [n], ascending, of one view; raise `CacheError` naming what is damaged."""
         latents = None
         if self._moments is not None:
-            moments = torch.from_numpy(self._moments.read("moments", rows, view)).float()
+            moments = torch.from_numpy(self._moments.read("moments", rows, view))
+            moments = moments.float() * LEVEL_SCALE + LEVEL_BIAS if moments.dtype == torch.uint8 else moments.float()
             latents = patches(moments[:, : self._channels], self._grid)  # a posterior's mean comes before its std
         tokens = torch.cat([self._tokens(rows, view, layer) for layer in self._layers], dim=2)
         return Inputs(tokens=tokens, latents=latents)

@@ -21,7 +21,6 @@ class ComponentRows:
 
     def __init__(self, store: CacheStore, component: ComponentSpec) -> None:
         self._folder = store.path / component.path
-        self._views = store.layout.num_views
         self._arrays = {layout.name: layout for layout in component.arrays(store.layout)}
         self._compressor = component.compressor
 
@@ -39,8 +38,8 @@ class ComponentRows:
         shards = rows // layout.shard[0]
         for shard in np.unique(shards).tolist():
             places = np.flatnonzero(shards == shard)
-            self._read_shard(layout, shard, rows[places], view, values, places)
-        return values
+            self._read_shard(layout, shard, rows[places], min(view, layout.num_views - 1), values, places)
+        return values if view < layout.num_views else values[..., ::-1].copy()  # of pixels the mirror is not stored
 
     def _read_shard(
         self, layout: ArrayLayout, shard: int, rows: np.ndarray, view: int, values: np.ndarray, places: np.ndarray
@@ -49,7 +48,7 @@ class ComponentRows:
         decode = chunk_decoder(self._compressor, layout.inner_bytes)
         with path.open() as source:
             index = read_index(source, layout, where=path)
-            chunks = (rows - shard * layout.shard[0]) * self._views + view
+            chunks = (rows - shard * layout.shard[0]) * layout.num_views + view
             for place, row, (offset, length) in zip(places, rows, index[chunks].tolist(), strict=True):
                 if offset == int(ABSENT):
                     raise CacheError(_damaged(path, row, "it is missing from its shard"))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ...cache_specs.errors import CacheError
-from ...cache_specs.layout import layer_array
+from ...cache_specs.layout import LEVEL_BIAS, LEVEL_SCALE, layer_array
 from ...cache_specs.schema import LATENTS, ComponentSpec, stored_layers
 from .records import read_valid
 from .shards import read_shard
@@ -33,6 +33,8 @@ def latent_statistics(store: CacheStore, component: ComponentSpec) -> dict[str, 
     count, total, squares = 0, np.zeros(channels), np.zeros(channels)
     for moments in _valid_rows(store, component, "moments"):
         wide = moments.astype(np.float64)
+        if component.dtype == "uint8":
+            wide = wide * LEVEL_SCALE + LEVEL_BIAS
         mean = wide[:, :channels]
         count += mean.size // channels
         total += mean.sum(axis=(0, 2, 3))
@@ -73,4 +75,4 @@ def _valid_rows(store: CacheStore, component: ComponentSpec, name: str) -> Itera
         if problems:
             raise CacheError(f"{path}: {next(iter(problems.values()))}; delete this file and run the build again")
         valid = read_valid(store, component, index)
-        yield chunks[:rows][np.repeat(valid, store.layout.num_views)]
+        yield chunks[:rows][np.repeat(valid, layout.num_views)]

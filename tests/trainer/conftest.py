@@ -107,7 +107,10 @@ def write_cache(
     shards: Shards = "as built",
     seed: int = 0,
 ) -> WrittenCache:
-    """Write random rows: latents "toy-ae" of 3 channels and one group an entry of `encoders` (name: dtype)."""
+    """Write random rows: latents "toy-ae" of 3 channels and one group an entry of `encoders` (name: dtype).
+
+    `latents` is their kind, or uint8: then they are "pixels", view 0 alone.
+    """
     rng = np.random.default_rng(seed)
     encoders = {"toy": "float16"} if encoders is None else encoders
     compressor = "zstd" if shards == "zstd" else "none"
@@ -139,13 +142,18 @@ def write_cache(
         "loader": "builtin",
         "model": "identity",
         "pixel_range": [-1.0, 1.0],
-        "kind": latents,
+        "kind": "sample" if latents == "uint8" else latents,
         "latent_channels": 3,
         "moment_channels": moment_channels,
         "latent_size": [size, size],
         "random_weights": False,
     }
-    component = ComponentSpec(kind="latents", name="toy-ae", spec=latent_spec, weights="none", compressor=compressor)
+    how: Any = {"name": "toy-ae", "compressor": compressor}
+    if latents == "uint8":
+        moments = rng.integers(0, 256, (num_samples, 1, 3, size, size))
+        latent_spec["views"] = ["identity"]
+        how |= {"name": "pixels", "dtype": "uint8"}
+    component = ComponentSpec(kind="latents", spec=latent_spec, weights="none", **how)
     results = {"latent_mean": [0.1, -0.2, 0.3], "latent_std": [1.0, 2.0, 0.5]}
     rows = {"moments": moments}
     parts = [(component, rows, results)]

@@ -207,7 +207,7 @@ def _verify(
             name=component.name,
             average=made["average"],
             digest=digest,
-            dtype=component.dtype,
+            dtype=component.dtype,  # type: ignore[arg-type]  # of tokens it is never uint8
             precision=component.precision,  # type: ignore[arg-type]  # of tokens it is never unknown
             compressor=component.compressor,
         )

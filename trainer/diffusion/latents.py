@@ -12,20 +12,32 @@ import torch
 from torch import Tensor
 
 from ...cache_specs.errors import CacheError, UsageError, nearest
+from ...cache_specs.layout import LEVEL_BIAS, LEVEL_SCALE
 from ...cache_specs.tables import autoencoder_table
 
 
 def draw_latents(moments: Tensor, noise: Tensor | None, kind: Literal["mean_std", "sample"]) -> Tensor:
-    """Return latents z [B,C,h,w] float32 from stored moments [B,M,h,w], as `Batch.moments` has them.
+    """Return latents z [B,C,h,w] float32 from stored moments [B,M,h,w], as `Batch.moments` has them, on their device.
 
     mean_std: M = 2C, z = mean + std * noise with noise [B,C,h,w], a draw from the autoencoder's posterior (Kingma and
-    Welling, arXiv 1312.6114, section 2.4); sample: M = C, z is what is stored. `kind` is `reader.latents.kind`.
+    Welling, arXiv 1312.6114, section 2.4); sample: M = C, z is what is stored, or of pixels u as uint8 2 u / 255 - 1,
+    in the operations that a build applies before it rounds to float16. `kind` is `reader.latents.kind`.
     """
     if kind == "sample":
-        return moments.float()
+        return _values(moments)
     assert noise is not None
     mean, std = moments.float().chunk(2, dim=1)
     return torch.addcmul(mean, std, noise)
+
+
+def latent_means(moments: Tensor, kind: Literal["mean_std", "sample"]) -> Tensor:
+    """Return the means of the posteriors [B,C,h,w] float32, or the latents where there is no posterior."""
+    return _values(moments) if kind == "sample" else moments.float().chunk(2, dim=1)[0]
+
+
+def _values(moments: Tensor) -> Tensor:
+    values = moments.float()
+    return values.mul_(LEVEL_SCALE).add_(LEVEL_BIAS) if moments.dtype == torch.uint8 else values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...cache_specs.errors import UsageError
 from ..diffusion.interpolant import Interpolant
-from ..diffusion.latents import LatentNorm, to_model_input
+from ..diffusion.latents import LatentNorm, latent_means, to_model_input
 from ..reading.reader import CacheReader
 from .layers import check_fits, null_labels, tokens_after
 from .sit import SiT
@@ -72,7 +72,7 @@ class LayerTokens:
         """Return x_t [b,C,h,w] float32 of samples `rows` in one view, on the CPU."""
         reader = self._reader
         batch = reader.rows(rows, np.full(len(rows), view))
-        z = batch.moments.float()[:, : reader.latents.channels]  # the mean, or the only draw that there is
+        z = latent_means(batch.moments, reader.latents.kind)
         x = to_model_input(z, *self._norm.tensors("cpu"))
         drawn = np.stack([token_noise(self._seed, int(row), view, tuple(x.shape[1:])) for row in rows])
         noise = self._noise_scale * torch.from_numpy(drawn)

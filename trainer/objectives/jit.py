@@ -15,7 +15,7 @@ a projector iREPA's alignment taps the patches' tokens (arXiv 2512.10794, its co
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from ..models.sit import SiT
 from ..reading.batches import MicroBatch
 from ..reading.draws import Draw
 from .alignment import AlignmentConfig
-from .objective import Field, Given, Objective, Posed, Term
+from .objective import Field, Given, Objective, Posed, Reads, Term
 from .velocity import VelocityField
 
 PUBLISHED_SIDE = 256  # of the images whose noise has deviation 1
@@ -70,7 +70,7 @@ class JiT(Objective):
         if given.latent_shape[0] != 3 or given.latent_kind != "sample":
             raise UsageError(
                 f"the cache's latents have {given.latent_shape[0]} channels ({given.latent_kind}), and JiT trains on "
-                f"pixels: --autoencoder pixels, which repa-cache build adds to a cache"
+                f"pixels: --autoencoder pixels, which repa-cache build --autoencoder pixels --dtype uint8 adds"
             )
         if given.interpolant != Interpolant():
             raise UsageError(
@@ -79,6 +79,11 @@ class JiT(Objective):
                 f"and jit.time_std. Leave both out"
             )
         self._noise_scale = settings.scale_at(given.latent_shape[1])
+
+    @classmethod
+    def reads(cls, alignment: AlignmentConfig) -> Reads:
+        """Return that pixels are denoised, as uint8 where the cache has them so."""
+        return replace(super().reads(alignment), latents=("pixels-uint8", "pixels"))
 
     @classmethod
     def choices(cls, alignment: AlignmentConfig, settings: JiTMethodConfig) -> Sequence[str]:

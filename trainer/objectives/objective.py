@@ -36,6 +36,7 @@ class Reads:
 
     patch_tokens: bool  # of the run's encoders, and the statistics that go with them
     cls_token: bool = False
+    latents: tuple[str, ...] = ()  # those that it is made for: a run that names none takes the first that is there
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """Which components of a cache a run uses: names as the command line gives them, resolved to finished groups."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ...cache_specs import components
@@ -47,13 +49,22 @@ def choose_component(
         if len(present) > 1:
             raise UsageError(f"{cache} holds several: {', '.join(present)}. Choose with {option(flag)}")
         return present[0], None
-    found = stored_encoder(name, present) if kind == FEATURES else None
-    if found is not None or name in present:
-        return (name, None) if found is None else found
+    if kind == FEATURES:
+        found = stored_encoder(name, present)
+    else:  # `pixels` as they are asked of a build, however they are stored
+        found = next(((group, None) for group in (name, f"{name}-uint8") if group in present), None)
+    if found is not None:
+        return found
     raise UsageError(
         f"{cache} holds no {what} {name!r}; {nearest(name, present)}. Add it with repa-cache build "
         f"--cache {cache} --data PATH {flag} {name}"
     )
+
+
+def preferred_latents(cache: Location, names: Sequence[str]) -> str | None:
+    """Return the first of these latents that a cache has, None where it has none of them."""
+    present = component_names(cache, LATENTS) if names else []
+    return next((name for name in names if name in present), None)
 
 
 def finished_component(cache: Location, layout: CacheLayout, kind: str, name: str) -> Component:

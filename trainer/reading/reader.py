@@ -23,7 +23,7 @@ from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec, stored_layer
 from ...cache_specs.storage import location
 from ...cache_specs.tables import pick_layer
 from ..rows.direct_array import DirectArray
-from ..rows.row_batch import Batch, FeatureBatch, described
+from ..rows.row_batch import Batch, FeatureBatch, described, mirror
 from ..rows.row_reads import NUM_THREADS, Buffers, NDArray, RowArray, RowReads
 from ..rows.shards import open_array
 from .components import check_ranges, choose_component, finished_component, read_labels, read_layout, read_whole
@@ -130,7 +130,7 @@ class CacheReader:
 
     @property
     def views(self) -> tuple[str, ...]:
-        """identity, or identity and flip; the second argument of `rows` chooses among them."""
+        """identity, or identity and flip, of which `rows` reads what is asked for; of pixels as uint8 it makes flip."""
         return self.layout.views
 
     @property
@@ -163,14 +163,15 @@ class CacheReader:
                 np.take(self.labels, rows, out=memory.labels, mode="clip")
 
             self._reads.read(memory.buffers, rows, chosen, meanwhile=fill_rest)
+            if self._moments.layout.num_views < len(self.views):
+                mirror(batch.moments.numpy(), chosen)
         return batch
 
     def empty_batch(self, num: int, *, pin_memory: bool = False) -> Batch:
         """Return a batch of `num` rows whose tensors are allocated and not filled."""
 
         def allocate(layout: ArrayLayout) -> torch.Tensor:
-            dtype = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}[layout.dtype]
-            return torch.empty((num, *layout.shape[2:]), dtype=dtype, pin_memory=pin_memory)
+            return torch.empty((num, *layout.shape[2:]), dtype=getattr(torch, layout.dtype), pin_memory=pin_memory)
 
         return Batch(
             rows=torch.empty(num, dtype=torch.int64, pin_memory=pin_memory),
@@ -217,8 +218,7 @@ class CacheReader:
         for arrays, features in zip(self._feature_arrays, batch.features, strict=True):
             reads += [(array, getattr(features, _FEATURE_FIELDS[name])) for name, array in arrays.items()]
         buffers = self._reads.prepare([(array, tensor.numpy()) for array, tensor in reads])
-        memory = self._memory[batch] = _Memory(batch.rows.numpy(), batch.labels.numpy(), buffers)
-        return memory
+        return self._memory.setdefault(batch, _Memory(batch.rows.numpy(), batch.labels.numpy(), buffers))
 
     def _open(self, kind: str, name: str) -> tuple[Component, dict[str, RowArray]]:
         """Open a finished component, AND its `valid` into ours and note its fingerprint."""
@@ -265,7 +265,7 @@ class CacheReader:
             name=group if len(stored) == 1 else f"{group}:layer={layer}",
             grid=tuple(component.spec["grid"]),
             width=component.spec["width"],
-            dtype=component.dtype,
+            dtype=component.dtype,  # type: ignore[arg-type]  # of tokens it is never uint8
             group=group,
             layer=layer,
             cls_token=layer_array("cls_token", layer) in arrays,

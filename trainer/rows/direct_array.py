@@ -51,8 +51,7 @@ class DirectArray:
         self.row_bytes = layout.inner_bytes
         self.checks = check_reads and checksummed
         self._stored_bytes = self.row_bytes + (CHECKSUM_BYTES if checksummed else 0)
-        num_views = layout.chunks_per_shard[1] if len(layout.shape) > 1 else 1
-        self.cut = (layout.shard[0], layout.inner[0], num_views)
+        self.cut = (layout.shard[0], layout.inner[0], layout.num_views)
         self._files = files
         self.first_file = files.add(layout.num_shards)
         self.stride = self._stored_bytes + padding(self._stored_bytes)
@@ -65,7 +64,10 @@ class DirectArray:
         self._identity = np.zeros((layout.num_shards, 3), dtype=np.int64)  # of the files whose index stands there
 
     def locate(self, rows: NDArray, views: NDArray) -> tuple[NDArray, NDArray]:
-        """Return the shards of inner chunks (rows[i], views[i]), and their numbers in them, both [B]."""
+        """Return the shards of inner chunks (rows[i], views[i]), and their numbers in them, both [B].
+
+        An array of one view has that alone, whatever `views` are.
+        """
         shard_samples, inner_samples, num_views = self.cut
         shards, chunks = np.divmod(rows, shard_samples)
         if inner_samples > 1:  # a whole shard, as of `valid`

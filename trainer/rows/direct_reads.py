@@ -91,7 +91,8 @@ class DirectBuffers:
         num = len(reads[0][1])
         self.arrays = [array for array, _ in reads]
         self._queues, self._num_threads = queues, num_threads
-        assert len({array.cut for array in self.arrays}) == 1, "the arrays of a batch are cut alike"
+        assert len({array.cut[:2] for array in self.arrays}) == 1, "the arrays of a batch are cut alike"
+        self._as_many_views = len({array.cut for array in self.arrays}) == 1
         self.rows = [out.view(np.uint8).reshape(num, array.row_bytes) for array, out in reads]
         self.first_files = np.array([[array.first_file] for array in self.arrays])
         self.strides = np.array([[array.stride] for array in self.arrays])
@@ -103,6 +104,13 @@ class DirectBuffers:
         self.num_bytes = int(self.lengths.sum())
         self.most_files = sum(min(num, array.layout.num_shards) for array in self.arrays)
         self.parts = list(self._cut(num_threads))
+
+    def locate(self, rows: NDArray, views: NDArray) -> tuple[NDArray, NDArray]:
+        """Return the shards [B] of inner chunks (rows[i], views[i]), and their numbers in them, [B] or [arrays, B]."""
+        shards, chunks = self.arrays[0].locate(rows, views)
+        if not self._as_many_views:
+            chunks = np.stack([array.locate(rows, views)[1] for array in self.arrays])
+        return shards, chunks
 
     def __getitem__(self, part: slice) -> "DirectBuffers":
         """Return the buffers of some rows."""
@@ -125,7 +133,7 @@ class _Batch:
 
     def __init__(self, buffers: DirectBuffers, rows: NDArray, views: NDArray, files: OpenFiles) -> None:
         self._buffers = buffers
-        self._shards, chunks = buffers.arrays[0].locate(rows, views)
+        self._shards, chunks = buffers.locate(rows, views)
         numbers = buffers.first_files + self._shards
         descriptors = files.get(numbers)
         if descriptors.min(initial=0) == CLOSED:
@@ -136,8 +144,9 @@ class _Batch:
         offsets = buffers.strides * chunks
         self.descriptors, self.offsets, self.lengths = descriptors.reshape(-1), offsets.reshape(-1), buffers.lengths
         if not all(array.counted for array in buffers.arrays):
-            for array, of_array in zip(buffers.arrays, offsets, strict=True):
-                array.look_up(self._shards, chunks, of_array)
+            places = np.broadcast_to(chunks, offsets.shape)
+            for array, of_chunks, of_array in zip(buffers.arrays, places, offsets, strict=True):
+                array.look_up(self._shards, of_chunks, of_array)
             if self.offsets.min(initial=0) == ABSENT:
                 self._fill_absent()
 

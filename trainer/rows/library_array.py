@@ -67,6 +67,7 @@ class LibraryArray:
     def begin(self, rows: NDArray, views: NDArray, out: NDArray) -> Callable[[], None]:
         """Begin to read inner chunks (rows[i], views[i]); what is returned waits for them and fills `out` [B, *row].
 
+        An array of one view has that alone, whatever `views` are.
         Only that writes into `out`, and it raises CacheError naming the sample where a stored row cannot be read.
         """
         if self._array is None:
@@ -75,6 +76,8 @@ class LibraryArray:
                 f"{option('add --stage DIR, which copies', 'open what stage_cache returns: it copies')} the cache once "
                 f"to a local disk{option(' (an evaluation reads --cache itself: name the copy there)', '')}"
             )
+        if self.layout.num_views == 1:
+            views = np.zeros_like(views)
         future = self._array.vindex[rows, views].read()
 
         def wait() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,8 +40,9 @@ class FeatureBatch:
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Batch:
-    """Rows of a cache: rows [B] int64 and labels [B] int64, moments [B,M,h,w] float16, one FeatureBatch an encoder.
+    """Rows of a cache: rows [B] int64 and labels [B] int64, moments [B,M,h,w], one FeatureBatch an encoder.
 
+    moments are float16, or uint8 of pixels that are stored so.
     `encoders` are their names, in the order of `features`; `batch.of("dinov2-vit-b")` is one by name.
     Where encoders are computed, images [B,3,R,R] uint8 stand for their features until the batch is on the device.
     """
@@ -93,3 +95,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> str:
 def described(tensor: Tensor, num: int) -> str:
     """Return dtype and shape of a tensor, had it `num` rows."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {[num, *tensor.shape[1:]]}"
+
+
+def mirror(moments: np.ndarray, views: np.ndarray) -> None:
+    """Turn the rows of `moments` [B,M,h,w] around, in place, of which view 1 is wanted: of pixels that is exact."""
+    for row in np.flatnonzero(views).tolist():
+        moments[row] = moments[row, ..., ::-1].copy()

@@ -25,7 +25,7 @@ from ..models.recomputing import checkpoint_activations
 from ..models.sit import SiT
 from ..objectives.objective import Field, Objective
 from ..reading.batches import Batches
-from ..reading.components import choose_component
+from ..reading.components import choose_component, preferred_latents
 from ..reading.norm import reader_norm
 from ..reading.online import Online, OnlineReader
 from ..reading.reader import CacheReader
@@ -162,7 +162,7 @@ def stage(
     """
     assert config.stage is not None
     source = location(config.cache)
-    autoencoder = config.autoencoder or choose_component(source, LATENTS, None)[0]
+    autoencoder = choose_component(source, LATENTS, config.autoencoder or _own_latents(config))[0]
     encoders = config.encoders
     if reads_of(config).patch_tokens and not encoders:
         encoders = (choose_component(source, FEATURES, None)[0],)
@@ -175,6 +175,11 @@ def stage(
         on_message=on_message,
     )
     return dataclasses.replace(config, autoencoder=autoencoder, encoders=encoders), folder
+
+
+def _own_latents(config: RunConfig) -> str | None:
+    """Return the latents that the run's method is made for, of those in its cache; None leaves it to the cache."""
+    return preferred_latents(location(config.cache), reads_of(config).latents)
 
 
 def open_cache(
@@ -193,7 +198,7 @@ def open_cache(
     if config.online.data is None:
         reader = CacheReader(
             config.cache if copy is None else copy,
-            autoencoder=config.autoencoder,
+            autoencoder=config.autoencoder or _own_latents(config),
             encoder=encoders,
             cls_token=reads.cls_token,
             check_reads=config.check_reads,
@@ -201,7 +206,8 @@ def open_cache(
     elif online is None:
         raise UsageError("online.data: encoders are computed by repa-train alone; leave it out, and read the cache")
     else:
-        autoencoder = config.autoencoder or choose_component(location(config.cache), LATENTS, None)[0]
+        asked = config.autoencoder or _own_latents(config)
+        autoencoder = choose_component(location(config.cache), LATENTS, asked)[0]
         loaded = online(dataclasses.replace(config, autoencoder=autoencoder), world, cls_token=reads.cls_token)
         reader = OnlineReader(config.cache, loaded, autoencoder=autoencoder, check_reads=config.check_reads)
     if copy is not None or config.stage is None:

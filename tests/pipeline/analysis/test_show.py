@@ -81,6 +81,9 @@ def test_the_picture_has_a_row_a_sample_and_the_images_themselves(
     store, (features,) = open_encoders(cache, [])
     from_latents, from_files = images_of(store, features, rows), images_of(store, features, rows, data=str(images))
     np.testing.assert_array_equal(from_latents, from_files)
+    build(images, cache, "--dtype", "uint8")
+    from_uint8 = images_of(store, features, rows, autoencoder="pixels-uint8")
+    np.testing.assert_array_equal(from_uint8, from_files)
 
 
 def test_pictures_that_have_changed_are_not_shown(

@@ -224,6 +224,11 @@ def test_a_link_to_itself_is_named(images: Path, tmp_path: Path, build: Callable
         (["--weights", "dinov2=x.pth"], ["dinov2-vit-b is not asked for"]),
         (["--weights", "hog=x.pth"], ["hog has no weights"]),
         (["--dtype", "int4"], ["'int4' is not one of 'float16', 'int8'"]),
+        (
+            ["--dtype", "uint8", "--autoencoder", "sd-vae-ft-mse"],
+            ["--dtype uint8 is for pixels", "sd-vae-ft-mse gives"],
+        ),
+        (["--dtype", "uint8", "--autoencoder", "none"], ["--dtype uint8 is for pixels; name --autoencoder pixels too"]),
         (["--skipbad"], ["No such option", "--skip-bad", "see repa-cache build --help"]),
     ],
 )

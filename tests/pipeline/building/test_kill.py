@@ -54,18 +54,28 @@ def test_a_build_killed_anywhere_and_run_again_equals_one_never_killed(
     assert tree(cache) == tree(clean), points
 
 
+@pytest.mark.parametrize(
+    ("point", "options"), [(60, ("--encoder", "hog:grid=3", "--dtype", "int8")), (30, ("--dtype", "uint8"))]
+)
 def test_a_second_component_killed_while_it_is_added_leaves_the_first_alone(
     make_images: Callable[..., list[Path]],
     build_and_die: Callable[..., tuple[str, int]],
     tmp_path: Path,
     tree: Callable[[Path], dict[str, bytes]],
+    point: int,
+    options: tuple[str, ...],
 ) -> None:
     images, cache = tmp_path / "images", tmp_path / "cache"
     make_images(images, num=10)
     assert build_and_die(0, images, cache)[0] == "exit 0"
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in cache.rglob("*") if file.is_file()}
-    assert build_and_die(60, images, cache, "--encoder", "hog:grid=3", "--dtype", "int8")[0] == "killed"
+    assert build_and_die(point, images, cache, *options)[0] == "killed"
+    begun = set(tree(cache))
     assert all((file.read_bytes(), file.stat().st_mtime_ns) == was for file, was in before.items())
-    assert build_and_die(0, images, cache, "--encoder", "hog:grid=3", "--dtype", "int8")[0] == "exit 0"
+    assert build_and_die(0, images, cache, *options)[0] == "exit 0"
     assert all((file.read_bytes(), file.stat().st_mtime_ns) == was for file, was in before.items())
     assert not [name for name in tree(cache) if "partial" in name]
+    assert set(map(str, (file.relative_to(cache) for file in before))) < begun
+    other = tmp_path / "other"  # where nothing was killed
+    assert [build_and_die(0, images, other, *more)[0] for more in ((), options)] == ["exit 0"] * 2
+    assert tree(other) == tree(cache)

@@ -13,6 +13,11 @@ import zarr
 from PIL import Image
 from skimage.feature import hog
 
+from repa.pipeline.store.rows import ComponentRows
+from repa.pipeline.store.store import CacheStore
+from repa.trainer.diffusion.latents import draw_latents
+from repa.trainer.reading.reader import CacheReader
+
 RESOLUTION, GRID = 16, 4
 
 
@@ -106,6 +111,31 @@ def test_latent_statistics_are_those_of_all_pixels(
     moments = group["moments"][:].astype(np.float64)
     np.testing.assert_allclose(group.attrs["latent_mean"], moments.mean((0, 1, 3, 4)), rtol=1e-12)
     np.testing.assert_allclose(group.attrs["latent_std"], moments.std((0, 1, 3, 4)), rtol=1e-12)
+
+
+def test_pixels_as_uint8_are_the_crops_and_give_what_float16_holds(
+    images: list[Path], tmp_path: Path, build: Callable[..., Any]
+) -> None:
+    cache = tmp_path / "cache"
+    assert build(tmp_path / "images", cache).code == 0
+    assert build(tmp_path / "images", cache, "--dtype", "uint8").code == 0  # beside the float16 ones
+    group = zarr.open_group(cache, mode="r")["latents/pixels-uint8"]
+    moments = group["moments"][:]
+    assert (moments.shape, moments.dtype) == ((11, 1, 3, RESOLUTION, RESOLUTION), np.uint8)
+    for row, file in enumerate(images):
+        np.testing.assert_array_equal(moments[row, 0], adm_crop(file, RESOLUTION).transpose(2, 0, 1))
+    exact = moments / 127.5 - 1
+    np.testing.assert_allclose(group.attrs["latent_mean"], exact.mean((0, 1, 3, 4)), rtol=1e-12)
+    np.testing.assert_allclose(group.attrs["latent_std"], exact.std((0, 1, 3, 4)), rtol=1e-12)
+    assert group.attrs["spec"]["views"] == ["identity"]
+
+    store = CacheStore.open(cache)
+    stored = ComponentRows(store, store.component("latents/pixels-uint8")).read("moments", np.arange(11), 1)
+    np.testing.assert_array_equal(stored, moments[:, 0, :, :, ::-1])
+    rows, views = np.tile(np.arange(11), 2), np.repeat([0, 1], 11)
+    as_float16, as_uint8 = (CacheReader(cache, autoencoder=name, encoder=()) for name in ("pixels", "pixels-uint8"))
+    drawn = draw_latents(as_uint8.rows(rows, views).moments, None, "sample")
+    assert torch.equal(drawn.half(), as_float16.rows(rows, views).moments)  # to the bit, of the mirror too
 
 
 def test_int8_tokens_follow_the_equation(images: list[Path], tmp_path: Path, build: Callable[..., Any]) -> None:

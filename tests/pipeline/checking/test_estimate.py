@@ -28,7 +28,7 @@ from repa.pipeline.store.store import CacheStore
 from repa.trainer.models.sit import sit_config
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "int8", "uint8"])
 def test_bytes_are_those_of_the_files_of_a_build(
     tmp_path: Path, make_images: Callable[..., Any], build: Callable[..., Any], dtype: str
 ) -> None:

@@ -15,7 +15,7 @@ from repa.pipeline.images.manifest import FolderSource
 @pytest.fixture
 def built(tmp_path: Path, make_images: Callable[..., Any], build: Callable[..., Any]) -> tuple[Path, list[Path]]:
     files = make_images(tmp_path / "images", num=9)
-    for dtype in ("float16", "int8"):
+    for dtype in ("float16", "int8", "uint8"):
         done = build(tmp_path / "images", tmp_path / "c", "--dtype", dtype)
         assert done.code == 0, done.err
     return tmp_path / "c", files
@@ -28,12 +28,14 @@ def test_unchanged_images_give_what_is_stored(built: tuple[Path, list[Path]], re
     assert done.code == 0, done.err
     for path, least in (
         ("latents/pixels", 0.99999),
+        ("latents/pixels-uint8", 0.99999),
         ("features/hog-grid4", 0.99999),
         ("features/hog-grid4-int8", 0.999),
     ):
         (found,) = (a for a in recompute(cache, FolderSource(images), num=100, weights={}) if a.path == path)
         assert found.num_samples == 9
-        assert sum(map(len, found.cosines)) <= 9 * 2 * (256 if path.startswith("latents") else 16)
+        views = 1 if path.endswith("-uint8") else 2
+        assert sum(map(len, found.cosines)) <= 9 * views * (256 if path.startswith("latents") else 16)
         assert least < found.min <= found.mean <= 1 + 1e-9
         assert f"{path}: 9 samples encoded again" in done.unfolded
     assert recompute(cache, FolderSource(images), num=4, weights={})[0].num_samples == 4
@@ -61,6 +63,8 @@ def test_another_picture_of_the_same_size_in_bytes_is_found(
     for path in ("latents/pixels", "features/hog-grid4", "features/hog-grid4-int8"):
         for view in ("identity", "flip"):
             assert f"{path}: sample 2 (class 0/002.png), view {view}: the image's values have cosine" in done.err
+    assert "latents/pixels-uint8: sample 2 (class 0/002.png), view identity" in done.err
+    assert "latents/pixels-uint8: sample 2 (class 0/002.png), view flip" not in done.err
     assert "sample 3" not in done.err
 
 

@@ -23,6 +23,7 @@ from repa.pipeline.store.metadata import root_files
 from repa.pipeline.store.store import CacheStore
 
 SECOND = ("--autoencoder", "none", "--dtype", "int8", "--compressor", "zstd")
+THIRD = ("--dtype", "uint8")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,8 @@ def cache(pristine: Path, build: Callable[..., Any]) -> Path:
     """Return a whole cache with float16 and int8 tokens; every test that damages it mends it or copies it."""
     if not (pristine / "cache").exists():
         assert build(pristine / "images", pristine / "cache").code == 0
-        assert build(pristine / "images", pristine / "cache", *SECOND).code == 0
+        for more in (SECOND, THIRD):
+            assert build(pristine / "images", pristine / "cache", *more).code == 0
     return pristine / "cache"
 
 
@@ -54,13 +56,13 @@ def problems_of(cache: Path) -> list[str]:
 def test_a_whole_cache_has_no_problems(cache: Path, repa_cache: Callable[..., Any]) -> None:
     outcome = repa_cache("verify", cache)
     assert outcome.code == 0, outcome.err
-    # Ranges x arrays: moments; tokens, mean, std; codes, scale, mean, std; and valid, source_bytes of each.
-    assert f"{3 * (1 + 3 + 4 + 3 * 2)} shards" in outcome.out
+    # Ranges x arrays: moments twice; tokens, mean, std; codes, scale, mean, std; and valid, source_bytes of each.
+    assert f"{3 * (2 + 3 + 4 + 4 * 2)} shards" in outcome.out
 
 
 def test_a_flipped_bit_in_any_file_is_found(cache: Path, tmp_path: Path) -> None:
     copy = tmp_path / "cache"
-    shutil.copytree(cache, copy)
+    shutil.copytree(cache, copy, ignore=shutil.ignore_patterns("pixels-uint8"))
     rng = random.Random(0)
     folders: dict[Path, list[Path]] = {}
     for file in sorted(file for file in copy.rglob("*") if file.is_file()):
@@ -80,17 +82,23 @@ def test_a_flipped_bit_in_any_file_is_found(cache: Path, tmp_path: Path) -> None
     assert not problems_of(copy)
 
 
-def test_a_flipped_bit_in_data_is_named_by_sample_and_view(cache: Path) -> None:
-    file = cache / "features/hog-grid4/patch_tokens/c.1.0.0.0"
+@pytest.mark.parametrize(
+    ("name", "chunk_bytes", "where"),
+    [  # chunk 3 of shard 1: samples 4 to 7, two views each, or one
+        ("features/hog-grid4/patch_tokens/c.1.0.0.0", 16 * 128 * 2, "sample 5 (class 1/005.png), view flip"),
+        ("latents/pixels-uint8/moments/c.1.0.0.0.0", 3 * 16 * 16, "sample 7 (class 1/007.png), view identity"),
+    ],
+)
+def test_a_flipped_bit_in_data_is_named_by_sample_and_view(
+    cache: Path, name: str, chunk_bytes: int, where: str
+) -> None:
+    file = cache / name
     data = file.read_bytes()
-    chunk_bytes = 16 * 128 * 2 + 64  # its checksum, and zeros up to where the next may begin
-    file.write_bytes(flipped(data, 3 * chunk_bytes + 100))
+    # Behind a chunk its checksum, and zeros up to where the next may begin.
+    file.write_bytes(flipped(data, 3 * (chunk_bytes + 64) + 100))
     (problem,) = problems_of(cache)
     file.write_bytes(data)
-    # Chunk 3 of shard 1: samples 4 to 7, two views each.
-    assert problem == (
-        "features/hog-grid4/patch_tokens: sample 5 (class 1/005.png), view flip: its checksum does not hold"
-    )
+    assert problem == f"{name.rpartition('/')[0]}: {where}: its checksum does not hold"
 
 
 def test_a_flipped_bit_between_chunks_is_named(cache: Path) -> None:
@@ -296,9 +304,9 @@ def test_shards_that_are_only_claimed_are_a_line_an_array_and_never_looked_for(
     size, asked = LocalPath.size, []
     monkeypatch.setattr(LocalPath, "size", lambda file: asked.append(file) or size(file))
     report = verify(claimed.path, on_progress=lambda done, total: None)
-    assert report.num_shards == 14 * 40_000
+    assert report.num_shards == 17 * 40_000
     assert len(asked) < 100
-    assert len(report.problems) == 14 + 3 + 2 * 4  # arrays, the numbers of components; chunks of ids and of labels
+    assert len(report.problems) == 17 + 4 + 2 * 4  # arrays, the numbers of components; chunks of ids and of labels
     assert (
         "features/hog-grid4/patch_tokens: samples 0 to 199999: c.0.0.0.0 and 39999 more are missing" in report.problems
     )

@@ -1,5 +1,6 @@
 """JiT's method against golden values of the published code, the exact denoiser of a Gaussian, and whole small runs."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -219,6 +220,42 @@ def test_a_step_compiles_whole_and_is_the_eager_one(make_cache, small_jit, monke
             values.append(loop.train_step(run, ahead).values.numpy())
     np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
     torch._dynamo.reset()
+
+
+def test_pixels_as_uint8_are_mirrored_and_normalised_on_their_way_in(make_cache, small_jit):
+    written = make_cache(latents="uint8")
+    run = make_run(written.path)
+    assert run.config.autoencoder == "pixels-uint8"
+    batch = run.batches.read(0, 0)
+    views = batch.draws["views"].numpy()
+    assert 0 < views.sum() < 8
+    levels = written.arrays["latents/pixels-uint8/moments"][batch.data.rows, 0]
+    levels = np.where(views[:, None, None, None], levels[..., ::-1], levels)
+    x = run.objective.latents(batch)
+    np.testing.assert_allclose(x.numpy(), levels / 127.5 - 1, rtol=0, atol=2e-7)
+    assert x.dtype == torch.float32
+
+
+def test_a_run_that_names_no_latents_takes_pixels_as_uint8_first(make_cache, repa_train, small_jit, tmp_path):
+    """Beside other latents too; --autoencoder pixels is what the cache has of them, the float16 ones where both."""
+    cache = tmp_path / "cache"
+    shutil.copytree(make_cache(latents="uint8").path, cache)
+    flags = ("--recipe", "jit-irepa", "--model", "JiT-Ti/2", "--set", "alignment.encoder_depth=3")
+    stage = ("--stage", str(tmp_path / "scratch"), "--steps", "2", "--autoencoder", "pixels")
+    trained = repa_train(cache, tmp_path / "run", *flags, *stage)
+    assert trained.code == 0, trained.error
+    assert [file.name for file in tmp_path.glob("scratch/*/latents/*-*")] == ["pixels-uint8"]
+    whole = repa_train(cache, tmp_path / "whole", *flags, "--steps", "2")
+    assert whole.losses() == trained.losses()
+    shutil.copytree(cache / "latents/pixels-uint8", cache / "latents/pixels")  # of whatever kind: looked at by name
+    shutil.copytree(cache / "latents/pixels-uint8", cache / "latents/other")
+    dry = ("--dry-run", "--steps", "2")
+    printed = repa_train(cache, tmp_path / "new", *flags, *dry).output
+    assert "cache, pixels-uint8, aligned with toy" in " ".join(printed.split())
+    named = repa_train(cache, tmp_path / "new", *flags, *dry, "--autoencoder", "pixels")
+    assert "latents/pixels: its attributes are those of latents/pixels-uint8" in named.error
+    sit = repa_train(cache, tmp_path / "new", *dry, "--recipe", "sit")
+    assert "holds several: other, pixels, pixels-uint8. Choose with --autoencoder" in sit.error
 
 
 def test_misfits_are_refused_in_one_line(make_cache, small_jit):

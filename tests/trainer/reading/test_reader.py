@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from repa.cache_specs.errors import CacheError, UsageError
+from repa.trainer.diffusion.latents import draw_latents
 from repa.trainer.reading.reader import CacheReader
 from repa.trainer.rows.direct_array import DirectArray
 from repa.trainer.rows.library_array import LibraryArray
@@ -33,6 +34,28 @@ def test_rows_equal_what_was_written(make_cache, shards):
     written.assert_rows(batch, ORDER, VIEWS, ("toy", "other-int8"))
     assert not batch.moments[2].any()
     assert batch.features[1].tokens.dtype == torch.int8
+
+
+@pytest.mark.parametrize("shards", ["as built", "zarr's, nothing for zeros", "zstd"])
+def test_pixels_as_uint8_are_mirrored_where_the_view_is_the_mirror(make_cache, shards):
+    written = make_cache(latents="uint8", encoders={"toy": "int8"}, zero_rows=(7,), shards=shards)
+    stored = written.arrays["latents/pixels-uint8/moments"]
+    assert stored.shape == (23, 1, 3, 8, 8)
+    reader = CacheReader(written.path, autoencoder="pixels")
+    assert (reader.latents.name, reader.latents.kind, reader.views) == ("pixels-uint8", "sample", ("identity", "flip"))
+    batch = reader.rows(ORDER, 1 - VIEWS)
+    for views in (VIEWS, 1 - VIEWS):  # into the same memory
+        batch = reader.rows(ORDER, views, out=batch)
+        assert batch.moments.dtype == torch.uint8
+        for row, view, found in zip(ORDER, views, batch.moments.numpy(), strict=True):
+            np.testing.assert_array_equal(found, stored[row, 0, :, :, ::-1] if view else stored[row, 0])
+        tokens = written.arrays["features/toy-int8/patch_tokens"][ORDER, views]
+        np.testing.assert_array_equal(batch.features[0].tokens.numpy(), tokens)
+        assert not batch.moments[2].any()
+    plain = make_cache(latents="uint8", num_views=1, encoders={})
+    assert CacheReader(plain.path, encoder=()).views == ("identity",)
+    latents = draw_latents(torch.tensor([0, 51, 255], dtype=torch.uint8), None, "sample")
+    torch.testing.assert_close(latents, torch.tensor([-1, -0.6, 1]), rtol=0, atol=1e-7)
 
 
 def test_default_view_is_the_identity_and_any_integers_will_do(make_cache):
