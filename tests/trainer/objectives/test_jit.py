@@ -11,7 +11,6 @@ import torch
 from repa.cache_specs.errors import UsageError
 from repa.trainer.diffusion.interpolant import Interpolant
 from repa.trainer.diffusion.latents import LatentNorm
-from repa.trainer.distributed import World
 from repa.trainer.models import jit as jit_models
 from repa.trainer.models.pretrained import open_model
 from repa.trainer.objectives.alignment import AlignmentConfig
@@ -20,10 +19,10 @@ from repa.trainer.objectives.jit import JiT, JiTMethodConfig
 from repa.trainer.objectives.objective import Given
 from repa.trainer.reading.order import GlobalOrder
 from repa.trainer.reading.prefetch import ReadAhead
-from repa.trainer.runs.run import prepare
-from repa.trainer.runs.settings import Layer, recipe_layer, resolve, set_layer
 from repa.trainer.sampling.samplers import SamplerConfig, sample_latents
 from repa.trainer.training import loop
+
+from .small_runs import make_run
 
 GIVEN = Given(
     latent_shape=(3, 1, 2),
@@ -153,15 +152,13 @@ def test_guidance_acts_inside_its_open_interval_at_each_evaluations_own_time():
 # Whole runs
 
 
-def make_run(cache, *assignments, recipe="jit-irepa"):
-    flags = {"cache": str(cache), "out": "unused", "model": "JiT-Ti/2", "batch_size": 8, "alignment.encoder_depth": 3}
-    layers = [recipe_layer(recipe, "JiT-Ti/2"), Layer(source="flags", values=flags), set_layer(assignments)]
-    return prepare(resolve(layers), World(rank=0, size=1, device=torch.device("cpu")))
+def jit_run(cache, *assignments):
+    return make_run(cache, "jit-irepa", "alignment.encoder_depth=3", *assignments, model="JiT-Ti/2")
 
 
 def test_a_step_is_the_equations_on_what_was_written(make_cache, small_jit):
     written = make_cache()
-    run = make_run(written.path, "label_dropout=0.5")
+    run = jit_run(written.path, "label_dropout=0.5")
     generator = torch.Generator().manual_seed(1)
     for parameter in run.optimizer.parameters:
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -213,7 +210,7 @@ def test_a_step_compiles_whole_and_is_the_eager_one(make_cache, small_jit, monke
     cache = make_cache().path
     values = []
     for compiled in ("false", "true"):
-        run = make_run(cache, f"compile={compiled}", "precision=fp32")
+        run = jit_run(cache, f"compile={compiled}", "precision=fp32")
         for parameter in run.optimizer.parameters:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
         with ReadAhead(run.batches, first=0, last=1, depth=1, device=torch.device("cpu")) as ahead:
@@ -224,7 +221,7 @@ def test_a_step_compiles_whole_and_is_the_eager_one(make_cache, small_jit, monke
 
 def test_pixels_as_uint8_are_mirrored_and_normalised_on_their_way_in(make_cache, small_jit):
     written = make_cache(latents="uint8")
-    run = make_run(written.path)
+    run = jit_run(written.path)
     assert run.config.autoencoder == "pixels-uint8"
     batch = run.batches.read(0, 0)
     views = batch.draws["views"].numpy()
@@ -269,6 +266,6 @@ def test_misfits_are_refused_in_one_line(make_cache, small_jit):
         (("model=JiT-Ti/4",), "has 4 x 4 tokens; JiT-Ti/4 on latents of 8 x 8 has 2 x 2"),
     ):
         with pytest.raises(UsageError, match=words):
-            make_run(cache, *assignments)
+            jit_run(cache, *assignments)
     with pytest.raises(UsageError, match="JiT trains on pixels: --autoencoder pixels"):
-        make_run(make_cache(latents="mean_std").path)
+        jit_run(make_cache(latents="mean_std").path)

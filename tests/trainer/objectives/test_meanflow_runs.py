@@ -9,27 +9,20 @@ import pytest
 import torch
 
 from repa.trainer.commands.sample import sample_command
-from repa.trainer.distributed import World
 from repa.trainer.models.checkpoint import load_checkpoint
 from repa.trainer.models.pretrained import load_model
 from repa.trainer.objectives.meanflow import MeanFlow
 from repa.trainer.reading.batches import Batches, Place
 from repa.trainer.reading.prefetch import ReadAhead
-from repa.trainer.runs.run import Run, prepare
-from repa.trainer.runs.settings import Layer, recipe_layer, resolve, set_layer
+from repa.trainer.runs.run import Run
 from repa.trainer.training import loop
 
 from ..test_distributed import ALONE, SCRIPT
+from .small_runs import make_run
 
 CPU = torch.device("cpu")
 RECIPE = ("--recipe", "meanflow-irepa")
 LOSSES = ("denoising_loss", "weighted_loss", "alignment_loss", "grad_norm")
-
-
-def make_run(cache, *assignments: str, recipe: str = "meanflow-irepa") -> Run:
-    flags = {"cache": str(cache), "out": "unused", "model": "SiT-Ti/2", "batch_size": 8, "alignment.encoder_depth": 1}
-    layers = [recipe_layer(recipe, "SiT-Ti/2"), Layer(source="flags", values=flags), set_layer(assignments)]
-    return prepare(resolve(layers), World(rank=0, size=1, device=CPU))
 
 
 def stir(run: Run) -> None:
@@ -148,7 +141,7 @@ def test_what_does_not_fit_is_refused_in_one_line(make_cache, repa_train, tmp_pa
 
 def test_under_bf16_every_parameter_gets_a_gradient(make_cache, small_sit):
     cache = make_cache().path
-    run, full = make_run(cache, "precision=bf16"), make_run(cache)
+    run, full = make_run(cache, "meanflow-irepa", "precision=bf16"), make_run(cache, "meanflow-irepa")
     gradients: dict[str, torch.Tensor] = {}
     for made in (run, full):
         stir(made)
@@ -172,7 +165,7 @@ class OnAll(MeanFlow):
 
 
 def test_the_derivative_of_a_quarter_is_enough(make_cache, small_sit, monkeypatch):
-    run, seen = make_run(make_cache().path, "meanflow.omega=1.5"), []
+    run, seen = make_run(make_cache().path, "meanflow-irepa", "meanflow.omega=1.5"), []
     stir(run)
     with ReadAhead(run.batches, first=0, last=1, depth=1, device=CPU) as ahead, torch.no_grad():
         batch = ahead.next()
@@ -196,7 +189,7 @@ def test_a_compiled_run_equals_an_eager_one(make_cache, small_sit, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", traced)
     cache = make_cache().path
-    fast, eager = make_run(cache, "compile=true"), make_run(cache)
+    fast, eager = make_run(cache, "meanflow-irepa", "compile=true"), make_run(cache, "meanflow-irepa")
     assert [function.__name__ for function in compiled] == ["_call_impl", "_model_derivative"]
     for run in (fast, eager):
         stir(run)
@@ -214,7 +207,7 @@ def test_two_ranks_equal_one_process_with_their_draws(make_cache, tmp_path, run_
     done = subprocess.run([sys.executable, *command], env=ALONE, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
 
-    run = make_run(cache, "batch_size=16", "accumulation=2", *settings)
+    run = make_run(cache, "meanflow-irepa", "batch_size=16", "accumulation=2", *settings)
     places = [Place(batch_size=16, rank=rank, world=2) for rank in range(2)]
     parts = [Batches(run.reader, run.batches.spec, place) for place in places]
     stream = iter([part.read(number, 0) for number in range(3) for part in parts])

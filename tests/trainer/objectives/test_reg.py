@@ -14,7 +14,6 @@ from repa.trainer.commands.cknna import cknna_command
 from repa.trainer.commands.sample import sample_command
 from repa.trainer.diffusion.interpolant import Interpolant
 from repa.trainer.diffusion.latents import LatentNorm
-from repa.trainer.distributed import World
 from repa.trainer.models.checkpoint import load_checkpoint
 from repa.trainer.models.pretrained import open_model
 from repa.trainer.models.sit import SiT, sincos_pos_embed, sit_config
@@ -26,17 +25,11 @@ from repa.trainer.reading.batches import MicroBatch
 from repa.trainer.reading.reader import CacheReader
 from repa.trainer.reading.specs import FeatureSpec
 from repa.trainer.rows.row_batch import Batch, FeatureBatch
-from repa.trainer.runs.run import prepare
-from repa.trainer.runs.settings import Layer, recipe_layer, resolve, set_layer
+
+from .small_runs import golden, make_run
 
 CPU = torch.device("cpu")
 DEPTH, WIDTH, HEADS, PATCH, SIDE, CHANNELS, CLASSES, E = 2, 32, 2, 2, 8, 3, 3, 5
-
-
-def golden(shape: tuple[int, ...], m: int, s: int) -> torch.Tensor:
-    """((k m + s) mod 11 - 5) / 4 in C order."""
-    k = torch.arange(torch.Size(shape).numel())
-    return (((k * m + s) % 11 - 5) / 4).reshape(shape)
 
 
 def make_reg(width: int, grid: tuple[int, int], latent_shape: tuple[int, int, int], **alignment: Any) -> REG:
@@ -92,12 +85,6 @@ def test_golden_values():
     assert sum(value for value, _ in values.values()) == pytest.approx(1.2669236067, abs=1e-7)
     patches = -F.cosine_similarity(projected[:, 1:], target[:, 1:], dim=-1).mean()
     assert float(patches) == pytest.approx(-0.215059143, abs=1e-7)  # what it would be without the class token
-
-
-def make_run(cache: Path, recipe: str, *assignments: str) -> Any:
-    flags = {"cache": str(cache), "out": "unused", "model": "SiT-Ti/2", "batch_size": 8, "alignment.encoder_depth": 1}
-    layers = [recipe_layer(recipe, "SiT-Ti/2"), Layer(source="flags", values=flags), set_layer(assignments)]
-    return prepare(resolve(layers), World(rank=0, size=1, device=CPU))
 
 
 def test_at_first_the_class_loss_is_that_of_a_zero_answer(make_cache, small_sit):

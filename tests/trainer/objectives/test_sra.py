@@ -9,29 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from repa.trainer.commands.sample import sample_command
-from repa.trainer.distributed import World
 from repa.trainer.models.checkpoint import load_checkpoint
 from repa.trainer.models.pretrained import open_model
 from repa.trainer.models.sit import SiT
 from repa.trainer.objectives.choose import stored_field
 from repa.trainer.objectives.sra import TeacherTarget
 from repa.trainer.objectives.velocity import VelocityField
-from repa.trainer.runs.run import Run, prepare
-from repa.trainer.runs.settings import Layer, recipe_layer, resolve, set_layer
+from repa.trainer.runs.run import Run
 
-CPU = torch.device("cpu")
-
-
-def golden(shape: tuple[int, ...], m: int, s: int) -> torch.Tensor:
-    """((k m + s) mod 11 - 5) / 4 in C order."""
-    k = torch.arange(torch.Size(shape).numel())
-    return (((k * m + s) % 11 - 5) / 4).reshape(shape)
-
-
-def make_run(cache: Path, recipe: str, *assignments: str) -> Run:
-    flags = {"cache": str(cache), "out": "unused", "model": "SiT-Ti/2", "batch_size": 8, "alignment.encoder_depth": 1}
-    layers = [recipe_layer(recipe, "SiT-Ti/2"), Layer(source="flags", values=flags), set_layer(assignments)]
-    return prepare(resolve(layers), World(rank=0, size=1, device=CPU))
+from .small_runs import golden, make_run
 
 
 def stir(model: SiT, seed: int) -> None:
