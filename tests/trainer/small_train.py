@@ -8,7 +8,7 @@
                                                      FOLDER/killed. Meanwhile two others train FOLDER/hung, one of which
                                                      stands still from step 4 on. FOLDER/NUMBER.RANK is what a rank
                                                      printed; exit codes go to stdout
-    small_train.py recipes CACHE FOLDER [PORT RECIPE KEY=VALUE]...
+    small_train.py recipes CACHE FOLDER [PORT RECIPE MODEL KEY=VALUE]...
                                                      two ranks train FOLDER/RECIPE for three steps, one after another
 
 Ranks of the last two are forked from a process that has only imported: importing torch takes longer than the training.
@@ -33,6 +33,7 @@ from repa.trainer import distributed
 from repa.trainer.commands import borrowed  # noqa: F401
 from repa.trainer.commands.train import train_command
 from repa.trainer.evaluating import grids  # noqa: F401
+from repa.trainer.models import jit
 from repa.trainer.models.sit import SIZES
 from repa.trainer.runs import resume  # noqa: F401
 from repa.trainer.training import loop
@@ -113,6 +114,7 @@ def waits_for_its_end(run, ahead):
 def main(phase: str, *arguments: str) -> None:
     torch.set_num_threads(1)
     SIZES["Ti"] = (2, 32, 2)
+    jit.SIZES["Ti"] = (4, 32, 2, 8, 2, 0.2)
     if phase == "alone":
         train_command.main(list(arguments), standalone_mode=False)
         return
@@ -125,8 +127,9 @@ def main(phase: str, *arguments: str) -> None:
     if phase == "recipes":
         importlib.import_module("torch._dynamo")
         codes = []
-        for port, recipe, setting in zip(ports[::3], ports[1::3], ports[2::3], strict=True):
-            more = ("--recipe", recipe, "--steps", "3", "--set", "alignment.stop_step=null", "--set", setting)
+        for port, recipe, model, setting in zip(*(ports[i::4] for i in range(4)), strict=True):
+            settings = ("--set", "alignment.stop_step=null", "--set", setting)
+            more = ("--recipe", recipe, "--model", model, "--steps", "3", *settings)
             codes.append(fork_ranks(f"{folder}/{recipe}", port, lambda: train(recipe, *more)))  # noqa: B023  # done here
         print(json.dumps(codes))
         return

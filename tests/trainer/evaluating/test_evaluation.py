@@ -15,6 +15,7 @@ from repa.trainer.evaluating import evaluation
 from repa.trainer.evaluating.evaluation import pictures_of, write_record
 from repa.trainer.evaluating.frechet import frechet_distance
 from repa.trainer.evaluating.reference import Reference
+from repa.trainer.models import jit
 from repa.trainer.models.checkpoint import load_checkpoint
 from repa.trainer.sampling import sample_file
 
@@ -118,6 +119,32 @@ def test_the_figures_are_those_of_the_npz_and_the_cache(demo, repa_train, tmp_pa
     (record,) = evaluations(tmp_path / "run")
     assert record["frechet_hog-grid4_mean"] == pytest.approx(frechet_distance(real, generated), rel=1e-6)
     assert record["num"] == 130
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "sampler"),
+    [("sra", "SiT-Ti/4", "euler2"), ("meanflow-irepa", "SiT-Ti/4", "euler1"), ("jit-irepa", "JiT-Ti/4", "heun2")],
+)
+def test_methods_are_judged_and_drawn_by_their_own_sampler(
+    demo, repa_train, tmp_path, monkeypatch, recipe, model, sampler
+):
+    monkeypatch.setitem(jit.SIZES, "Ti", (2, 32, 2, 8, 1, 0.0))
+    steps = sampler[-1]
+    extra = ("evaluation.every=2", "evaluation.num=130", "grid.every=2", "grid.num=3")
+    extra += (f"evaluation.steps={steps}", f"grid.steps={steps}")
+    learn = settings("optimizer.learning_rate=1e-2", "optimizer.warmup_steps=0", "ema_decay=0")  # a fresh JiT is grey
+    learn += settings("sra.teacher_depth=2") if recipe == "sra" else []
+    common = ("--recipe", recipe, "--model", model, *learn)
+    plain = train(repa_train, demo, tmp_path / "plain", steps=2, more=common)
+    judged = train(repa_train, demo, tmp_path / "judged", *extra, steps=2, more=common)
+    assert judged.code == 0, judged.error
+    assert judged.losses() == plain.losses()
+    (record,) = evaluations(tmp_path / "judged")
+    assert all(np.isfinite(record[name]) for name in FIGURES)
+    (npz,) = (tmp_path / "judged/evaluation").glob("*.npz")
+    assert f"-{sampler}-" in npz.name
+    assert np.load(npz)["arr_0"].std() > 1
+    assert (tmp_path / "judged/samples/0000002.png").exists()
 
 
 def test_every_judge_compares_with_the_images_of_its_own_cache(demo, held_out, repa_train, tmp_path):

@@ -8,28 +8,31 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from repa.trainer.distributed import World
+from repa.trainer.models import jit
 from repa.trainer.models.checkpoint import load_checkpoint
 from repa.trainer.reading.batches import Batches, Place
-from repa.trainer.runs.run import prepare
-from repa.trainer.runs.settings import Layer, recipe_layer, resolve, set_layer
 from repa.trainer.training import loop
 
 from ..test_distributed import ALONE, SCRIPT, free_ports
+from .small_runs import make_run
 
 RECIPES = {"reg": "reg.cls_coeff=0.5", "reg-irepa": "label_dropout=0.4", "sra": "sra.teacher_depth=2"}
-RECIPES["irepa-internal"] = "internal.depth=1"
+RECIPES |= {"irepa-internal": "internal.depth=1", "jit-irepa": "optimizer.warmup_steps=0"}
+MODELS = {"jit-irepa": "JiT-Ti/2"}  # and SiT-Ti/2
 
 
-def test_two_ranks_are_one_process(make_cache, tmp_path, run_outcome, small_sit):
+def test_two_ranks_are_one_process(make_cache, tmp_path, run_outcome, small_sit, monkeypatch):
     """Three steps of two micro-batches on each rank, against three of four: losses, and the weights at the end.
 
     The teacher of SRA is each rank's own average: did ranks drift apart, the second step would show it.
     """
+    monkeypatch.setitem(jit.SIZES, "Ti", (4, 32, 2, 8, 2, 0.2))  # as small_train.py has it
     cache = make_cache().path
     ports = free_ports(len(RECIPES))
     words = [
-        word for port, (recipe, setting) in zip(ports, RECIPES.items(), strict=True) for word in (port, recipe, setting)
+        word
+        for port, (recipe, setting) in zip(ports, RECIPES.items(), strict=True)
+        for word in (port, recipe, MODELS.get(recipe, "SiT-Ti/2"), setting)
     ]
     command = [sys.executable, SCRIPT, "recipes", cache, tmp_path, *words]
     done = subprocess.run(command, env=ALONE, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
@@ -38,10 +41,7 @@ def test_two_ranks_are_one_process(make_cache, tmp_path, run_outcome, small_sit)
     assert json.loads(done.stdout) == [[0, 0]] * len(RECIPES), printed
 
     for recipe, setting in RECIPES.items():
-        flags = {"cache": str(cache), "out": "unused", "model": "SiT-Ti/2", "batch_size": 8}
-        changed = set_layer(["accumulation=4", "alignment.encoder_depth=1", setting])
-        layers = [recipe_layer(recipe, "SiT-Ti/2"), Layer(source="flags", values=flags), changed]
-        run = prepare(resolve(layers), World(rank=0, size=1, device=torch.device("cpu")))
+        run = make_run(cache, recipe, "accumulation=4", setting, model=MODELS.get(recipe, "SiT-Ti/2"))
         places = [Place(batch_size=8, accumulation=2, rank=rank, world=2) for rank in range(2)]
         parts = [Batches(run.reader, run.batches.spec, place) for place in places]
         stream = iter([part.read(step, micro) for step in range(3) for micro in range(2) for part in parts])
