@@ -24,8 +24,8 @@ GRID_IMAGES = 64
 MOST_CLASS_ROWS = 16  # up to here a sheet has one row a class
 
 
-def draw_training_grid(run: Run, decode: Decoder | None) -> Path:
-    """Draw `grid.num` samples of the EMA at this step into RUN/samples; return the file.
+def draw_training_grid(run: Run, decode: Decoder | None) -> np.ndarray | None:
+    """Draw `grid.num` samples of the EMA at this step into RUN/samples; return the sheet [H,W,3], None of latents.
 
     Raises JobError where the disk refuses it.
     """
@@ -47,7 +47,7 @@ def draw_training_grid(run: Run, decode: Decoder | None) -> Path:
         )
     path = run.folder / FOLDER / f"{run.step:07d}.png"
     with writing(path, then=RESUME):
-        return write_sheet(images, path, request=request, num_classes=run.model.config.num_classes)
+        return write_sheet(images, path, request=request, num_classes=run.model.config.num_classes)[1]
 
 
 def sheet_of_file(npz: Path, *, request: SampleRequest, num_classes: int) -> Path:
@@ -57,7 +57,7 @@ def sheet_of_file(npz: Path, *, request: SampleRequest, num_classes: int) -> Pat
     """
     images, path = first_rows(npz, min(GRID_IMAGES, request.num)), npz.with_suffix(".png")
     with writing(path, then="give the same command again"):
-        return write_sheet(images, path, request=request, num_classes=num_classes)
+        return write_sheet(images, path, request=request, num_classes=num_classes)[0]
 
 
 def first_rows(npz: Path, num: int) -> np.ndarray:
@@ -85,19 +85,23 @@ def pictures_of(npz: Path, batch_size: int) -> Iterator[np.ndarray]:
         ) from error
 
 
-def write_sheet(images: np.ndarray, path: Path, *, request: SampleRequest, num_classes: int) -> Path:
-    """Write pictures [n,H,W,3] uint8 as a PNG, one row a class where that fits; latents as .npy. Return the path."""
+def write_sheet(
+    images: np.ndarray, path: Path, *, request: SampleRequest, num_classes: int
+) -> tuple[Path, np.ndarray | None]:
+    """Write pictures [n,H,W,3] uint8 as a PNG, one row a class where that fits; latents as .npy.
+
+    Returns the path, and the sheet's pixels [H,W,3] uint8 where it has any.
+    """
     if images.dtype != np.uint8:
         path = path.with_suffix(".npy")
         path.parent.mkdir(parents=True, exist_ok=True)
         data = io.BytesIO()
         np.save(data, images)
         write_whole(path, data.getvalue())
-        return path
+        return path, None
     labels = labels_of(range(len(images)), request, num_classes).tolist()
     order, columns = arrange(labels)
-    save_grid(images[order], path, columns=columns)
-    return path
+    return path, save_grid(images[order], path, columns=columns)
 
 
 def arrange(labels: Sequence[int]) -> tuple[list[int], int]:

@@ -86,16 +86,12 @@ class TensorBoard:
             [{"step": record["step"]} | {f"{EVALUATION}{k}": v for k, v in record.items() if k not in NO_SCALARS}]
         )
 
-    def drawn(self, step: int, sheet: Path) -> None:
-        """Write a sheet of samples, a PNG."""
+    def drawn(self, step: int, sheet: np.ndarray) -> None:
+        """Write a sheet of samples [H,W,3] uint8."""
         if self._board is None:
             return
-        from PIL import Image
-
         with writing(self._folder, then=RESUME):
-            with Image.open(sheet) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            self._board.add_image(SHEET, pixels, step, dataformats="HWC")
+            self._board.add_image(SHEET, sheet, step, dataformats="HWC")
             self._board.flush()
 
     @staticmethod

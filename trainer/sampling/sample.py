@@ -173,8 +173,11 @@ def evaluating(model: SiT) -> Iterator[None]:
         model.train(was_training)
 
 
-def save_grid(pictures: np.ndarray, path: Path, *, columns: int) -> None:
-    """Write pictures [n,H,W,3] uint8 as one PNG, row by row, on white, with gaps of a sixteenth of a picture."""
+def save_grid(pictures: np.ndarray, path: Path, *, columns: int) -> np.ndarray:
+    """Write pictures [n,H,W,3] uint8 as one PNG, row by row, on white, with gaps of a sixteenth of a picture.
+
+    Returns the sheet's pixels [H,W,3] uint8.
+    """
     from PIL import Image
 
     num, height, width, _ = pictures.shape
@@ -187,3 +190,4 @@ def save_grid(pictures: np.ndarray, path: Path, *, columns: int) -> None:
     data = io.BytesIO()
     Image.fromarray(sheet).save(data, format="PNG")
     write_whole(path, data.getvalue())
+    return sheet

@@ -8,6 +8,7 @@ of them were finite. What a method reads, draws, asks of the model and calls its
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ...cache_specs.errors import JobError
@@ -64,7 +65,7 @@ def train(
     run: Run,
     *,
     until: int | None = None,
-    draw_grid: Callable[[Run], object] | None = None,
+    draw_grid: Callable[[Run], np.ndarray | None] | None = None,
     evaluation: "Evaluation | None" = None,
 ) -> None:
     """Train from `run.step` to `config.steps`, or to the step after a SIGTERM or Ctrl-C; save, and leave metrics.

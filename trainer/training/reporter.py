@@ -9,9 +9,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,9 +133,9 @@ class Reporter:
             self._board.evaluated(record)
             self._logger.write([record])
 
-    def drawn(self, sheet: object) -> None:
-        """Take the sheet of samples of this step, where it is a picture."""
-        if isinstance(sheet, Path) and sheet.suffix == ".png":
+    def drawn(self, sheet: np.ndarray | None) -> None:
+        """Take the sheet of samples [H,W,3] uint8 of this step, None where they are latents."""
+        if sheet is not None:
             self._board.drawn(self._run.step, sheet)
 
     def resume_clock(self) -> None:

@@ -225,7 +225,7 @@ def test_latents_of_an_unknown_scale_are_trained_from_by_their_own_statistics(
         assert done.code == 0, done.err
         with pytest.raises(SystemExit):
             train(cache, tmp_path / f"{autoencoder}-fixed", "--recipe", "sit")
-        assert "has no published scale in the table of autoencoders. Train with" in capsys.readouterr().err
+        assert "has no published scale in the table of autoencoders. Take --set" in capsys.readouterr().err
         records = train(cache, tmp_path / f"{autoencoder}-run", "--recipe", "sit", "--set", "latent_norm=channel")
         assert [record["step"] for record in records] == [1, 2]
     # E[|x|^2] of a model input with unit variance a channel; the first step's target is noise - x, its output zero.

@@ -7,7 +7,6 @@ import threading
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from repa.cache_specs.errors import JobError
 from repa.trainer.runs.board import TensorBoard
@@ -79,12 +78,11 @@ def test_settings_figures_and_sheets_are_there(tmp_path):
     from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
     pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    Image.fromarray(pixels).save(tmp_path / "0000002.png")
     settings = {"seed": 3, "flip": True, "optimizer.clip": None, "encoders": ["a", "b"], "model": "SiT-B/2"}
     with TensorBoard(tmp_path, done=0, settings=settings, figures=["frechet_toy"]) as board:
         board.write(records(1, 2))
         board.evaluated({"step": 2, "num": 130, "frechet_toy": 7.5})
-        board.drawn(2, tmp_path / "0000002.png")
+        board.drawn(2, pixels)
     events = events_of(tmp_path)
     (figure,) = events.Scalars("evaluation/frechet_toy")
     assert (figure.step, figure.value) == (2, 7.5)
