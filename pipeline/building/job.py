@@ -94,8 +94,10 @@ class InProcessPool:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._decoders.shutdown(wait=True, cancel_futures=True)
-        self._worker.close()
+        try:
+            self._decoders.shutdown(wait=True, cancel_futures=True)
+        finally:  # a second Ctrl-C ends the wait: the writing threads must be told all the same, or they are waited for
+            self._worker.close()
 
     def run(self, work: Iterable[RangeWork]) -> Iterator[RangeResult]:
         committing: Future[RangeResult] | None = None

@@ -41,6 +41,7 @@ def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any)
     from ..distributed import default_device
     from ..evaluating.reference import Reference
     from ..models.layers import pooled_layers
+    from ..models.token_component import untrained_null
     from ..objectives.choose import stored_field
     from ..reading.reader import CacheReader
     from ..runs.run import settle_convolutions
@@ -50,6 +51,8 @@ def _cknna(checkpoint: Path, *, cache: str, encoder: str | None, **options: Any)
     if device == "cuda":
         settle_convolutions("fp32")
     trained = open_checkpoint(checkpoint, options)
+    for line in untrained_null(trained):
+        say(line, err=True)
     latents = trained.latents(options["autoencoder"])
     model = trained.model.to(device)
     takes_cls = model.config.cls_width is not None  # then of the encoder that it was trained with

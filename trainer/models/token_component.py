@@ -93,9 +93,14 @@ def check_latents(trained: TrainedModel, latents: LatentSource, reader: CacheRea
     said = []
     if trained.fingerprints.get("dataset") not in (None, reader.fingerprints["dataset"]):
         said.append(f"{trained.path} was trained on other images than those of {reader.path}, on the same latents")
-    if trained.config is not None and trained.config.get("label_dropout") == 0:
-        said.append(
-            f"{trained.path} was trained with label_dropout 0: its null label, under which tokens are taken, is as it "
-            f"was drawn"
-        )
-    return said
+    return said + untrained_null(trained)
+
+
+def untrained_null(trained: TrainedModel) -> list[str]:
+    """Return what is to be said where a model never trained its null label, under which tokens are taken."""
+    if trained.config is None or trained.config.get("label_dropout") != 0:
+        return []
+    return [
+        f"{trained.path} was trained with label_dropout 0: its null label, under which tokens are taken, is as it was "
+        f"drawn"
+    ]

@@ -49,6 +49,9 @@ class OnlineReader(CacheReader):
             del self.fingerprints[name]
         self.fingerprints |= {f"online/{name}": digest for name, digest in online.fingerprints.items()}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a reader whose encoder runs online cannot be pickled: the network is not in the cache")
+
     def rows(self, indices: Any, views: Any = None, *, out: Batch | None = None) -> Batch:
         """Read as CacheReader does, and the images; raises CacheError for one that cannot be had, too."""
         batch = super().rows(indices, views, out=out)

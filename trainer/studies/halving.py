@@ -17,6 +17,7 @@ import numpy as np
 
 from ...cache_specs.errors import JobError, UsageError
 from ...cache_specs.files.whole_file import write_whole
+from ..runs.config import RunConfig
 from ..runs.settings import flatten, used
 from .ablation import Planned
 from .compare import at_step
@@ -84,7 +85,7 @@ def check_rungs(rungs: Sequence[Rung], runs: Sequence[Planned]) -> None:
                 )
     if not rungs:
         return
-    judges = {"+".join(run.config.evaluation.encoders or run.config.encoders) for run in runs} - {""}
+    judges = {_judges(run.config) for run in runs} - {""}
     alike = {
         (one.cache, one.num, one.num_real, one.pooling, one.neighbours, one.sampler, one.steps, one.cfg_scale)
         for one in (run.config.evaluation for run in runs)
@@ -94,6 +95,12 @@ def check_rungs(rungs: Sequence[Rung], runs: Sequence[Planned]) -> None:
             "--stop-worst: the runs are not judged alike (" + ", ".join(sorted(judges)) + "); one evaluation for all, "
             "with one encoder: evaluation: {every: STEPS, encoders: [NAME]}"
         )
+
+
+def _judges(config: RunConfig) -> str:
+    """Return the encoders in whose spaces a run is judged, "" where it is the only one of a cache."""
+    judged = config.evaluation
+    return "+".join(judged.encoders or (config.encoders if judged.cache is None else ()))
 
 
 def settings_of(runs: Sequence[Planned]) -> list[Setting]:

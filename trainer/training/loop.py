@@ -108,7 +108,7 @@ def train(
             grid = config.grid.every > 0 and run.step % config.grid.every == 0
             validate = validation is not None and validation.due(run)
             if save or grid or validate or run.step % config.log_every == 0:
-                bad = reporter.log(validation.at if validation is not None and validate else None)
+                bad = reporter.log(saved_first(validation.at, saved) if validation is not None and validate else None)
                 if bad is not None:
                     run.step = bad[0] - 1  # the state that the gate has kept
                     if run.step > saved:
@@ -136,6 +136,20 @@ def train(
             if save or grid or validate:
                 world.wait()  # for what rank 0 did alone
                 reporter.resume_clock()
+
+
+def saved_first(judge: Callable[[Run], dict[str, float]], saved: int) -> Callable[[Run], dict[str, float]]:
+    """Return `judge`, which saves a run newer than step `saved` where it fails: that is no fault of the training."""
+
+    def judged(run: Run) -> dict[str, float]:
+        try:
+            return judge(run)
+        except Exception:
+            if run.step > saved:
+                save_state(run)
+            raise
+
+    return judged
 
 
 def settle(run: Run) -> None:

@@ -104,28 +104,35 @@ class Reporter:
         first = self._run.step - num + 1
         interval = self._interval(range(first, first + num))
         self._steps.clear()
-        records: list[dict[str, float | int]] = []
+        records: list[Record] = []
         bad = None
         for step, named in enumerate(steps, start=first):
             if not all(math.isfinite(number) for number in named.values()):
                 bad = (step, named)
                 break
             records.append({"step": step, **named})
-        judged = {} if judge is None or bad is not None else judge(self._run)
-        if world.is_main and records:
-            wall_s = self._file.wall_s + self._clock() - self._entered
-            finite = {name: value for name, value in judged.items() if math.isfinite(value)}
-            records[-1] |= {**finite, "wall_s": wall_s, **self._speed.record(interval)}
-            self._file.write(records)
-            self._board.write(records)
-            self._logger.write(records)
-            self._progress.log(records[-1])
-            if judged:
-                self._progress.say(as_line(self._run.step, judged))
-            verdict = self._speed.bound(interval, last=self._run.step == self._run.config.steps)
-            if verdict is not None:
-                self._progress.say(verdict)
+        judged: dict[str, float] = {}
+        try:
+            if judge is not None and bad is None:
+                judged = judge(self._run)
+        finally:  # where it fails, the steps are told all the same
+            if world.is_main and records:
+                self._write(records, judged, interval)
         return bad
+
+    def _write(self, records: list[Record], judged: dict[str, float], interval: Interval) -> None:
+        wall_s = self._file.wall_s + self._clock() - self._entered
+        finite = {name: value for name, value in judged.items() if math.isfinite(value)}
+        records[-1] = {**records[-1], **finite, "wall_s": wall_s, **self._speed.record(interval)}
+        self._file.write(records)
+        self._board.write(records)
+        self._logger.write(records)
+        self._progress.log(records[-1])
+        if judged:
+            self._progress.say(as_line(self._run.step, judged))
+        verdict = self._speed.bound(interval, last=self._run.step == self._run.config.steps)
+        if verdict is not None:
+            self._progress.say(verdict)
 
     def evaluated(self, record: Record | None) -> None:
         """Take the figures of an evaluation at this step, None where it ended early or was another rank's."""

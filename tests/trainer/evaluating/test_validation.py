@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from repa.cache_specs.errors import CacheError
 from repa.trainer.distributed import World
 from repa.trainer.evaluating import validation
 from repa.trainer.evaluating.validation import Validation
@@ -116,6 +117,23 @@ def test_what_is_not_finite_there_costs_the_run_nothing(make_cache, repa_train, 
     assert outcome.code == 0
     assert "validation at step 2  denoising nan, of the average nan" in outcome.output
     assert "val_denoising_loss" not in outcome.records[-1]
+
+
+def test_a_validation_that_fails_costs_no_step(make_cache, repa_train, tmp_path, monkeypatch):
+    cache, words = make_cache().path, ("--val-fraction", "0.2", "--set", "validation.every=3")
+    whole = repa_train(cache, tmp_path / "whole", "--steps", "5", *words)
+
+    def fail(*_):
+        raise CacheError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "at", fail)
+        failed = repa_train(cache, tmp_path / "run", "--steps", "5", *words)
+    assert (failed.code, failed.error) == (1, "repa-train: gone\n")
+    assert [record["step"] for record in failed.records] == [1, 2, 3]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["0000003.pt"]
+    rest = repa_train(cache, tmp_path / "run", "--steps", "5", "--resume", "auto", *words)
+    assert rest.losses() == whole.losses()
 
 
 @pytest.mark.parametrize("recipe", ["reg", "sra", "meanflow-irepa"])
