@@ -134,7 +134,7 @@ class ComponentSpec:
             for option in ("stage", "resize"):
                 request += "" if self.spec.get(option) is None else f":{option}={self.spec[option]}"
             options = [f"--encoder {shlex.quote(request)}", "--autoencoder none"]
-        for option, default in (("dtype", "float16"), ("precision", "fp32"), ("compressor", "none")):
+        for option, default in (("dtype", "float16"), ("precision", "auto"), ("compressor", "none")):
             if getattr(self, option) != default:
                 options.append(f"--{option} {getattr(self, option)}")
         if self.spec["random_weights"]:

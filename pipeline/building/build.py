@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ...cache_specs.derived import DERIVED, FITS, fit_name
+from ...cache_specs.derived import DERIVED, FITS, fit_name, read_fit
 from ...cache_specs.errors import JobError
 from ...cache_specs.files.asked import forget, remember
-from ...cache_specs.schema import ComponentSpec
+from ...cache_specs.schema import PRECISIONS, ComponentSpec
 from ..images.manifest import Manifest
 from ..store.binding import bind_ranges, lacks_numbers
 from ..store.complete import complete_component
+from ..store.record import nothing_encoded
 from ..store.records import known_bytes
 from ..store.store import CacheStore
 from .encode import RangeResult
@@ -92,6 +93,7 @@ def run_build(
             if DERIVED in request.spec:
                 locks.enter_context(store.lock(f"{FITS}/{fit_name(request.path)}"))
         store.check_record()
+        _write_lost_records(store, plan)
         # Again, now that no other build can change it: what is missing, never what is asked, which is what is locked.
         requests = as_begun(store, plan.requests)
         plan = replace(plan, requests=requests, missing=missing_ranges(store, requests))
@@ -103,6 +105,27 @@ def run_build(
             on_start(store.layout.num_samples, store.layout.num_samples)
         _complete(store, plan, options, report, on_message)
     return report
+
+
+def _write_lost_records(store: CacheStore, plan: BuildPlan) -> None:
+    """Write the records anew of components that lost theirs, where the device would decide on a precision.
+
+    It may be another than that of the shards there, which would then pass for those of some other component; `valid`
+    tells in which of all precisions they were made.
+    """
+    for request in plan.requests:
+        path = request.path
+        if request.precision != AUTO or store.component(path) is not None or nothing_encoded(store.path / path):
+            continue
+        if DERIVED in request.spec:
+            fit = read_fit(store.path, fit_name(path))
+            weights = None if fit is None else fit.weights
+        else:
+            _, weights = load_model(request.on("cpu"), "cpu")
+        if weights is not None:
+            made = [replace(request, precision=precision).component(weights) for precision in PRECISIONS]
+            for component in filter(store.owns_shards, made):
+                store.create_component(component)
 
 
 def _encode(

@@ -268,7 +268,7 @@ def _unfinished(component: ComponentSpec, options: BuildOptions, store: CacheSto
             entry, resolution=store.layout.resolution, random_weights=random_weights, dtype=dtype
         ).spec,
         dtype=dtype,
-        precision=component.precision,
+        precision=options.precision if nothing_encoded(store.path / component.path) else component.precision,
         compressor=component.compressor,
         weights_file=None if random_weights else options.weights.get(entry),
     )

@@ -7,6 +7,7 @@ corrected command may differ in what the record says (resolution, flips, images)
 import contextlib
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from ...cache_specs.layout import COMPLETE, PARTIAL_FOLDER, CacheLayout
 from ...cache_specs.schema import FEATURES, LATENTS
 from ...cache_specs.storage import LocalPath, Location
 
+SHARD = re.compile(r"c(\.\d+)+")  # a file's name; what a kill leaves of metadata beside them is `zarr.json.partial`
+
 
 def nothing_encoded(component: Location) -> bool:
     """Return whether no range of a component is recorded as done, and it was never whole."""
@@ -25,7 +28,7 @@ def nothing_encoded(component: Location) -> bool:
         attributes = group_attributes(component) or {}
     except CacheError:
         return False  # damaged: that is said where it is opened
-    return attributes.get(COMPLETE) is not True and not (component / "valid").names() - {METADATA}
+    return attributes.get(COMPLETE) is not True and not any(map(SHARD.fullmatch, (component / "valid").names()))
 
 
 def never_begun(cache: Location) -> bool:

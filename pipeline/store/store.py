@@ -150,7 +150,7 @@ class CacheStore:
             self.check_component(found.spec, spec)
             if found.complete and SHARDS_DIGEST not in found.attributes:
                 del files[f"{SHARD_CHECKSUMS}/{METADATA}"]  # completed by an earlier version: `bind` adds it
-        elif not self._owns_shards(self.path / spec.path, files):
+        elif not self.owns_shards(spec):
             (self.path / spec.path).delete_tree()
         self._write_missing(self.path / spec.path, files)
 
@@ -163,10 +163,12 @@ class CacheStore:
                 "build it in another cache, or ask for what is there"
             )
 
-    def _owns_shards(self, folder: Location, files: Mapping[str, bytes]) -> bool:
+    def owns_shards(self, spec: ComponentSpec) -> bool:
+        """Return whether the shards at a component's place are its own, by what lies beside those of `valid`."""
         name = f"valid/{METADATA}"  # its fingerprint, and its codecs: a compressor is no part of that
+        expected = component_files(spec, self.layout)[name]
         try:
-            return bool(parse_json((folder / name).read() or b"") == parse_json(files[name]))
+            return bool(parse_json((self.path / spec.path / name).read() or b"") == parse_json(expected))
         except (CacheError, ValueError):
             return False
 

@@ -126,6 +126,15 @@ def test_what_the_disk_refuses_ends_the_range_and_leaves_nothing_behind(
     assert ranges.encode(1).result().written == [PATH]
 
 
+def test_a_file_that_stays_in_the_folder_of_an_abandoned_range_is_no_error_of_its_own(ranges: SmallRanges) -> None:
+    (component,) = ranges.worker.components
+    writer = ComponentWriter(ranges.store, component, 0)
+    (folder,) = ranges.store.partial_folder(PATH).iterdir()
+    (folder / ".nfs0001").touch()
+    writer.abandon()
+    assert folder.exists()
+
+
 @pytest.fixture
 def two(make_images: Callable[..., list[Path]], tmp_path: Path) -> Iterator[SmallRanges]:
     make_images(tmp_path / "images", num=16)

@@ -116,3 +116,48 @@ def test_tf32_is_no_precision_of_a_cpu(images: Path, tmp_path: Path, build: Call
         outcome = build(images, tmp_path / "cache", "--precision", "tf32", "--device", "cpu", *more)
         assert (outcome.code, "precision is tf32, which CPUs lack" in outcome.err) == (2, True), outcome
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("lost", [(), ("valid/c.0",)])
+def test_a_lost_record_is_written_anew_in_the_precision_of_its_shards(
+    images: Path,
+    tmp_path: Path,
+    build: Callable[..., Any],
+    tree: Callable[[Path], dict[str, bytes]],
+    own: str,
+    lost: tuple[str, ...],
+) -> None:
+    cache = tmp_path / "cache"
+    assert build(images, cache, "--encoder", own, "--encoder", f"{own}:pca=2", "--precision", "bf16").code == 0
+    whole = tree(cache)
+    for path in ("net-grid4", "net-grid4-pca2"):
+        for name in ("zarr.json", *lost):
+            (cache / "features" / path / name).unlink()
+    kept = sorted((cache / "features").glob("net*/patch_tokens/c.1.*"))
+    inodes = [file.stat().st_ino for file in kept]
+    assert len(kept) == 2
+    outcome = build(images, cache, "--encoder", own, "--encoder", f"{own}:pca=2")
+    assert outcome.code == 0, outcome.err
+    assert tree(cache) == whole
+    assert [file.stat().st_ino for file in kept] == inodes  # not encoded again
+
+
+def test_latents_of_which_nothing_is_encoded_have_no_precision_yet(
+    images: Path, tmp_path: Path, build: Callable[..., Any], repa_cache: Callable[..., Any]
+) -> None:
+    cache = tmp_path / "cache"
+    good = {file: file.read_bytes() for file in images.rglob("*.png")}
+    for file in good:
+        file.write_text("not a picture")
+    assert build(images, cache, "--precision", "bf16").code == 1
+    for file, data in good.items():
+        file.write_bytes(data)
+    (cache / "latents/pixels/valid/zarr.json.partial").touch()  # as a kill leaves it
+    go_on = ("build", "--data", images, "--cache", cache, "--workers", 0)
+    tf32 = repa_cache(*go_on, "--precision", "tf32", "--device", "cpu")
+    assert (tf32.code, "latents/pixels: its precision is tf32" in tf32.err) == (2, True), tf32
+    assert repa_cache(*go_on).code == 0
+    found = CacheStore.open(cache).component("latents/pixels")
+    assert found is not None
+    assert found.precision == "fp32"
+    assert "--precision fp32" in found.build_command(cache)  # which a GPU would not choose

@@ -110,4 +110,5 @@ def test_what_is_not_stored_is_refused_and_the_command_names_the_file(cache: Pat
         resolve_encoder("sam2:layers=1", resolution=256)
     assert pick_layer("features/x", [7], None) == 7
     component = open_encoders(cache, [f"{GROUP}:layer=2"])[1][0].component
-    assert "--encoder mine.yaml:grid=2:layers=0,2 --autoencoder none --random-weights" in component.build_command(cache)
+    asked = "--encoder mine.yaml:grid=2:layers=0,2 --autoencoder none --precision fp32 --random-weights"
+    assert asked in component.build_command(cache)
