@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .binding import SHARDS_DIGEST
 from .errors import CacheError, UsageError, nearest
 from .fingerprint import digest
 from .group import check_digest, group_attributes
@@ -159,7 +160,8 @@ def network_spec(spec: Mapping[str, Any]) -> Mapping[str, Any]:
 class Fit:
     """What a method has found: `arrays` by name, and from what.
 
-    `sources` gives, by component path, its `fingerprint` and `weights`; `sample` the images that were asked for and
+    `sources` gives, by component path, its `fingerprint` and `weights`, and `shards_digest` where its stored values
+    were read (fits of earlier versions lack it); `sample` the images that were asked for and
     used, or those and the views where all were taken.
     """
 
@@ -184,12 +186,31 @@ class Fit:
 
     def is_of(self, method: str, sources: Mapping[str, Mapping[str, str]], asked: Mapping[str, int]) -> bool:
         """Return whether the fit is what `method` gives of `sources` and the sample `asked` for."""
-        return (self.method, self.sources) == (method, sources) and asked.items() <= self.sample.items()
+        return self.method == method and same_sources(self.sources, sources) and asked.items() <= self.sample.items()
 
     @property
     def weights(self) -> str:
-        """What stands for weights in the spec of a component that was made with it: the digest of all of the above."""
-        return f"sha256:{digest(self.attributes())}"
+        """What stands for weights in the spec of a component that was made with it: the digest of all of the above.
+
+        But of `shards_digest`: a fit that is made again of the same values is the same, whichever version made it.
+        """
+        attributes = self.attributes()
+        for source in attributes["sources"].values():
+            source.pop(SHARDS_DIGEST, None)
+        return f"sha256:{digest(attributes)}"
+
+
+def same_sources(found: Mapping[str, Mapping[str, str]], asked: Mapping[str, Mapping[str, str]]) -> bool:
+    """Return whether two fits' sources are the same; `shards_digest` counts where both say it."""
+    if found.keys() != asked.keys():
+        return False
+    for path, source in found.items():
+        other = asked[path]
+        shared = {SHARDS_DIGEST} if SHARDS_DIGEST in source and SHARDS_DIGEST in other else set()
+        keys = ((source.keys() | other.keys()) - {SHARDS_DIGEST}) | shared
+        if any(source.get(key) != other.get(key) for key in keys):
+            return False
+    return True
 
 
 def read_fit(cache: Location, name: str) -> Fit | None:

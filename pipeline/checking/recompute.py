@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...cache_specs.derived import FITS, Fit, fit_name, network_spec, read_fit, read_method
+from ...cache_specs.derived import FITS, Fit, fit_name, network_spec, read_fit, read_method, same_sources
 from ...cache_specs.errors import CacheError, UsageError
 from ...cache_specs.layout import layer_array, views_of
 from ...cache_specs.schema import FEATURES, TOKENS, ComponentSpec, stored_layers
@@ -141,7 +141,7 @@ def _derive_again(
     if fit is None or fit.weights != component.weights:
         why = f"the fit that it was made with is not there as {FITS}/{name}"
         return Agreement(path=component.path, done="derived", left_out=why)
-    if fit.sources == fit_sources(store, sources):
+    if same_sources(fit.sources, fit_sources(store, sources)):
         derivation = Derivation(transform_of(read_method(derived["method"])), fit)
         tokens = derived_tokens(StoredSource(store, *sources), derivation, store.layout.num_views)
         return replace(compare_tokens(store, component, tokens, num=len(rows)), done="derived")

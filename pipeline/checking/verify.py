@@ -29,7 +29,7 @@ from ...cache_specs.layout import COMPLETE, METADATA_CHUNK, ArrayLayout
 from ...cache_specs.schema import FEATURES, LATENTS, ComponentSpec
 from ...cache_specs.storage import Location
 from ..store.binding import unbound
-from ..store.metadata import component_files, fit_files, root_files
+from ..store.metadata import component_files, fit_files, fits_file, root_files
 from ..store.shards import iter_chunks
 from ..store.statistics import component_statistics
 from ..store.store import CacheStore
@@ -124,6 +124,8 @@ def _check_fits(report: VerifyReport, store: CacheStore, components: Sequence[Co
             continue
         fits[name] = fit
         _check_files(report, group, {file: data for file, data in fit_files(fit).items() if METADATA in file})
+    if fits:
+        _check_files(report, store.path / FITS, {METADATA: fits_file()})
     report.problems += fit_problems(store, components, fits)
     report.notes += fit_notes(store, components, fits)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from ...cache_specs.binding import SHARDS_DIGEST
 from ...cache_specs.derived import FITS, Fit, fit_name, read_fit
 from ...cache_specs.errors import CacheError
 from ...cache_specs.group import METADATA
@@ -46,3 +47,7 @@ def fit_notes(store: CacheStore, components: Sequence[ComponentSpec], fits: Mapp
         for path, source in fit.sources.items():
             if present.get(path, source.get("fingerprint")) != source.get("fingerprint"):
                 yield f"{FITS}/{name} is of another {path} than the one that is there by now (its fingerprint differs)"
+                continue
+            opened = store.opened(path) if path in present and SHARDS_DIGEST in source else None
+            if opened is not None and opened.attributes.get(SHARDS_DIGEST, "") not in ("", source[SHARDS_DIGEST]):
+                yield f"{FITS}/{name} is of other values of {path} than are there by now (its shards differ)"

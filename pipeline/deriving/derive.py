@@ -31,7 +31,7 @@ from ..store.record import check_writable
 from ..store.store import CacheStore
 from ..store.token_writer import Tokens, source_of, write_tokens
 from .choose import method_of
-from .fit import ensure_fit, fit_sources
+from .fit import ensure_fit, stored_sources
 from .method import Derivation, Fitting, Method
 from .source import StoredSource
 
@@ -188,7 +188,7 @@ def run_derive(
             plan.name,
             plan.request.label,
             method,
-            fit_sources(store, [source.spec for source in plan.sources]),
+            stored_sources(store, plan.sources),
             options.sample,
             sample=lambda drawn: rows.batches(rows.usable(drawn), num_views),
             on_message=on_message,

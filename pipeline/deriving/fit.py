@@ -1,13 +1,15 @@
 """A fit is made once and stored; whoever asks for the same one finds it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ...cache_specs.binding import SHARDS_DIGEST
+from ...cache_specs.components import Component
 from ...cache_specs.derived import FITS, SAMPLE_SEED, Fit, read_fit
 from ...cache_specs.errors import CacheError
 from ...cache_specs.schema import FEATURES, ComponentSpec
-from ..store.fits import write_fit
+from ..store.fits import write_fit, write_fits_file
 from ..store.record import nothing_encoded
 from ..store.store import CacheStore
 from .method import Fitting, Inputs
@@ -20,6 +22,16 @@ def fit_sources(store: CacheStore, components: Iterable[ComponentSpec]) -> dict[
         component.path: {"fingerprint": component.fingerprint(store.layout), "weights": component.weights}
         for component in components
     }
+
+
+def stored_sources(store: CacheStore, components: Sequence[Component]) -> dict[str, dict[str, str]]:
+    """Return what a fit to stored values says of its sources: also which values, which a mended image changes."""
+    found = {component.spec.path: component.attributes for component in components}
+    sources = fit_sources(store, [component.spec for component in components])
+    for path, attributes in found.items():
+        if SHARDS_DIGEST in attributes:  # else completed by an earlier version
+            sources[path][SHARDS_DIGEST] = attributes[SHARDS_DIGEST]
+    return sources
 
 
 def ensure_fit(
@@ -43,6 +55,7 @@ def ensure_fit(
     found = read_fit(store.path, name)
     asked = {"views": store.layout.num_views} if method.whole else {"num": num, "seed": SAMPLE_SEED}
     if found is not None and found.is_of(label, sources, asked):
+        write_fits_file(store)
         return found
     made = store.component(f"{FEATURES}/{name}")
     if found is not None and made is not None and not nothing_encoded(store.path / made.path):

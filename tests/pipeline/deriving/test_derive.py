@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import pytest
 import zarr
 
 from repa.cache_specs.derived import read_fit
-from repa.cache_specs.errors import JobError
+from repa.cache_specs.errors import CacheError, JobError
 from repa.cache_specs.group import with_digest
 from repa.cache_specs.storage import location
+from repa.pipeline import BuildOptions, run_build, scan_folder
 from repa.pipeline.analysis.features import open_encoders
 from repa.pipeline.checking.recompute import recompute
+from repa.pipeline.checking.verify_fits import fit_notes, stored_fits
 from repa.pipeline.deriving.derive import DeriveOptions, run_derive
 from repa.pipeline.images.manifest import FolderSource
+from repa.pipeline.store.fits import write_fits_file
 from repa.pipeline.store.store import CacheStore
 from repa.trainer import CacheReader
 
@@ -240,3 +244,69 @@ def test_recompute_leaves_out_what_it_cannot_derive_again(derived: Path, sources
     found = {one.path: one for one in recompute(cache, FolderSource(sources / "images"), num=9, weights={})}
     assert found[DERIVED].left_out == "the fit that it was made with is not there as fits/hog-grid4-pca6"
     assert found[SOURCE].num_samples == 9
+
+
+def test_a_mended_image_makes_the_fit_anew_and_names_what_was_made_of_the_old(
+    derived: Path, sources: Path, tmp_path: Path, verified: Callable[[Path], list[str]], derive: Callable[..., Any]
+) -> None:
+    cache = Path(shutil.copytree(derived, tmp_path / "d"))
+    images = Path(shutil.copytree(sources / "images", tmp_path / "images"))
+    derive(cache, method="standardise")
+    before = read_fit(location(str(cache)), "hog-grid4-standardise")
+    files = sorted(file for file in images.rglob("*") if file.is_file())
+    (bad,) = [file for file in files if file.read_bytes() == b"no picture"]
+    shutil.copy(next(file for file in files if file != bad), bad)
+    for component in (SOURCE, "latents/pixels"):
+        (next((cache / component).glob("*/c.1.*"))).unlink()
+    options = BuildOptions(
+        manifest=scan_folder(images),
+        cache=cache,
+        encoders=("hog:grid=4",),
+        autoencoder="pixels",
+        resolution=16,
+        flip=True,
+        shard_samples=4,
+        batch_size=3,
+        dtype="float16",
+        workers=0,
+        skip_bad=True,
+    )
+    run_build(options, on_start=lambda done, total: None, on_progress=lambda samples: None)
+    assert stored(cache, "patch_tokens")[5].any()
+    store = CacheStore.open(cache)
+    fits = {name: fit for name, fit in stored_fits(store) if not isinstance(fit, CacheError)}
+    specs = [store.component(path) for path in store.components()]
+    notes = list(fit_notes(store, [spec for spec in specs if spec is not None], fits))
+    assert len(notes) == 2
+    assert all(f"is of other values of {SOURCE} than" in note for note in notes)
+    with pytest.raises(CacheError, match="hog-grid4-pca6 was made of another features/hog-grid4 than is there by now"):
+        run(cache)
+    derive(cache, method="standardise")
+    after = read_fit(location(str(cache)), "hog-grid4-standardise")
+    assert before is not None
+    assert after is not None
+    assert after.sample["images"] == before.sample["images"] + 1
+
+
+def test_a_fit_of_an_earlier_version_is_taken_as_it_was(derived: Path, tmp_path: Path, tree: Any) -> None:
+    cache = Path(shutil.copytree(derived, tmp_path / "d"))
+    file = cache / "fits/hog-grid4-pca6/zarr.json"
+    metadata = json.loads(file.read_text())
+    attributes = {key: value for key, value in metadata["attributes"].items() if key != "attributes_digest"}
+    del attributes["sources"][SOURCE]["shards_digest"]
+    file.write_text(json.dumps(metadata | {"attributes": with_digest(attributes)}))
+    before = tree(cache)
+    assert run(cache) == 0
+    assert tree(cache) == before
+
+
+def test_the_record_of_all_fits_is_mended_and_written_by_one_at_a_time(
+    derived: Path, tmp_path: Path, verified: Callable[[Path], list[str]], tree: Any
+) -> None:
+    cache = Path(shutil.copytree(derived, tmp_path / "d"))
+    (cache / "fits/zarr.json").write_bytes(b"")
+    assert any("fits/zarr.json: cannot be read" in line for line in verified(cache))
+    stores = [CacheStore.open(cache) for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write_fits_file, stores))
+    assert tree(cache) == tree(derived)
