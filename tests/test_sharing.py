@@ -155,6 +155,10 @@ class _Answers(http.server.BaseHTTPRequestHandler):
                 return
             self.server.fails_after = None if self.server.fails_after is None else self.server.fails_after - 1
             lines = [json.loads(line) for line in body.splitlines()]
+            (parent,) = [line["value"]["parentCommit"] for line in lines if line["key"] == "header"]
+            if parent != self.server.branches[found[1]][found[2]][-1]:
+                self.refuse(412, "")
+                return
             files = {
                 line["value"]["path"]: base64.b64decode(line["value"]["content"])
                 for line in lines
@@ -301,6 +305,46 @@ def test_what_arrives_is_compared_and_another_cache_is_not_overwritten(
         push(tmp_path / "other", f"hf://{REPO}/caches/a")
     with pytest.raises(UsageError, match="nothing is written there piece by piece"):
         build(images, f"hf://{REPO}/caches/a", "hog:grid=2")
+
+
+def test_a_damaged_shard_does_not_replace_the_good_one(hub: Hub, built: Path, tmp_path: Path) -> None:
+    push(built, f"hf://{REPO}")
+    before = hub.files()
+    cache = Path(shutil.copytree(built, tmp_path / "cache"))
+    for name in ("patch_tokens/c.1.0.0.0", "shard_checksums/c.1.0"):
+        file = cache / "features/hog-grid4" / name
+        good = file.read_bytes()
+        file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        with pytest.raises(CacheError, match=r"one of them is damaged; run repa-cache verify") as refused:
+            push(cache, f"hf://{REPO}")
+        assert "\n" not in str(refused.value)
+        file.write_bytes(good)
+    assert hub.files() == before
+    assert push(cache, f"hf://{REPO}").sent == 0
+
+
+def test_a_push_beside_another_is_refused(hub: Hub, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push_module, "COMMIT_FILES", 7)
+
+    def other(done: int, total: int) -> None:
+        hub.commit(REPO, "main", {"another": b"1"})
+
+    with pytest.raises(CacheError, match="another push is running there"):
+        push(built, f"hf://{REPO}", on_progress=other)
+    assert len(hub.uploads) == 7
+    push(built, f"hf://{REPO}")
+    assert {name: data for name, data in hub.files().items() if name not in (".gitattributes", "another")} == (
+        contents(built)
+    )
+
+
+def test_what_is_being_written_is_not_pushed(hub: Hub, built: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(built, tmp_path / "cache"))
+    for name in ("fits/half/mean/c.0", "fits/zarr.json.partial", "label/zarr.json.partial"):
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_bytes(b"half")
+    push(cache, f"hf://{REPO}")
+    assert {name: data for name, data in hub.files().items() if name != ".gitattributes"} == contents(built)
 
 
 def test_errors_of_the_hub_are_one_line(hub: Hub, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

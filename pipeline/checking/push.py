@@ -78,13 +78,21 @@ def push(
     rows = [
         file for name in ("sample_id", "label", FITS) for file in sorted((root / name).rglob("*")) if file.is_file()
     ]
-    shards = [file.relative_to(root).as_posix() for file in rows if not file.name.startswith(".")] + shards
+    shards = [file.relative_to(root).as_posix() for file in rows if _is_whole(root, file)] + shards
     records = [name for name in records if (root / name).exists()]
     for name in (*shards, *records):
         if not (root / name).is_file() or (root / name).is_symlink():
             raise CacheError(f"{root / name}: missing, or a link; repa-cache verify says how to mend it, then push")
     _send(root, there, shards, records, pushed, public, on_progress)
     return pushed
+
+
+def _is_whole(root: Path, file: Path) -> bool:
+    """Say whether a file of the rows or of a fit is not one that is being written, nor of a fit without its record."""
+    if file.name.startswith(".") or file.suffix == ".partial":
+        return False
+    name, *rest = file.relative_to(root).parts
+    return name != FITS or len(rest) == 1 or (root / name / rest[0] / METADATA).is_file()
 
 
 def _files(store: CacheStore, spec: ComponentSpec) -> Iterator[str]:
@@ -113,7 +121,8 @@ def _send(
     total, done = sum(sizes.values()), 0
     with errors(there, "pushed to"):
         api.create_repo(there.repo, repo_type=TYPE, private=not public, exist_ok=True)
-        found = _remote(api, there)
+        head = str(api.repo_info(there.repo, repo_type=TYPE, revision=there.revision).sha)
+        found = _remote(api, there, head)
     for name in records:
         if name in found and not _same(root / name, found[name]):
             raise CacheError(
@@ -122,8 +131,15 @@ def _send(
             )
 
     def commit(names: list[str]) -> None:
-        nonlocal done
+        nonlocal done, head
         new = [name for name in names if name not in found or not _same(root / name, found[name])]
+        for name in new:
+            owner = next((path for path in pushed.components if name.startswith(f"{path}/")), None)
+            if name in found and owner is not None and f"{owner}/{METADATA}" in found:  # the same record, as seen above
+                raise CacheError(
+                    f"{root / name} is not what {there / name} is, of the same component: one of them is damaged; run "
+                    f"repa-cache verify {root}, mend it, then push"
+                )
         if new:
             operations = [
                 CommitOperationAdd(path_in_repo=(there / name).key, path_or_fileobj=os.fspath(root / name))
@@ -131,9 +147,22 @@ def _send(
             ]
             message = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
             with errors(there, "pushed to"):
-                made = api.create_commit(
-                    there.repo, operations, commit_message=message, repo_type=TYPE, revision=there.revision
-                )
+                try:
+                    made = api.create_commit(
+                        there.repo,
+                        operations,
+                        commit_message=message,
+                        repo_type=TYPE,
+                        revision=there.revision,
+                        parent_commit=head,
+                    )
+                except Exception as error:
+                    if getattr(getattr(error, "response", None), "status_code", None) not in (409, 412):
+                        raise
+                    raise CacheError(
+                        f"{there}: another push is running there, or its branch was changed; push again when it ends"
+                    ) from error
+            head = str(made.oid)
             pushed.place = str(HubPath(there.repo, str(made.oid), there.key))
         pushed.sent += len(new)
         pushed.kept += len(names) - len(new)
@@ -162,9 +191,9 @@ def _batches(names: list[str], sizes: dict[str, int]) -> Iterator[list[str]]:
         yield batch
 
 
-def _remote(api: Any, there: HubPath) -> dict[str, Any]:
-    """Return what the branch holds below the target, by name, as it is now."""
-    entries = api.list_repo_tree(there.repo, repo_type=TYPE, revision=there.revision, recursive=True)
+def _remote(api: Any, there: HubPath, commit: str) -> dict[str, Any]:
+    """Return what a commit holds below the target, by name."""
+    entries = api.list_repo_tree(there.repo, repo_type=TYPE, revision=commit, recursive=True)
     below = f"{there.key}/" if there.key else ""
     return {
         entry.path.removeprefix(below): entry
