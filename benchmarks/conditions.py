@@ -36,10 +36,10 @@ def conditions(packages: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def append_line(name: str, line: dict[str, Any]) -> None:
-    """Append one JSON line to benchmarks/results/NAME.jsonl."""
+def append_line(name: str, line: dict[str, Any], out: Path | None = None) -> None:
+    """Append one JSON line to benchmarks/results/NAME.jsonl, or to the file `out` instead."""
     RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+    with (out or RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 

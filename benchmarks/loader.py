@@ -14,7 +14,6 @@ pieces. Rates are medians; ratios are taken within a round, with the 95 % bootst
 
 import argparse
 import gc
-import json
 import random
 import statistics
 import tempfile
@@ -310,11 +309,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     line = {**run(options), **conditions(PACKAGES)}
-    if options.out is None:
-        append_line("loader", line)
-    else:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    append_line("loader", line, options.out)
 
 
 if __name__ == "__main__":

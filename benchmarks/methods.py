@@ -196,11 +196,7 @@ def main() -> None:
                 f"{name:<16} {line['sampler_steps']:>13} {line['frechet_untrained']:>10.5f} {line['frechet']:>8.5f}",
                 flush=True,
             )
-            if options.out is None:
-                append_line("methods", line | about)
-            else:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line | about) + "\n")
+            append_line("methods", line | about, options.out)
 
 
 if __name__ == "__main__":

@@ -119,11 +119,7 @@ def main() -> None:
                     flush=True,
                 )
     print(", ".join(f"{name} {1000 * seconds:.0f} ms a step" for name, seconds in line["step_s"].items()))
-    if options.out is None:
-        append_line("online", line | about)
-    else:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | about) + "\n")
+    append_line("online", line | about, options.out)
 
 
 if __name__ == "__main__":

@@ -113,11 +113,7 @@ def main() -> None:
         }
     print(json.dumps(line))
     line |= conditions(packages=("plotly",))
-    if options.out is None:
-        append_line("report_page", line)
-    else:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    append_line("report_page", line, options.out)
 
 
 if __name__ == "__main__":

@@ -277,11 +277,7 @@ def main() -> None:
     about = conditions()
     for line in run(options):
         line |= about
-        if options.out is None:
-            append_line("step", line)
-        else:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        append_line("step", line, options.out)
 
 
 if __name__ == "__main__":
