@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...cache_specs.errors import UsageError, nearest
+from ...cache_specs.errors import UsageError
 from .blocks import Modulation, modulate
+from .names import read_name
 from .projector import Projector, ProjectorConfig
 from .sit import SiT, SiTConfig, _derived_seed, sincos_pos_embed
 
@@ -57,15 +58,12 @@ class JiTConfig(SiTConfig):
 
 def jit_config(name: str, *, input_size: int, in_channels: int, num_classes: int, **extras: Any) -> JiTConfig:
     """Return the configuration of a model by name, "JiT-{Ti,B,L,H}/patch" with any patch; raises as `sit_config`."""
-    size, slash, patch = name.removeprefix("JiT-").partition("/")
-    known = [f"JiT-{size}/{patch if patch.isdecimal() else 16}" for size in SIZES]
-    if not (name.startswith("JiT-") and size in SIZES and slash and patch.isdecimal() and int(patch) > 0):
-        raise UsageError(f"unknown model {name!r}; {nearest(name, known)} (any patch size)")
-    depth, hidden_size, num_heads, bottleneck, class_tokens_at, dropout = SIZES[size]
+    row, patch = read_name(name, "JiT", SIZES, usual_patch=16)
+    depth, hidden_size, num_heads, bottleneck, class_tokens_at, dropout = row
     return JiTConfig(
         name=name,
         input_size=input_size,
-        patch_size=int(patch),
+        patch_size=patch,
         in_channels=in_channels,
         hidden_size=hidden_size,
         depth=depth,

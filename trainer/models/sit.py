@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...cache_specs.errors import UsageError, nearest
 from .blocks import FinalLayer, LabelEmbedder, Modulation, PatchEmbed, SiTBlock, TimestepEmbedder, sincos_pos_embed
+from .names import read_name
 from .projector import Projector, ProjectorConfig, make_projector, tap_depths
 
 # depth, width, heads. SiT publishes S to XL; Ti is ours, for machines without a GPU: at 64 tokens a step of 32 samples
@@ -97,15 +98,12 @@ def sit_config(name: str, *, input_size: int, in_channels: int, num_classes: int
 
     Raises UsageError for an unknown name, with the nearest known one, or a patch that does not divide `input_size`.
     """
-    size, slash, patch = name.removeprefix("SiT-").partition("/")
-    known = [f"SiT-{size}/{patch if patch.isdecimal() else 2}" for size in SIZES]
-    if not (name.startswith("SiT-") and size in SIZES and slash and patch.isdecimal() and int(patch) > 0):
-        raise UsageError(f"unknown model {name!r}; {nearest(name, known)} (any patch size)")
-    depth, hidden_size, num_heads = SIZES[size]
+    row, patch = read_name(name, "SiT", SIZES, usual_patch=2)
+    depth, hidden_size, num_heads = row
     return SiTConfig(
         name=name,
         input_size=input_size,
-        patch_size=int(patch),
+        patch_size=patch,
         in_channels=in_channels,
         hidden_size=hidden_size,
         depth=depth,
